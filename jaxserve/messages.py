@@ -1,0 +1,182 @@
+"""Messages between the HTTP process and the engine process.
+
+Typed msgspec structs on a msgpack wire; nothing is pickled. The same structs are passed by
+reference when the engine runs in-process (`jaxserve.Engine`). No jax, no text: token ids only.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the tokens of one sequence are chosen. Ranges are checked where a request enters."""
+
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    temperature: float = 1.0  # 0 means greedy
+    top_p: float = 1.0
+    top_k: int = -1  # -1: the whole vocabulary
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()  # complete: end-of-sequence ids are in it unless ignored
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None  # None: the engine draws one when the request arrives
+
+
+class Generate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
+    """Generate one sequence. `n` samples of a prompt are `n` of these, each with its own rid."""
+
+    rid: str
+    input_ids: list[int]
+    sampling: Sampling
+    return_logprob: bool = False
+    logprob_start_len: int = -1  # first prompt position whose logprob is wanted; -1: none
+    top_logprobs_num: int = 0
+    token_ids_logprob: tuple[int, ...] = ()
+    priority: int = 0  # larger is served first
+    cache_salt: str = ""  # prefixes are shared only under an equal salt
+    dp_rank: int | None = None  # None: the engine chooses
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Stop these requests (every request when `all`); each gets a last Output with an Abort finish."""
+
+    rids: list[str] = []
+    all: bool = False
+
+
+class Call(msgspec.Struct, frozen=True, tag=True):
+    """A question or command to the engine, answered by one Reply.
+
+    flush_cache: forget every unused cached prefix; refused while requests run.
+    loads: one dict a data-parallel rank, with the keys of `/v1/loads`.
+    stats: counters and gauges for `/metrics`.
+    """
+
+    call_id: int
+    method: Literal["flush_cache", "loads", "stats"]
+
+
+class Drain(msgspec.Struct, frozen=True, tag=True):
+    """Finish what runs, take nothing new, then exit."""
+
+    grace_s: float
+
+
+class Finish(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why a sequence ended. For `stop`, `matched` is the token id; for `abort`, `message` says why."""
+
+    type: Literal["stop", "length", "abort"]
+    matched: int | None = None
+    length: int | None = None
+    message: str | None = None
+    status_code: int | None = None
+
+
+class Logprobs(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Natural-log probabilities, one entry a token; `top` and `ids` hold (logprob, token id) pairs."""
+
+    values: list[float | None]
+    top: list[list[tuple[float, int]]] = []
+    ids: list[list[tuple[float, int]]] = []
+
+
+class Output(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one step added to one request. The last one carries `finish`; an aborted request has one too."""
+
+    rid: str
+    token_ids: list[int] = []  # new tokens only; a matched stop token is included
+    finish: Finish | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
+    dp_rank: int = 0
+    num_retractions: int = 0
+    logprobs: Logprobs | None = None  # of token_ids
+    prompt_logprobs: Logprobs | None = None  # with the first output; from logprob_start_len on
+    queue_time_s: float | None = None  # with the first output
+
+
+class Outputs(msgspec.Struct, frozen=True, tag=True):
+    items: list[Output]
+
+
+class Reply(msgspec.Struct, frozen=True, tag=True):
+    call_id: int
+    ok: bool
+    value: Any = None  # plain data
+    message: str = ""
+
+
+class Info(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What the HTTP process needs to know of the engine; sent once, when every program is compiled."""
+
+    model_path: str
+    architectures: list[str]
+    model_type: str
+    dtype: str
+    vocab_size: int
+    context_len: int
+    eos_token_ids: list[int]
+    page_size: int
+    max_total_num_tokens: int  # KV capacity of the instance in tokens, all dp ranks
+    max_req_len: int  # the longest prompt plus output one request may have
+    max_running_requests: int
+    dp_size: int
+    instance_id: str
+    device_kind: str
+    num_devices: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    load_weights_s: float
+    compile_s: float
+    startup_s: float
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """A line for the person who waits: `done` of `total` in one phase of the engine's start."""
+
+    phase: str
+    done: int
+    total: int
+
+
+class Fatal(msgspec.Struct, frozen=True, tag=True):
+    """The engine cannot start or go on; the process ends after sending this."""
+
+    kind: Literal["config", "internal"]
+    message: str
+
+
+ToEngine = Generate | Abort | Call | Drain
+FromEngine = Outputs | Reply | Info | Progress | Fatal
+
+
+class EngineClient(Protocol):
+    """How the HTTP layer and `jaxserve.Engine` reach an engine, in this process or another one."""
+
+    info: Info
+
+    def generate(self, request: Generate) -> AsyncIterator[Output]:
+        """Submit at once; yield the request's outputs up to and with the one that has `finish`.
+
+        Closing the iterator early aborts the request. Raises EngineDeadError when the engine is gone.
+        """
+        ...
+
+    async def abort(self, rids: list[str], all: bool = False) -> None: ...
+
+    async def call(self, method: str) -> Any:
+        """Raises EngineRefusal with the engine's message when it says no."""
+        ...
+
+
+class EngineDeadError(RuntimeError):
+    """The engine process ended or stopped answering."""
+
+
+class EngineRefusal(RuntimeError):
+    """The engine understood a call and refused it."""
