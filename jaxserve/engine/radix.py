@@ -1,0 +1,186 @@
+"""The prefix tree of one data-parallel rank: which sequences of full pages are already in the pool.
+
+An edge holds whole pages only: `page_size` tokens a page, one page id each. A node that a running
+request reads is locked, with all its ancestors; unlocked leaves are evicted least recently used
+first. Sequences with different salts never share.
+"""
+
+import heapq
+from collections.abc import Sequence
+from itertools import count
+
+from jaxserve.engine.pages import PagePool
+
+Chunk = tuple[int, ...]  # the tokens of one page
+
+
+class Node:
+    """An edge of the tree: `chunks[i]` are the tokens of `pages[i]`. The root of a salt has none."""
+
+    __slots__ = ("children", "chunks", "last_use", "locks", "pages", "parent")
+
+    def __init__(self, parent: "Node | None", chunks: list[Chunk], pages: list[int]):
+        self.parent = parent
+        self.chunks = chunks
+        self.pages = pages
+        self.children: dict[Chunk, Node] = {}
+        self.locks = 0
+        self.last_use = 0
+
+
+class RadixTree:
+    """Owns the pages of cached prefixes; takes them from requests and gives them back to `pool`."""
+
+    def __init__(self, page_size: int, pool: PagePool, enabled: bool = True):
+        self.page_size = page_size
+        self.pool = pool
+        self.enabled = enabled
+        self.num_pages = 0  # in the tree, locked or not
+        self.num_evictable = 0  # in nodes without a lock
+        self._roots: dict[str, Node] = {}
+        self._clock = count(1)
+
+    def match(self, tokens: Sequence[int], salt: str = "") -> tuple[Node, list[int]]:
+        """The deepest node whose path is a prefix of `tokens`, and the pages along that path.
+
+        A match that ends inside an edge splits it, so that the node can be locked.
+        """
+        node = self._root(salt)
+        pages: list[int] = []
+        if not self.enabled:
+            return node, pages
+        now = next(self._clock)
+        chunks = self._chunks(tokens, len(tokens) // self.page_size)
+        at = 0
+        while at < len(chunks):
+            child = node.children.get(chunks[at])
+            if child is None:
+                break
+            same = _common(child.chunks, chunks, at)
+            if same < len(child.chunks):
+                child = self._split(child, same)
+            child.last_use = now
+            pages += child.pages
+            node = child
+            at += same
+        return node, pages
+
+    def insert(
+        self, tokens: Sequence[int], pages: list[int], salt: str = ""
+    ) -> tuple[Node, list[int], list[int]]:
+        """Give the tree the pages of a sequence: `pages[i]` holds the i-th full page of `tokens`.
+
+        Returns the node at the end of the sequence, the pages on its path, and those given pages that
+        the tree did not take because it has the same tokens elsewhere: they are the caller's to free.
+        """
+        assert self.enabled, "a disabled tree takes no pages"
+        chunks = self._chunks(tokens, len(pages))
+        node, held = self.match(tokens[: len(pages) * self.page_size], salt)
+        have = len(held)
+        spare = [given for given, kept in zip(pages, held) if given != kept]
+        if have < len(chunks):
+            leaf = Node(node, chunks[have:], pages[have:])
+            leaf.last_use = next(self._clock)
+            node.children[chunks[have]] = leaf
+            self.num_pages += len(leaf.pages)
+            self.num_evictable += len(leaf.pages)
+            node = leaf
+        return node, held + pages[have:], spare
+
+    def lock(self, node: Node) -> None:
+        """Keep the path to `node` from eviction."""
+        at: Node | None = node
+        while at is not None:
+            if at.locks == 0:
+                self.num_evictable -= len(at.pages)
+            at.locks += 1
+            at = at.parent
+
+    def unlock(self, node: Node) -> None:
+        at: Node | None = node
+        while at is not None:
+            assert at.locks > 0, "unlocked more often than locked"
+            at.locks -= 1
+            if at.locks == 0:
+                self.num_evictable += len(at.pages)
+            at = at.parent
+
+    def evict(self, num_pages: int) -> int:
+        """Free at least `num_pages` pages if that many are evictable; returns how many were freed.
+
+        Only as many pages of a leaf go as are needed, from its end.
+        """
+        order = [(leaf.last_use, i, leaf) for i, leaf in enumerate(self._evictable_leaves())]
+        heapq.heapify(order)
+        serial = count(len(order))
+        freed = 0
+        while freed < num_pages and order:
+            _, _, leaf = heapq.heappop(order)
+            take = min(len(leaf.pages), num_pages - freed)
+            self.pool.free(leaf.pages[-take:])
+            freed += take
+            self.num_pages -= take
+            self.num_evictable -= take
+            if take < len(leaf.pages):
+                del leaf.pages[-take:], leaf.chunks[-take:]
+                break
+            parent = leaf.parent
+            assert parent is not None
+            del parent.children[leaf.chunks[0]]
+            if parent.parent is not None and not parent.children and parent.locks == 0:
+                heapq.heappush(order, (parent.last_use, next(serial), parent))
+        self._roots = {salt: root for salt, root in self._roots.items() if root.children or root.locks}
+        return freed
+
+    def clear(self) -> int:
+        """Forget every unlocked prefix; returns the pages freed."""
+        return self.evict(self.num_evictable)
+
+    def pages(self) -> list[int]:
+        """Every page in the tree, for the pool's audit."""
+        return [page for node in self._nodes() for page in node.pages]
+
+    def check(self) -> None:
+        """Audit of the counters and of the lock order. Raises AssertionError."""
+        nodes = self._nodes()
+        assert self.num_pages == sum(len(n.pages) for n in nodes)
+        assert self.num_evictable == sum(len(n.pages) for n in nodes if n.locks == 0)
+        for node in nodes:
+            assert len(node.chunks) == len(node.pages) and (node.pages or node.parent is None)
+            for first, child in node.children.items():
+                assert child.parent is node and child.chunks[0] == first and child.locks <= node.locks
+
+    def _root(self, salt: str) -> Node:
+        return self._roots.setdefault(salt, Node(None, [], []))
+
+    def _chunks(self, tokens: Sequence[int], num: int) -> list[Chunk]:
+        s = self.page_size
+        return [tuple(tokens[i * s : (i + 1) * s]) for i in range(num)]
+
+    def _split(self, node: Node, at: int) -> Node:
+        """Cut an edge after `at` pages; the upper half takes the locks of the lower."""
+        parent = node.parent
+        assert parent is not None
+        upper = Node(parent, node.chunks[:at], node.pages[:at])
+        upper.locks, upper.last_use = node.locks, node.last_use
+        upper.children[node.chunks[at]] = node
+        parent.children[upper.chunks[0]] = upper
+        node.parent, node.chunks, node.pages = upper, node.chunks[at:], node.pages[at:]
+        return upper
+
+    def _nodes(self) -> list[Node]:
+        found, stack = [], list(self._roots.values())
+        while stack:
+            node = stack.pop()
+            found.append(node)
+            stack.extend(node.children.values())
+        return found
+
+    def _evictable_leaves(self) -> list[Node]:
+        return [n for n in self._nodes() if n.parent is not None and not n.children and n.locks == 0]
+
+
+def _common(edge: list[Chunk], chunks: list[Chunk], at: int) -> int:
+    """How many pages of `edge` equal `chunks` from `at` on."""
+    most = min(len(edge), len(chunks) - at)
+    return next((i for i in range(most) if edge[i] != chunks[at + i]), most)
