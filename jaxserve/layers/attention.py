@@ -1,0 +1,251 @@
+"""Grouped-query attention over the paged KV pool, and the step context that holds the pool.
+
+Model code sees one device: tokens [T], heads [H]. `StepContext` alone knows pages, rows, query
+blocks and the mesh.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
+
+from jaxserve.layers.kv import HeadSplit, KVSpec, pool_layout
+from jaxserve.layers.linear import project
+from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.rope import Rope, RopeTable
+from jaxserve.layers.weight import weight
+from jaxserve.mesh import GROUP
+from jaxserve.ops import paged_attention
+
+__all__ = ["Attention", "KVSpec", "StepContext", "pool_layout"]
+
+
+class StepContext:
+    """One forward call's view of the KV pool. Trace-time object: make one a call, inside jit.
+
+    Tokens are R decode rows, then prefill tokens, then the next dp rank's. Every array has the
+    ranks' parts joined on axis 0, and ids (slots, pages, block starts) count within a rank.
+
+    Args:
+        key_pages, value_pages: [dp * num_layers * num_pages, page_size, G, K], see `pool_layout`.
+        page_table_SN: pages of each slot, without a layer.
+        position_T: position of each token in its sequence.
+        slot_T: slot of each token; -1 is padding, whose key and value are dropped.
+        R: decode rows of a rank, static.
+        context_len_R: tokens each decode row attends, itself included; 0 is padding.
+        block_slot_B, block_start_B, block_len_B, block_pos_B, block_size: the query blocks of the
+            prefill tokens, as `jaxserve.ops.paged_attention.prefill` takes them.
+        num_pages: of one layer on one rank.
+        mesh: `Mesh((dp, ep, tp))` when the arrays are sharded over one.
+    """
+
+    def __init__(
+        self,
+        *,
+        key_pages: jax.Array,
+        value_pages: jax.Array,
+        page_table_SN: jax.Array,
+        position_T: jax.Array,
+        slot_T: jax.Array,
+        R: int,
+        context_len_R: jax.Array,
+        block_slot_B: jax.Array,
+        block_start_B: jax.Array,
+        block_len_B: jax.Array,
+        block_pos_B: jax.Array,
+        block_size: int,
+        num_pages: int,
+        page_size: int,
+        mesh: Mesh | None = None,
+    ):
+        self.key_pages, self.value_pages = key_pages, value_pages
+        self.page_table_SN = page_table_SN
+        self.position_T = position_T
+        self.slot_T = slot_T
+        self.context_len_R = context_len_R
+        self.blocks = (block_slot_B, block_start_B, block_len_B, block_pos_B)
+        self.R, self.block_size = R, block_size
+        self.num_pages, self.page_size = num_pages, page_size
+        self.mesh = mesh
+        self._rope_tables: dict[Rope, RopeTable] = {}
+
+    def rope(self, rope: Rope) -> RopeTable:
+        """The rotation of this step's positions, computed once for all layers that share `rope`."""
+        if rope not in self._rope_tables:
+            self._rope_tables[rope] = rope.table(self.position_T)
+        return self._rope_tables[rope]
+
+    def attend(
+        self,
+        layer: int,
+        query_THK: jax.Array,
+        key_TGK: jax.Array,
+        value_TGK: jax.Array,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks_H: jax.Array | None = None,
+    ) -> jax.Array:
+        """Writes the tokens' keys and values into `layer`'s pages, then attends. Returns out_THK."""
+        group = 1 if self.mesh is None else self.mesh.shape["ep"] * self.mesh.shape["tp"]
+        split = HeadSplit(query_THK.shape[1], key_TGK.shape[1], group)
+        assert self.key_pages.shape[2] == group * split.num_kv, (
+            f"pool has {self.key_pages.shape[2]} heads, the layout {group} x {split.num_kv}; see pool_layout"
+        )
+
+        def on_device(
+            pools, query_ThK, key_TgK, value_TgK, sinks_h, table_SN, position_T, slot_T, context_len_R, blocks
+        ):
+            if not split.divides:
+                mine = split.heads_of(jax.lax.axis_index(GROUP))
+                key_TgK, value_TgK = (jnp.take(x, mine, axis=1) for x in (key_TgK, value_TgK))
+            page_offset = layer * self.num_pages
+            page_T, row_T = _write_address(
+                table_SN, position_T, slot_T, page_offset, self.page_size, pools[0].shape[0]
+            )
+            pools = tuple(
+                pool.at[page_T, row_T].set(x.astype(pool.dtype), mode="drop", unique_indices=True)
+                for pool, x in zip(pools, (key_TgK, value_TgK), strict=True)
+            )
+            options = {
+                "page_offset": page_offset,
+                "scale": scale,
+                "window": window,
+                "softcap": softcap,
+                "sinks_H": sinks_h,
+            }
+            R, out = self.R, []
+            if R:
+                slot_R = jnp.maximum(slot_T[:R], 0)  # a padding row reads nothing: its context is 0
+                out.append(
+                    paged_attention.decode(query_ThK[:R], *pools, table_SN, slot_R, context_len_R, **options)
+                )
+            if query_ThK.shape[0] > R:
+                out.append(
+                    paged_attention.prefill(
+                        query_ThK[R:], *pools, table_SN, *blocks, block_size=self.block_size, **options
+                    )
+                )
+            out_ThK = out[0] if len(out) == 1 else jnp.concatenate(out)
+            return out_ThK.astype(query_ThK.dtype), pools
+
+        attend = on_device
+        if self.mesh is not None:
+            P = PartitionSpec
+            rank, heads, pool = P("dp"), P("dp", GROUP), P("dp", None, GROUP)
+            kv = heads if split.divides else rank
+            attend = jax.shard_map(
+                on_device,
+                mesh=self.mesh,
+                in_specs=(pool, heads, kv, kv, P(GROUP), rank, rank, rank, rank, rank),
+                out_specs=(heads, pool),
+                check_vma=False,  # the kernels' outputs carry no replication types
+            )
+        out_THK, (self.key_pages, self.value_pages) = attend(
+            (self.key_pages, self.value_pages),
+            query_THK,
+            key_TGK,
+            value_TGK,
+            sinks_H,
+            self.page_table_SN,
+            self.position_T,
+            self.slot_T,
+            self.context_len_R,
+            self.blocks,
+        )
+        return out_THK
+
+
+def _write_address(
+    table_SN: jax.Array,
+    position_T: jax.Array,
+    slot_T: jax.Array,
+    page_offset: int,
+    page_size: int,
+    pool_pages: int,
+) -> tuple[jax.Array, jax.Array]:
+    """(page, row in page) of each token. Padding gets pages past the pool, all different.
+
+    Different, so that the scatter may be told that its indices are unique.
+    """
+    page_T = table_SN[jnp.maximum(slot_T, 0), position_T // page_size]
+    nowhere_T = pool_pages + jnp.arange(page_T.shape[0], dtype=page_T.dtype)
+    page_T = jnp.where((slot_T >= 0) & (page_T >= 0), page_T + page_offset, nowhere_T)
+    return page_T, position_T % page_size
+
+
+class Attention(nnx.Module):
+    """Self-attention of one layer: projections, optional q/k norm, rotation, paged attention, output.
+
+    Weights keep heads apart ([H, K, D] for queries) so that a mesh splits whole heads.
+
+    Args:
+        name: of the checkpoint's module, such as `model.layers.0.self_attn`.
+        scale: of the scores; by default head_dim ** -0.5.
+        window: tokens attended, the own one included; None is all.
+        qk_norm_eps: when given, queries and keys are RMS-normalized per head before rotation.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: int,
+        *,
+        hidden: int,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rope: Rope,
+        dtype: DTypeLike,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm_eps: float | None = None,
+        norm_offset: float = 0.0,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+    ):
+        D, H, G, K = hidden, num_q_heads, num_kv_heads, head_dim
+        self.layer = layer
+        self.rope = rope
+        self.scale = K**-0.5 if scale is None else scale
+        self.window = window
+        self.softcap = softcap
+
+        q_axes, kv_axes = ("q_heads", None, "embed"), ("kv_heads", None, "embed")
+        self.q = weight((H, K, D), q_axes, f"{name}.q_proj.weight", dtype=dtype)
+        self.k = weight((G, K, D), kv_axes, f"{name}.k_proj.weight", dtype=dtype)
+        self.v = weight((G, K, D), kv_axes, f"{name}.v_proj.weight", dtype=dtype)
+        self.o = weight((D, H, K), ("embed", "q_heads", None), f"{name}.o_proj.weight", dtype=dtype)
+        bias, norm = (
+            partial(weight, dtype=dtype),
+            partial(RMSNorm, offset=norm_offset, axis=None, dtype=dtype),
+        )
+        self.q_bias = bias((H, K), q_axes[:2], f"{name}.q_proj.bias") if qkv_bias else None
+        self.k_bias = bias((G, K), kv_axes[:2], f"{name}.k_proj.bias") if qkv_bias else None
+        self.v_bias = bias((G, K), kv_axes[:2], f"{name}.v_proj.bias") if qkv_bias else None
+        self.o_bias = bias((D,), ("embed",), f"{name}.o_proj.bias") if out_bias else None
+        self.q_norm = None if qk_norm_eps is None else norm(f"{name}.q_norm", K, eps=qk_norm_eps)
+        self.k_norm = None if qk_norm_eps is None else norm(f"{name}.k_norm", K, eps=qk_norm_eps)
+
+    def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
+        query_THK = project("td,hkd->thk", hidden_TD, self.q, self.q_bias)
+        key_TGK = project("td,gkd->tgk", hidden_TD, self.k, self.k_bias)
+        value_TGK = project("td,gkd->tgk", hidden_TD, self.v, self.v_bias)
+        if self.q_norm is not None and self.k_norm is not None:
+            query_THK, key_TGK = self.q_norm(query_THK), self.k_norm(key_TGK)
+        rotation = step.rope(self.rope)
+        out_THK = step.attend(
+            self.layer,
+            rotation.rotate(query_THK),
+            rotation.rotate(key_TGK),
+            value_TGK,
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+        )
+        return project("thk,dhk->td", out_THK, self.o, self.o_bias)

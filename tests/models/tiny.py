@@ -1,0 +1,139 @@
+"""Tiny recorded checkpoints, loaded into models and driven through a step context.
+
+The loader here reads safetensors in a few lines on purpose: these tests are about the models, and
+the product's streaming loader has its own.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import load_file
+
+from jaxserve.layers.attention import StepContext, pool_layout
+from jaxserve.models import resolve
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+FAMILIES = ("llama", "llama3_tied", "qwen2", "qwen3", "mistral", "gemma3")
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What tools/make_golden.py recorded: per prompt its tokens, logits [T, V], greedy tokens, margins."""
+
+    prompts: list[np.ndarray]
+    logits: list[np.ndarray]
+    greedy: np.ndarray
+    margin: np.ndarray
+
+    @classmethod
+    def read(cls, family: str) -> "Golden":
+        file = np.load(GOLDEN / family / "golden.npz")
+        prompts = [row[row >= 0] for row in file["prompt_NT"]]
+        ends = np.cumsum([len(prompt) for prompt in prompts])
+        logits = np.split(file["logits_XV"], ends[:-1])
+        return cls(prompts, logits, file["greedy_NO"], file["margin_NO"])
+
+
+def load_tiny(family: str, dtype=jnp.float32) -> nnx.Module:
+    """The recorded checkpoint of a family as a model with weights."""
+    config = json.loads((GOLDEN / family / "config.json").read_text())
+    model = resolve(config)(config, dtype)
+    fill(model, load_file(GOLDEN / family / "model.safetensors"))
+    return model
+
+
+def fill(model: nnx.Module, tensors: dict[str, np.ndarray]) -> None:
+    """Replaces every abstract parameter by its checkpoint tensors."""
+    for _, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        sources = [tensors[name] for name in param.sources]
+        array = param.assemble(*sources) if param.assemble else sources[0]
+        want = param.get_value()
+        param.set_value(jnp.asarray(array.reshape(want.shape), want.dtype))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one sequence that a step computes, from position `start` on."""
+
+    slot: int
+    start: int
+    tokens: np.ndarray
+
+
+class TinyEngine:
+    """Runs steps of decode rows and prefill chunks over a pool whose pages are in random order."""
+
+    page_size, block_size = 8, 16
+    num_slots, pages_per_slot = 6, 24
+
+    def __init__(self, model, *, mesh=None, ranks=1, seed=0):
+        self.model, self.mesh, self.ranks = model, mesh, ranks
+        self.num_pages = self.num_slots * self.pages_per_slot + 5
+        self.shape, self.spec = pool_layout(
+            model.kv, model.num_q_heads, num_pages=self.num_pages, page_size=self.page_size, mesh=mesh
+        )
+        rng = np.random.default_rng(seed)
+        used = self.num_slots * self.pages_per_slot
+        tables = [rng.permutation(self.num_pages)[:used].reshape(self.num_slots, -1) for _ in range(ranks)]
+        self.page_table = np.concatenate(tables).astype(np.int32)
+        # A page that was never written holds NaN, so that reading one shows.
+        self.pools = [jnp.full(self.shape, jnp.nan, jnp.float32) for _ in range(2)]
+        self._forward = jax.jit(self._trace, static_argnames="R", donate_argnums=(1,))
+
+    def step(self, decode: list[list[Chunk]], prefill: list[list[Chunk]], R: int, P: int):
+        """Runs one step; a list per rank. Returns each rank's logits [R + P, V]."""
+        ranks = [self._pack(d, p, R, P) for d, p in zip(decode, prefill, strict=True)]
+        arrays = {name: np.concatenate([rank[name] for rank in ranks]) for name in ranks[0]}
+        params = nnx.state(self.model, nnx.Param)
+        logits, self.pools = self._forward(params, self.pools, arrays, R=R)
+        return np.split(np.asarray(logits), self.ranks)
+
+    def _trace(self, params, pools, arrays, R):
+        model = nnx.merge(nnx.graphdef(self.model), params)
+        token_T = arrays.pop("token_T")
+        step = StepContext(
+            key_pages=pools[0],
+            value_pages=pools[1],
+            page_table_SN=jnp.asarray(self.page_table),
+            R=R,
+            block_size=self.block_size,
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+            mesh=self.mesh,
+            **arrays,
+        )
+        logits_TV = model.logits(model(token_T, step))
+        return logits_TV, [step.key_pages, step.value_pages]
+
+    def _pack(self, decode: list[Chunk], prefill: list[Chunk], R: int, P: int) -> dict[str, np.ndarray]:
+        B = P // self.block_size + len(self.page_table)
+        token, position = np.zeros(R + P, np.int32), np.zeros(R + P, np.int32)
+        slot, context_len = np.full(R + P, -1, np.int32), np.zeros(R, np.int32)
+        blocks = np.zeros((4, B), np.int32)
+        for row, chunk in enumerate(decode):
+            token[row], position[row], slot[row] = chunk.tokens[0], chunk.start, chunk.slot
+            context_len[row] = chunk.start + 1
+        at, block = R, 0
+        for chunk in prefill:
+            n = len(chunk.tokens)
+            token[at : at + n], slot[at : at + n] = chunk.tokens, chunk.slot
+            position[at : at + n] = chunk.start + np.arange(n)
+            for first in range(0, n, self.block_size):
+                length = min(self.block_size, n - first)
+                blocks[:, block] = chunk.slot, at - R + first, length, chunk.start + first
+                block += 1
+            at += n
+        assert at <= R + P
+        names = ("block_slot_B", "block_start_B", "block_len_B", "block_pos_B")
+        return {
+            "token_T": token,
+            "position_T": position,
+            "slot_T": slot,
+            "context_len_R": context_len,
+            **dict(zip(names, blocks, strict=True)),
+        }
