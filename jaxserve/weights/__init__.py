@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jaxserve.weights.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from jaxserve.weights.fill import load, load_dummy
+from jaxserve.weights.gguf import GGUFCheckpoint
 from jaxserve.weights.safetensors import SafetensorsCheckpoint
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorInfo", "load", "load_dummy", "open_checkpoint"]
@@ -24,6 +25,12 @@ def open_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint
     Raises: CheckpointError when it is none of these, or is damaged or incomplete.
     """
     local = Path(path).expanduser()
+    if local.is_file():
+        if local.suffix != ".gguf":
+            raise CheckpointError(
+                f"{path}: a single file must be a .gguf; for safetensors name its directory"
+            )
+        return GGUFCheckpoint(local)
     if local.is_dir():
         return SafetensorsCheckpoint(local)
     raise CheckpointError(f"{path}: no such file or directory, and not a hub id of the form owner/name")
