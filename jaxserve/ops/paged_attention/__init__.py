@@ -13,7 +13,8 @@ takes weight and gives nothing.
 
 import jax
 
-from jaxserve.ops.paged_attention import reference
+from jaxserve.ops import backend
+from jaxserve.ops.paged_attention import fast, reference
 
 
 def decode(
@@ -37,7 +38,9 @@ def decode(
     """
     options = dict(page_offset=page_offset, scale=scale, window=window, softcap=softcap, sinks_H=sinks_H)
     arrays = (query_RHK, key_pages, value_pages, page_table_SN, slot_R, context_len_R)
-    return reference.decode(*arrays, **options)
+    if (chosen := backend.chosen()) == "reference":
+        return reference.decode(*arrays, **options)
+    return fast.decode(*arrays, **options, interpret=chosen == "interpret")
 
 
 def prefill(
@@ -73,4 +76,6 @@ def prefill(
     )
     blocks = (block_slot_B, block_start_B, block_len_B, block_pos_B)
     arrays = (query_PHK, key_pages, value_pages, page_table_SN, *blocks)
-    return reference.prefill(*arrays, **options)
+    if (chosen := backend.chosen()) == "reference":
+        return reference.prefill(*arrays, **options)
+    return fast.prefill(*arrays, **options, interpret=chosen == "interpret")

@@ -4,7 +4,6 @@ Both functions walk the keys in blocks of whole pages with an online softmax in 
 is bounded by one block and work follows the longest context present, not the page table's width.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 

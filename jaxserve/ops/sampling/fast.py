@@ -46,8 +46,8 @@ def kept(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, *, bits: int | Non
 
 
 def _ordered(value):
-    """float32 as uint32 of the same order (-0 below 0, which no sum can tell apart)."""
-    word = lax.bitcast_convert_type(value, jnp.uint32)
+    """float32 as uint32 of the same order; -0 equals 0."""
+    word = lax.bitcast_convert_type(jnp.where(value == 0, jnp.float32(0), value), jnp.uint32)
     return jnp.where(word >> 31 == 1, ~word, word | jnp.uint32(1 << 31))
 
 
