@@ -1,29 +1,26 @@
-"""The pre-norm transformer block that Llama, Mistral and Qwen share."""
+"""Transformer blocks: how attention and feed-forward join the residual stream."""
 
 from collections.abc import Callable
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import StepContext
+from jaxserve.layers.attention import Attention, StepContext
 from jaxserve.layers.norm import RMSNorm
 
 Feed = Callable[[jax.Array], jax.Array]
 
 
 class PreNormBlock(nnx.Module):
-    """hidden + attention(norm(hidden)), then hidden + feed_forward(norm(hidden))."""
+    """Norms before attention and feed-forward (Llama, Mistral, Qwen)."""
 
     def __init__(
-        self,
-        attention_norm: RMSNorm,
-        attention: Callable[[jax.Array, StepContext], jax.Array],
-        feed_norm: RMSNorm,
-        feed: Feed,
+        self, name: str, attention: Attention, feed: Feed, *, hidden: int, eps: float, dtype: DTypeLike
     ):
-        self.attention_norm = attention_norm
+        self.attention_norm = RMSNorm(f"{name}.input_layernorm", hidden, eps=eps, dtype=dtype)
         self.attention = attention
-        self.feed_norm = feed_norm
+        self.feed_norm = RMSNorm(f"{name}.post_attention_layernorm", hidden, eps=eps, dtype=dtype)
         self.feed = feed
 
     def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:

@@ -46,6 +46,11 @@ class Dimensions:
             max_position=need(config, "max_position_embeddings"),
         )
 
+    @property
+    def heads(self) -> dict[str, int]:
+        """As the keywords of `Attention`."""
+        return {"hidden": self.D, "num_q_heads": self.H, "num_kv_heads": self.G, "head_dim": self.K}
+
 
 def need(config: dict[str, Any], key: str) -> Any:
     if config.get(key) is None:
@@ -64,7 +69,7 @@ def one_of(config: dict[str, Any], key: str, valid: Collection[Any], default: An
 
 
 def rope_and_reach(config: dict[str, Any], size: Dimensions) -> tuple[Rope, int]:
-    """The rotary embedding of all layers, and the longest sequence it was made for.
+    """The rotary embedding of all layers, and the longest sequence it was made for (tokens).
 
     A YaRN file may still say the unscaled length in `max_position_embeddings`.
     """
@@ -97,3 +102,11 @@ def windows(config: dict[str, Any], size: Dimensions, sliding: list[bool]) -> li
         return [None] * size.num_layers
     window = need(config, "sliding_window")
     return [window if slides else None for slides in sliding]
+
+
+def upper_layer_windows(config: dict[str, Any], size: Dimensions) -> list[int | None]:
+    """Qwen's rule: no window unless `use_sliding_window`, then on layers from `max_window_layers` on."""
+    if not config.get("use_sliding_window", False):
+        return [None] * size.num_layers
+    first = config.get("max_window_layers", 28)
+    return windows(config, size, [layer >= first for layer in range(size.num_layers)])

@@ -21,39 +21,29 @@ class LlamaForCausalLM(nnx.Module):
         size = Dimensions.read(hf_config)
         rope, self.max_position = rope_and_reach(hf_config, size)
         activation = one_of(hf_config, "hidden_act", ("silu",), "silu")
-        attention_bias = hf_config.get("attention_bias", False)
-        mlp_bias = hf_config.get("mlp_bias", False)
+        attention_bias, mlp_bias = hf_config.get("attention_bias", False), hf_config.get("mlp_bias", False)
         tied = hf_config.get("tie_word_embeddings", False)
 
         self.kv = KVSpec(size.num_layers, size.G, size.K)
-        self.num_q_heads = size.H
-        self.vocab_size = size.V
-
-        def norm(name: str) -> RMSNorm:
-            return RMSNorm(name, size.D, eps=size.eps, dtype=dtype)
+        self.num_q_heads, self.vocab_size = size.H, size.V
 
         def block(layer: int) -> PreNormBlock:
             name = f"model.layers.{layer}"
             attention = Attention(
                 f"{name}.self_attn",
                 layer,
-                hidden=size.D,
-                num_q_heads=size.H,
-                num_kv_heads=size.G,
-                head_dim=size.K,
                 rope=rope,
                 qkv_bias=attention_bias,
                 out_bias=attention_bias,
                 dtype=dtype,
+                **size.heads,
             )
             mlp = GatedMLP(f"{name}.mlp", size.D, size.F, activation=activation, bias=mlp_bias, dtype=dtype)
-            return PreNormBlock(
-                norm(f"{name}.input_layernorm"), attention, norm(f"{name}.post_attention_layernorm"), mlp
-            )
+            return PreNormBlock(name, attention, mlp, hidden=size.D, eps=size.eps, dtype=dtype)
 
         self.vocabulary = Vocabulary("model.", size.V, size.D, tied=tied, dtype=dtype)
         self.blocks = nnx.List([block(layer) for layer in range(size.num_layers)])
-        self.norm = norm("model.norm")
+        self.norm = RMSNorm("model.norm", size.D, eps=size.eps, dtype=dtype)
 
     def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
         hidden_TD = self.vocabulary.embed(token_T)
