@@ -7,6 +7,7 @@ model is known here: the caller says which sharding each parameter gets.
 import re
 from pathlib import Path
 
+from jaxserve.weights import orbax
 from jaxserve.weights.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from jaxserve.weights.fill import load, load_dummy
 from jaxserve.weights.gguf import GGUFCheckpoint
@@ -32,5 +33,11 @@ def open_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint
             )
         return GGUFCheckpoint(local)
     if local.is_dir():
+        if (local / orbax.MANIFEST).exists():
+            return orbax.OrbaxCheckpoint(local)
+        if (local / orbax.BEGUN).exists():
+            raise CheckpointError(
+                f"{path}: its conversion was interrupted; run tools.convert_checkpoint again to complete it"
+            )
         return SafetensorsCheckpoint(local)
     raise CheckpointError(f"{path}: no such file or directory, and not a hub id of the form owner/name")
