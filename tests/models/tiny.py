@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from safetensors.numpy import load_file
 
 from jaxserve.layers.attention import StepContext, pool_layout
+from jaxserve.mesh import Layout, make_mesh, rules, weight_sharding
 from jaxserve.models import resolve
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -71,35 +73,44 @@ class TinyEngine:
     page_size, block_size = 8, 16
     num_slots, pages_per_slot = 6, 24
 
-    def __init__(self, model, *, mesh=None, ranks=1, seed=0):
-        self.model, self.mesh, self.ranks = model, mesh, ranks
+    def __init__(self, model: nnx.Module, *, layout: Layout | None = None, seed: int = 0):
+        self.ranks = layout.dp if layout else 1
+        self.mesh = make_mesh(layout, jax.devices()) if layout else None
         self.num_pages = self.num_slots * self.pages_per_slot + 5
-        self.shape, self.spec = pool_layout(
-            model.kv, model.num_q_heads, num_pages=self.num_pages, page_size=self.page_size, mesh=mesh
+        shape, spec = pool_layout(
+            model.kv, model.num_q_heads, num_pages=self.num_pages, page_size=self.page_size, mesh=self.mesh
         )
         rng = np.random.default_rng(seed)
         used = self.num_slots * self.pages_per_slot
-        tables = [rng.permutation(self.num_pages)[:used].reshape(self.num_slots, -1) for _ in range(ranks)]
-        self.page_table = np.concatenate(tables).astype(np.int32)
+        tables = [rng.permutation(self.num_pages)[:used] for _ in range(self.ranks)]
+        self.page_table = np.concatenate(tables).reshape(-1, self.pages_per_slot).astype(np.int32)
         # A page that was never written holds NaN, so that reading one shows.
-        self.pools = [jnp.full(self.shape, jnp.nan, jnp.float32) for _ in range(2)]
+        self.pools = [jnp.full(shape, jnp.nan, jnp.float32) for _ in range(2)]
+        self.structure, self.params = nnx.split(model)
+        if layout:
+            heads = {"num_q_heads": model.num_q_heads, "num_kv_heads": model.kv.num_kv_heads}
+            table = rules(layout, vocab_size=model.vocab_size, **heads)
+            shardings = nnx.map_state(
+                lambda path, param: param.replace(weight_sharding(self.mesh, table, param)), self.params
+            )
+            self.params = jax.device_put(self.params, shardings)
+            self.pools = jax.device_put(self.pools, NamedSharding(self.mesh, spec))
         self._forward = jax.jit(self._trace, static_argnames="R", donate_argnums=(1,))
 
     def step(self, decode: list[list[Chunk]], prefill: list[list[Chunk]], R: int, P: int):
         """Runs one step; a list per rank. Returns each rank's logits [R + P, V]."""
         ranks = [self._pack(d, p, R, P) for d, p in zip(decode, prefill, strict=True)]
         arrays = {name: np.concatenate([rank[name] for rank in ranks]) for name in ranks[0]}
-        params = nnx.state(self.model, nnx.Param)
-        logits, self.pools = self._forward(params, self.pools, arrays, R=R)
+        arrays["page_table_SN"] = self.page_table
+        logits, self.pools = self._forward(self.params, self.pools, arrays, R=R)
         return np.split(np.asarray(logits), self.ranks)
 
     def _trace(self, params, pools, arrays, R):
-        model = nnx.merge(nnx.graphdef(self.model), params)
+        model = nnx.merge(self.structure, params)
         token_T = arrays.pop("token_T")
         step = StepContext(
             key_pages=pools[0],
             value_pages=pools[1],
-            page_table_SN=jnp.asarray(self.page_table),
             R=R,
             block_size=self.block_size,
             num_pages=self.num_pages,
@@ -111,7 +122,7 @@ class TinyEngine:
         return logits_TV, [step.key_pages, step.value_pages]
 
     def _pack(self, decode: list[Chunk], prefill: list[Chunk], R: int, P: int) -> dict[str, np.ndarray]:
-        B = P // self.block_size + len(self.page_table)
+        B = P // self.block_size + self.num_slots
         token, position = np.zeros(R + P, np.int32), np.zeros(R + P, np.int32)
         slot, context_len = np.full(R + P, -1, np.int32), np.zeros(R, np.int32)
         blocks = np.zeros((4, B), np.int32)
