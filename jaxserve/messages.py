@@ -54,7 +54,7 @@ class Call(msgspec.Struct, frozen=True, tag=True):
 
     flush_cache: forget every unused cached prefix; refused while requests run.
     loads: one dict a data-parallel rank, with the keys of `/v1/loads`.
-    stats: counters and gauges for `/metrics`.
+    stats: counters since the start, for `/metrics`: see `jaxserve.engine.stats.Stats.snapshot`.
     """
 
     call_id: int
@@ -121,6 +121,8 @@ class Info(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     vocab_size: int
     context_len: int
     eos_token_ids: list[int]
+    tokenizer_dir: str  # files of the tokenizer and the chat template
+    generation_config: dict[str, Any]  # the model's own sampling defaults
     page_size: int
     max_total_num_tokens: int  # KV capacity of the instance in tokens, all dp ranks
     max_req_len: int  # the longest prompt plus output one request may have
@@ -163,7 +165,8 @@ class EngineClient(Protocol):
     def generate(self, request: Generate) -> AsyncIterator[Output]:
         """Submit at once; yield the request's outputs up to and with the one that has `finish`.
 
-        Closing the iterator early aborts the request. Raises EngineDeadError when the engine is gone.
+        Closing the iterator early aborts the request. Raises EngineDeadError when the engine is gone,
+        EngineRefusal when the rid is in use by a running request.
         """
         ...
 
