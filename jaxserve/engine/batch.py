@@ -33,9 +33,12 @@ class Bucket:
 
     @property
     def num_blocks(self) -> int:
-        """Enough for any split of the prefill tokens over `chunks` prompts."""
+        """Enough for any split of the prefill tokens over `chunks` prompts, and never 0.
+
+        Partitioning a zero-sized array crashes XLA's CPU compiler (jaxlib 0.11.2).
+        """
         if not self.prefill_tokens:
-            return 0
+            return 1
         return min(self.prefill_tokens, self.prefill_tokens // self.block_size + self.chunks)
 
     @property

@@ -6,7 +6,6 @@ under `shard_map`; the rest is partitioned by XLA.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -65,13 +64,18 @@ def forward(
 ) -> tuple[jax.Array, ...]:
     """One step without sampling.
 
-    Returns the pools, the page table, the hidden states of the sample rows and those of the prefill
-    tokens (for prompt logprobs).
+    Returns the pools, the page table, the hidden states of the sample rows and, when the bucket has
+    any, those of the prefill tokens (for prompt logprobs).
     """
     f = packing.unpack(packed_RM)
     table_SN = per_rank(mesh, _set_entries, table_SN, f["update_slot"], f["update_index"], f["update_page"])
     last_R = per_rank(mesh, lambda last, slot: last[jnp.maximum(slot, 0)], last_token_S, f["row_slot"])
-    join = partial(per_rank, mesh, lambda row, token: jnp.concatenate([row, token]))
+
+    def join(row_R: jax.Array, token_P: jax.Array) -> jax.Array:
+        if not bucket.prefill_tokens:
+            return row_R
+        return per_rank(mesh, lambda row, token: jnp.concatenate([row, token]), row_R, token_P)
+
     token_T = join(last_R, f["token"])
     step = StepContext(
         key_pages=key_pages,
@@ -92,8 +96,10 @@ def forward(
     )
     hidden_TD = model.call(leaves)(token_T, step)
     samples_SD = per_rank(mesh, lambda hidden, index: hidden[index], hidden_TD, f["sample_index"])
-    prefill_PD = per_rank(mesh, lambda hidden: hidden[bucket.rows :], hidden_TD)
-    return step.key_pages, step.value_pages, table_SN, samples_SD, prefill_PD
+    out = step.key_pages, step.value_pages, table_SN, samples_SD
+    if not bucket.prefill_tokens:
+        return out
+    return *out, per_rank(mesh, lambda hidden: hidden[bucket.rows :], hidden_TD)
 
 
 def _set_entries(table_SN: jax.Array, slot_U: jax.Array, index_U: jax.Array, page_U: jax.Array) -> jax.Array:

@@ -111,7 +111,7 @@ class Runner:
                 if batch.needs_slot_state(request):
                     self._prepare(request)
         packed = batch.pack_forward(bucket, self._forward_packing[bucket], plan.ranks)
-        self._key_pages, self._value_pages, self._table, samples, prefill = self._programs[bucket](
+        self._key_pages, self._value_pages, self._table, samples, *prefill = self._programs[bucket](
             self._leaves, self._key_pages, self._value_pages, self._table, self._last_token, self._put(packed)
         )
         requests = [request for rank in plan.ranks for request in rank.sampled]
@@ -119,7 +119,7 @@ class Runner:
         scored = None
         if any(chunk.request.wants_prompt_logprobs for rank in plan.ranks for chunk in rank.chunks):
             packed = batch.pack_score(bucket, self._score_packing[bucket], plan.ranks)
-            scored = self._programs["score", bucket](self._leaves, prefill, self._put(packed))
+            scored = self._programs["score", bucket](self._leaves, *prefill, self._put(packed))
         for array in [*sampled.values(), *(scored or {}).values()]:
             array.copy_to_host_async()
         return Step(plan, bucket, sampled, scored)
@@ -216,8 +216,13 @@ class Runner:
             )
             args = (leaves, keys, values, table, last, packed(packing))
             pool = keys.sharding
-            tasks[b] = (function, args, (1, 2, 3), (pool, pool, rank, rank, rank))
-            width = width or jax.eval_shape(function, *args)[-1]
+            tasks[b] = (
+                function,
+                args,
+                (1, 2, 3),
+                (pool, pool, rank, rank, *([rank] if b.prefill_tokens else [])),
+            )
+            width = width or jax.eval_shape(function, *args)[3]
             if b.prefill_tokens:
                 packing = self._score_packing[b]
                 function = partial(programs.score, self._model, packing, self._map_mesh)
