@@ -233,9 +233,9 @@ class Attention(nnx.Module):
         self.k_norm = None if qk_norm_eps is None else norm(f"{name}.k_norm", K, eps=qk_norm_eps)
 
     def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
-        query_THK = project("td,hkd->thk", hidden_TD, self.q, self.q_bias)
-        key_TGK = project("td,gkd->tgk", hidden_TD, self.k, self.k_bias)
-        value_TGK = project("td,gkd->tgk", hidden_TD, self.v, self.v_bias)
+        query_THK = project(hidden_TD, self.q, self.q_bias)
+        key_TGK = project(hidden_TD, self.k, self.k_bias)
+        value_TGK = project(hidden_TD, self.v, self.v_bias)
         if self.q_norm is not None and self.k_norm is not None:
             query_THK, key_TGK = self.q_norm(query_THK), self.k_norm(key_TGK)
         rotation = step.rope(self.rope)
@@ -248,4 +248,4 @@ class Attention(nnx.Module):
             window=self.window,
             softcap=self.softcap,
         )
-        return project("thk,dhk->td", out_THK, self.o, self.o_bias)
+        return project(out_THK, self.o, self.o_bias)

@@ -47,7 +47,7 @@ class Vocabulary(nnx.Module):
     def logits(self, hidden_RD: jax.Array) -> jax.Array:
         """float32 logits [R, V]."""
         matrix = self.embedding if self.head is None else self.head
-        logits_RV = project("rd,vd->rv", hidden_RD, matrix, out_dtype=jnp.float32)
+        logits_RV = project(hidden_RD, matrix, out_dtype=jnp.float32)
         if self.softcap is None:
             return logits_RV
         return jnp.tanh(logits_RV / self.softcap) * self.softcap

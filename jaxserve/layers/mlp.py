@@ -41,7 +41,7 @@ class GatedMLP(nnx.Module):
         self.down_bias = declare((hidden,), ("embed",), f"{name}.down_proj.bias") if bias else None
 
     def __call__(self, hidden_TD: jax.Array) -> jax.Array:
-        gate_TF = project("td,fd->tf", hidden_TD, self.gate, self.gate_bias)
-        up_TF = project("td,fd->tf", hidden_TD, self.up, self.up_bias)
+        gate_TF = project(hidden_TD, self.gate, self.gate_bias)
+        up_TF = project(hidden_TD, self.up, self.up_bias)
         inner_TF = ACTIVATIONS[self.activation](gate_TF) * up_TF
-        return project("tf,df->td", inner_TF, self.down, self.down_bias)
+        return project(inner_TF, self.down, self.down_bias)
