@@ -4,18 +4,15 @@
 model is known here: the caller says which sharding each parameter gets.
 """
 
-import re
 from pathlib import Path
 
-from jaxserve.weights import orbax
+from jaxserve.weights import hub, orbax
 from jaxserve.weights.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from jaxserve.weights.fill import load, load_dummy
 from jaxserve.weights.gguf import GGUFCheckpoint
 from jaxserve.weights.safetensors import SafetensorsCheckpoint
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorInfo", "load", "load_dummy", "open_checkpoint"]
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def open_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint:
@@ -40,4 +37,6 @@ def open_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint
                 f"{path}: its conversion was interrupted; run tools.convert_checkpoint again to complete it"
             )
         return SafetensorsCheckpoint(local)
+    if hub.is_hub_id(str(path)):
+        return SafetensorsCheckpoint(hub.download(str(path), revision))
     raise CheckpointError(f"{path}: no such file or directory, and not a hub id of the form owner/name")

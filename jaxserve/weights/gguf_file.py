@@ -7,6 +7,7 @@ block sizes and the dequantisers.
 Source: the GGUF specification, version 3.
 """
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class StoredTensor:
     @property
     def num_rows(self) -> int:
         """Product of all dimensions but the last."""
-        return int(np.prod(self.shape[:-1], dtype=np.int64))
+        return math.prod(self.shape[:-1])
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the tensor seen as [num_rows, last dimension], dequantised."""
@@ -130,6 +131,8 @@ def read_gguf(path: Path) -> GGUFFile:
                 f"{path}: damaged or truncated GGUF header at byte {reader.at} of {file_bytes}: {error}"
             ) from error
         alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise CheckpointError(f"{path}: general.alignment is {alignment!r}, expected a positive number")
         data_start = -(-reader.at // alignment) * alignment
     tensors = {}
     for name, shape, type_number, offset in entries:

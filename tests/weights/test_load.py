@@ -14,7 +14,10 @@ from jaxserve.layers.weight import weight
 from jaxserve.weights import CheckpointError, load, load_dummy, open_checkpoint
 from tests.weights.tiny import write_directory
 
-REPLICATED = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("tp",)), PartitionSpec())
+
+def on_devices(count, *spec):
+    """A sharding over the first `count` of the eight CPU devices."""
+    return NamedSharding(Mesh(np.array(jax.devices()[:count]), ("tp",)), PartitionSpec(*spec))
 
 
 class Model(nnx.Module):
@@ -22,9 +25,14 @@ class Model(nnx.Module):
         self.weights = nnx.List(weights)
 
 
-def fill(model, checkpoint, shardings=lambda param: REPLICATED):
+def fill(model, checkpoint, sharding=None):
     seen = []
-    load(model, checkpoint, shardings, lambda done, total: seen.append((done, total)))
+    load(
+        model,
+        checkpoint,
+        lambda param: sharding or on_devices(1),
+        lambda done, total: seen.append((done, total)),
+    )
     return seen
 
 
@@ -51,10 +59,6 @@ def test_bfloat16_is_loaded_bit_for_bit(tmp_path):
 
 
 def test_a_device_reads_only_its_own_rows(tmp_path):
-    devices = jax.devices()
-    if len(devices) < 2:
-        pytest.skip("needs two devices; tests/conftest.py asks XLA for eight on CPU")
-    mesh = Mesh(np.array(devices[:2]), ("tp",))
     values = np.arange(32, dtype=np.float32).reshape(8, 4)
     write_directory(tmp_path, {"q.weight": values})
     checkpoint = open_checkpoint(tmp_path)
@@ -62,26 +66,21 @@ def test_a_device_reads_only_its_own_rows(tmp_path):
     read = checkpoint.read
     checkpoint.read = lambda name, index=None: reads.append(index) or read(name, index)
     model = Model(weight((2, 4, 4), ("q_heads", None, None), "q.weight", dtype=jnp.float32))
-    fill(model, checkpoint, lambda param: NamedSharding(mesh, PartitionSpec("tp")))
+    fill(model, checkpoint, on_devices(2, "tp"))
     assert reads == [(slice(0, 4), slice(0, 4)), (slice(4, 8), slice(0, 4))]
     np.testing.assert_array_equal(np.asarray(model.weights[0][...]), values.reshape(2, 4, 4))
 
 
 def test_sharding_an_inner_split_dimension_gives_the_same_array(tmp_path):
-    devices = jax.devices()
-    if len(devices) < 2:
-        pytest.skip("needs two devices; tests/conftest.py asks XLA for eight on CPU")
-    mesh = Mesh(np.array(devices[:2]), ("tp",))
     values = np.arange(32, dtype=np.float32).reshape(8, 4)
     write_directory(tmp_path, {"q.weight": values})
-    for spec in (PartitionSpec(None, "tp"), PartitionSpec(None, None, "tp")):
+    for spec in ((None, "tp"), (None, None, "tp")):
         model = Model(weight((2, 4, 4), (None, None, None), "q.weight", dtype=jnp.float32))
-        fill(model, open_checkpoint(tmp_path), lambda param, spec=spec: NamedSharding(mesh, spec))
+        fill(model, open_checkpoint(tmp_path), on_devices(2, *spec))
         np.testing.assert_array_equal(np.asarray(model.weights[0][...]), values.reshape(2, 4, 4))
 
 
 def test_sources_are_assembled_once_however_many_devices_there_are(tmp_path):
-    mesh = Mesh(np.array(jax.devices()[:2]), ("tp",))
     a, b = np.full((2, 4), 1, np.float32), np.full((2, 4), 2, np.float32)
     write_directory(tmp_path, {"a.weight": a, "b.weight": b})
     calls = []
@@ -91,7 +90,7 @@ def test_sources_are_assembled_once_however_many_devices_there_are(tmp_path):
         return np.stack(sources)
 
     model = Model(weight((2, 2, 4), (None,) * 3, "a.weight", "b.weight", dtype=jnp.float32, assemble=stack))
-    fill(model, open_checkpoint(tmp_path), lambda param: NamedSharding(mesh, PartitionSpec("tp")))
+    fill(model, open_checkpoint(tmp_path), on_devices(2, "tp"))
     assert calls == [2]
     np.testing.assert_array_equal(np.asarray(model.weights[0][...]), np.stack([a, b]))
 
@@ -184,7 +183,7 @@ def dummy_model(shape=(64, 48)):
 
 def test_dummy_weights_have_fan_in_scale_and_norms_of_one():
     model = dummy_model()
-    load_dummy(model, lambda param: REPLICATED, 0, lambda done, total: None)
+    load_dummy(model, lambda param: on_devices(1), 0, lambda done, total: None)
     a, b, norm, bias, shifted = (np.asarray(w[...], np.float32) for w in model.weights)
     # 3072 uniform draws: the deviation's own relative error is below 1 %, five of them is 5 %.
     assert abs(a.std() * np.sqrt(48) - 1) < 0.05
@@ -195,9 +194,8 @@ def test_dummy_weights_have_fan_in_scale_and_norms_of_one():
 
 
 def test_dummy_weights_depend_on_the_seed_and_not_on_the_sharding():
-    mesh = Mesh(np.array(jax.devices()[:2]), ("tp",))
     draws = []
-    for seed, sharding in ((3, REPLICATED), (3, NamedSharding(mesh, PartitionSpec("tp"))), (4, REPLICATED)):
+    for seed, sharding in ((3, on_devices(1)), (3, on_devices(2, "tp")), (4, on_devices(1))):
         model = dummy_model()
         load_dummy(model, lambda param, s=sharding: s, seed, lambda done, total: None)
         draws.append(np.asarray(model.weights[0][...]))
