@@ -101,7 +101,7 @@ class Connection:
     def __init__(
         self, send: Callable[[ToEngine], None], on_progress: Callable[[Progress], None] | None = None
     ):
-        self._send = send
+        self.send = send
         self._on_progress = on_progress
         self._ready: asyncio.Future[Info] = asyncio.get_running_loop().create_future()
         self._streams: dict[str, OutputStream] = {}
@@ -129,12 +129,12 @@ class Connection:
         if request.rid in self._streams:
             raise EngineRefusal(f"rid {request.rid!r} is in use by a running request")
         stream = self._streams[request.rid] = OutputStream(self, request.rid)
-        self._send(request)
+        self.send(request)
         return stream
 
     async def abort(self, rids: list[str], all: bool = False) -> None:
         if not self.closed:
-            self._send(Abort(rids, all))
+            self.send(Abort(rids, all))
 
     async def call(self, method: Any) -> Any:
         if self.closed:
@@ -142,7 +142,7 @@ class Connection:
         self._next_call += 1
         answer = self._calls[self._next_call] = asyncio.get_running_loop().create_future()
         try:
-            self._send(Call(self._next_call, method))
+            self.send(Call(self._next_call, method))
             return await answer
         finally:
             del self._calls[self._next_call]
@@ -186,7 +186,7 @@ class Connection:
     def forget(self, rid: str) -> None:
         """A stream was left before its end: stop the request."""
         if self._streams.pop(rid, None) and not self.closed:
-            self._send(Abort([rid]))
+            self.send(Abort([rid]))
 
 
 class OutputStream(AsyncIterator[Output]):
@@ -204,11 +204,7 @@ class OutputStream(AsyncIterator[Output]):
     async def __anext__(self) -> Output:
         if self._ended:
             raise StopAsyncIteration
-        try:
-            item = await self._items.get()
-        except asyncio.CancelledError:
-            await self.aclose()
-            raise
+        item = await self._items.get()
         if isinstance(item, EngineDeadError):
             self._ended = True
             raise item
