@@ -71,6 +71,9 @@ def rope_parameters(hf_config: dict[str, Any], *, default_theta: float = 10_000.
     given = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
     kind = given.get("rope_type") or given.get("type") or "default"
     theta = given.get("rope_theta") or hf_config.get("rope_theta") or default_theta
+    if share := hf_config.get("partial_rotary_factor"):
+        given = {"partial_rotary_factor": share, **given}
+    given = {key: value for key, value in given.items() if value is not None}
     return {**given, "rope_type": kind, "rope_theta": float(theta)}
 
 

@@ -24,7 +24,16 @@ class UnknownArchitectureError(ConfigError):
 
 
 def resolve(hf_config: dict[str, Any]) -> type:
-    """The model class for a config.json. Raises UnknownArchitectureError."""
+    """The model class for a config.json.
+
+    Raises: UnknownArchitectureError; ConfigError for quantized weights, which no family reads yet.
+    """
+    if quantization := hf_config.get("quantization_config"):
+        method = quantization.get("quant_method")
+        raise ConfigError(
+            f"config.json: quantization_config with quant_method={method!r} is not supported; "
+            "use a checkpoint in bfloat16, float16 or float32"
+        )
     wanted = hf_config.get("architectures") or []
     families = _families()
     for name in wanted:

@@ -7,6 +7,7 @@ the product's streaming loader has its own.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +44,20 @@ class Golden:
 
 def load_tiny(family: str, dtype=jnp.float32) -> nnx.Module:
     """The recorded checkpoint of a family as a model with weights."""
-    config = json.loads((GOLDEN / family / "config.json").read_text())
+    return build(read_config(family), read_tensors(family), dtype)
+
+
+def read_config(family: str) -> dict[str, Any]:
+    return json.loads((GOLDEN / family / "config.json").read_text())
+
+
+def read_tensors(family: str) -> dict[str, np.ndarray]:
+    return load_file(GOLDEN / family / "model.safetensors")
+
+
+def build(config: dict[str, Any], tensors: dict[str, np.ndarray], dtype=jnp.float32) -> nnx.Module:
     model = resolve(config)(config, dtype)
-    fill(model, load_file(GOLDEN / family / "model.safetensors"))
+    fill(model, tensors)
     return model
 
 
@@ -73,7 +85,7 @@ class TinyEngine:
     page_size, block_size = 8, 16
     num_slots, pages_per_slot = 6, 24
 
-    def __init__(self, model: nnx.Module, *, layout: Layout | None = None, seed: int = 0):
+    def __init__(self, model: nnx.Module, *, layout: Layout | None = None, seed: int = 0, dtype=jnp.float32):
         self.ranks = layout.dp if layout else 1
         self.mesh = make_mesh(layout, jax.devices()) if layout else None
         self.num_pages = self.num_slots * self.pages_per_slot + 5
@@ -85,7 +97,7 @@ class TinyEngine:
         tables = [rng.permutation(self.num_pages)[:used] for _ in range(self.ranks)]
         self.page_table = np.concatenate(tables).reshape(-1, self.pages_per_slot).astype(np.int32)
         # A page that was never written holds NaN, so that reading one shows.
-        self.pools = [jnp.full(shape, jnp.nan, jnp.float32) for _ in range(2)]
+        self.pools = [jnp.full(shape, jnp.nan, dtype) for _ in range(2)]
         self.structure, self.params = nnx.split(model)
         if layout:
             heads = {"num_q_heads": model.num_q_heads, "num_kv_heads": model.kv.num_kv_heads}
