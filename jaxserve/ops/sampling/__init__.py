@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 
-def sample(logits_RV, uniform_R, temperature_R, top_k_R, top_p_R, min_p_R):
+def sample(logits_RV, uniform_R, temperature_R, top_k_R=None, top_p_R=None, min_p_R=None):
     """One token a row from the filtered distribution; [R] int32.
 
     Filters act on softmax(logits / temperature), each on what the one before left, renormalised:
@@ -30,6 +30,7 @@ def sample(logits_RV, uniform_R, temperature_R, top_k_R, top_p_R, min_p_R):
     - top_p keeps logits >= t, t the largest logit such that those hold at least top_p of the mass;
       1 keeps all.
     - min_p keeps probabilities >= min_p times the largest; 0 keeps all.
+    None instead of an array leaves a filter out of the program; top_k and top_p are the costly ones.
     Rows with temperature below 1e-6 or top_k 1 take the largest logit, the lowest id among equals.
     The draw inverts the cumulative distribution in id order at `uniform_R`, in [0, 1).
     """

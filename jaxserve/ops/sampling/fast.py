@@ -8,41 +8,60 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxserve.ops.sampling.rows import greedy, is_greedy, scaled
+from jaxserve.ops.sampling.rows import divisor, greedy, is_greedy
 
 
-def sample(logits_RV, uniform_R, temperature_R, top_k_R, top_p_R, min_p_R):
+def sample(logits_RV, uniform_R, temperature_R, top_k_R=None, top_p_R=None, min_p_R=None):
     """See `sampling.sample`."""
-    kept_RV = kept(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R)
-    drawn_R = _draw(jnp.where(kept_RV, scaled(logits_RV, temperature_R), -jnp.inf), uniform_R)
-    return jnp.where(is_greedy(temperature_R) | (top_k_R == 1), greedy(logits_RV), drawn_R)
+    least_R = _least_kept(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R)
+    token_R = _draw(logits_RV, uniform_R, temperature_R, least_R)
+    only_R = is_greedy(temperature_R) if top_k_R is None else is_greedy(temperature_R) | (top_k_R == 1)
+    return jnp.where(only_R, greedy(logits_RV), token_R)
 
 
 def sample_temperature(logits_RV, uniform_R, temperature_R):
     """See `sampling.sample_temperature`."""
-    drawn_R = _draw(scaled(logits_RV, temperature_R), uniform_R)
-    return jnp.where(is_greedy(temperature_R), greedy(logits_RV), drawn_R)
+    token_R = _draw(logits_RV, uniform_R, temperature_R, None)
+    return jnp.where(is_greedy(temperature_R), greedy(logits_RV), token_R)
 
 
-def kept(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, *, bits: int | None = None):
-    """Which tokens may be drawn, [R, V] bool; equal to `reference.kept` up to the rounding of sums.
+def kept(logits_RV, temperature_R, top_k_R=None, top_p_R=None, min_p_R=None, *, bits: int | None = None):
+    """Which tokens may be drawn, [R, V] bool; equal to `reference.kept` up to the rounding of sums."""
+    least_R = _least_kept(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, bits=bits)
+    return _ordered(logits_RV) >= least_R[:, None]
+
+
+# ---- thresholds ----
+
+
+def _least_kept(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, *, bits=None):
+    """The smallest logit that every filter keeps, as `_ordered`; [R] uint32. None is no filter.
 
     bits: of the threshold a pass settles. A pass makes 2**bits - 1 sums in one read on a GPU; the
     CPU makes one read a sum, so there 1 is the cheapest.
     """
-    V = logits_RV.shape[1]
-    bits = bits or (4 if jax.default_backend() == "gpu" else 1)
-    logits_RV = scaled(logits_RV, temperature_R)
+    R, V = logits_RV.shape
+    bits = bits or (2 if jax.default_backend() == "gpu" else 1)
     order_RV = _ordered(logits_RV)
-    weight_RV = jnp.exp(logits_RV - logits_RV.max(axis=1, keepdims=True))
+    largest_R = logits_RV.max(axis=1)
+    weight_RV = _weights(logits_RV, largest_R, temperature_R)
+    least_R = jnp.zeros((R,), jnp.uint32)
+    if top_k_R is not None:
+        k_R = jnp.where(top_k_R <= 0, V, jnp.minimum(top_k_R, V)).astype(jnp.float32)
+        least_R = _threshold(order_RV, jnp.ones_like(logits_RV), k_R, bits)
+        weight_RV = jnp.where(order_RV >= least_R[:, None], weight_RV, 0)
+    if top_p_R is not None:
+        nucleus_R = _threshold(order_RV, weight_RV, top_p_R * weight_RV.sum(axis=1), bits)
+        least_R = jnp.where(top_p_R >= 1, least_R, jnp.maximum(least_R, nucleus_R))
+    if min_p_R is not None:
+        likely_R = largest_R + divisor(temperature_R) * jnp.log(min_p_R)
+        least_R = jnp.maximum(least_R, _ordered(likely_R))
+    return least_R
 
-    k_R = jnp.where(top_k_R <= 0, V, jnp.minimum(top_k_R, V))
-    kth_R = _threshold(order_RV, jnp.ones_like(logits_RV), k_R.astype(jnp.float32), bits)
-    weight_RV = jnp.where(order_RV >= kth_R[:, None], weight_RV, 0)
 
-    nucleus_R = _threshold(order_RV, weight_RV, top_p_R * weight_RV.sum(axis=1), bits)
-    nucleus_R = jnp.where(top_p_R >= 1, 0, nucleus_R)
-    return (order_RV >= jnp.maximum(kth_R, nucleus_R)[:, None]) & (weight_RV >= min_p_R[:, None])
+def _weights(logits_RV, largest_R, temperature_R):
+    """Probabilities up to a factor a row."""
+    return jnp.exp((logits_RV - largest_R[:, None]) / divisor(temperature_R)[:, None])
 
 
 def _ordered(value):
@@ -53,22 +72,27 @@ def _ordered(value):
 
 def _threshold(order_RV, weight_RV, target_R, bits):
     """The largest t such that the weight of `order >= t` is at least `target`, digit by digit; [R]."""
-    gpu = jax.default_backend() == "gpu"
 
     def settle_digit(i, threshold_R):
-        shift = jnp.uint32(32 - bits) - jnp.uint32(bits) * i.astype(jnp.uint32)
+        shift = jnp.uint32(32 - bits) - jnp.uint32(bits) * jnp.asarray(i, jnp.uint32)
         reached_R = jnp.zeros(threshold_R.shape, jnp.uint32)
-        for digit in range(1, 1 << bits):  # weights fall with the digit, so counting finds it
-            at_least_R1 = (threshold_R | (jnp.uint32(digit) << shift))[:, None]
-            sum_R = jnp.sum(jnp.where(order_RV >= at_least_R1, weight_RV, 0), axis=1)
+        for digit in range(1, 1 << bits):  # sums fall as the digit grows, so counting finds it
+            at_least_R = threshold_R | (jnp.uint32(digit) << shift)
+            sum_R = jnp.sum(jnp.where(order_RV >= at_least_R[:, None], weight_RV, 0), axis=1)
             reached_R += (sum_R >= target_R).astype(jnp.uint32)
         return threshold_R | (reached_R << shift)
 
     start_R = jnp.zeros(order_RV.shape[:1], jnp.uint32)
-    return lax.fori_loop(0, 32 // bits, settle_digit, start_R, unroll=gpu)
+    # Unrolled on a GPU, where a loop's own kernels cost as much as a pass; not on a CPU, which
+    # would compile every pass.
+    unroll = jax.default_backend() == "gpu"
+    return lax.fori_loop(0, 32 // bits, settle_digit, start_R, unroll=unroll)
 
 
-def _draw(logits_RV, uniform_R):
+# ---- the draw ----
+
+
+def _draw(logits_RV, uniform_R, temperature_R, least_R):
     """The first token, in id order, whose cumulative probability exceeds `uniform`.
 
     Sums of chunks first, then the cumulative sum of one chunk: a cumulative sum over the whole
@@ -76,18 +100,24 @@ def _draw(logits_RV, uniform_R):
     """
     R, V = logits_RV.shape
     C = _chunk_len(V)
+    largest_R = logits_RV.max(axis=1)
+
+    def weights(chunks_RnC):
+        weight_RN = _weights(chunks_RnC.reshape(R, -1), largest_R, temperature_R)
+        if least_R is not None:
+            weight_RN = jnp.where(_ordered(chunks_RnC.reshape(R, -1)) >= least_R[:, None], weight_RN, 0)
+        return weight_RN.reshape(chunks_RnC.shape)
+
     padded_RV = jnp.pad(logits_RV, ((0, 0), (0, -V % C)), constant_values=-jnp.inf)
     chunks_RnC = padded_RV.reshape(R, -1, C)
-    largest_R = logits_RV.max(axis=1)
-    chunk_mass_Rn = jnp.exp(chunks_RnC - largest_R[:, None, None]).sum(axis=2)
-    cumulative_Rn = jnp.cumsum(chunk_mass_Rn, axis=1)
+    mass_Rn = weights(chunks_RnC).sum(axis=2)
+    cumulative_Rn = jnp.cumsum(mass_Rn, axis=1)
     target_R = uniform_R * cumulative_Rn[:, -1]
-    chunk_R = _first_above(cumulative_Rn, chunk_mass_Rn, target_R)
+    chunk_R = _first_above(cumulative_Rn, mass_Rn, target_R)
     before_R = jnp.take_along_axis(cumulative_Rn, jnp.maximum(chunk_R - 1, 0)[:, None], axis=1)[:, 0]
     target_R -= jnp.where(chunk_R > 0, before_R, 0)
 
-    logits_RC = jnp.take_along_axis(chunks_RnC, chunk_R[:, None, None], axis=1)[:, 0]
-    weight_RC = jnp.exp(logits_RC - largest_R[:, None])
+    weight_RC = weights(jnp.take_along_axis(chunks_RnC, chunk_R[:, None, None], axis=1))[:, 0]
     return chunk_R * C + _first_above(jnp.cumsum(weight_RC, axis=1), weight_RC, target_R)
 
 

@@ -10,9 +10,9 @@ def is_greedy(temperature_R):
     return temperature_R < _GREEDY_BELOW
 
 
-def scaled(logits_RV, temperature_R):
-    """Logits over temperature; greedy rows are left as they are."""
-    return logits_RV / jnp.where(is_greedy(temperature_R), 1, temperature_R)[:, None]
+def divisor(temperature_R):
+    """The temperature, 1 for greedy rows, whose draw is thrown away."""
+    return jnp.where(is_greedy(temperature_R), 1, temperature_R)
 
 
 def greedy(logits_RV):
