@@ -71,7 +71,7 @@ _CONVERTIBLE = ("float16", "bfloat16", "float32", "float64")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.convert_checkpoint",
-        description=__doc__.split("\n")[0],
+        description="Convert a checkpoint to orbax, with config and tokenizer beside it.",
         epilog="An interrupted conversion continues when the same command is given again.",
     )
     parser.add_argument("--from", dest="source", required=True, help="directory, GGUF file or hub id")

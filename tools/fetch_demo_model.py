@@ -28,7 +28,7 @@ class FetchError(RuntimeError):
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.fetch_demo_model", description=__doc__.split("\n")[0]
+        prog="python -m tools.fetch_demo_model", description="Fetch SmolLM2-135M-Instruct as a GGUF file."
     )
     parser.add_argument(
         "--to", type=Path, default=Path("models/SmolLM2-135M-Instruct"), help="folder (default %(default)s)"

@@ -137,14 +137,14 @@ def _split_dimensions(stored: tuple[int, ...], want: tuple[int, ...]) -> list[ra
     return groups if at == len(want) else None
 
 
-def _reader(checkpoint: Checkpoint, path: str, param: nnx.Param) -> Callable[[Index], np.ndarray]:
+def _reader(checkpoint: Checkpoint, path: str, param: nnx.Param) -> Callable[[Index | None], np.ndarray]:
     """Index of the parameter -> that part in the parameter's dtype; equal parts are read once."""
     want = param.get_raw_value()
     dtype = jnp.dtype(want.dtype)
     parts: dict[Any, np.ndarray] = {}
     whole: list[np.ndarray] = []
 
-    def read(index: Index) -> np.ndarray:
+    def read(index: Index | None) -> np.ndarray:
         index = full_index(want.shape, index)
         key = tuple((part.start, part.stop) for part in index)
         if key not in parts:

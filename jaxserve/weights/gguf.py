@@ -6,7 +6,6 @@ What llama.cpp's converters change is undone on reading: names; the rotary rows 
 
 import re
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +55,7 @@ class GGUFCheckpoint:
         self.config: dict[str, Any] = config_of(self._file)
         self.generation_config = generation_config_of(self._file)
         self._arch = metadata["general.architecture"]
+        self._tokenizer_dir: Path | None = None
         self._stored: dict[str, StoredTensor] = {}
         for stored in self._file.tensors.values():
             if stored.name != "rope_freqs.weight":  # in the config as rope_scaling
@@ -64,10 +64,12 @@ class GGUFCheckpoint:
             name: TensorInfo(name, stored.shape, stored.dtype, path) for name, stored in self._stored.items()
         }
 
-    @cached_property
+    @property
     def tokenizer_dir(self) -> Path:
         """Written from the metadata into the user's cache directory the first time."""
-        return tokenizer_directory(self._file, self.config)
+        if self._tokenizer_dir is None:
+            self._tokenizer_dir = tokenizer_directory(self._file, self.config)
+        return self._tokenizer_dir
 
     def is_quantised(self, name: str) -> bool:
         return self._stored[name].is_quantised

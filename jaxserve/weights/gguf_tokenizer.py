@@ -152,7 +152,10 @@ _LLAMA3 = ("llama-bpe", "llama3")
 
 
 def _byte_level_bpe(file: GGUFFile, tokens: list[str]) -> Tokenizer:
-    pre = file.metadata.get("tokenizer.ggml.pre", "default")
+    pre = file.metadata.get("tokenizer.ggml.pre")
+    if pre is None:
+        logger.warning("%s: names no pre-tokenizer; words are split as by gpt-2", file.path)
+        pre = "default"
     if pre not in _PRE_TOKENIZERS:
         raise CheckpointError(
             f"{file.path}: pre-tokenizer {pre!r} is not known; known are {', '.join(_PRE_TOKENIZERS)}. "

@@ -89,7 +89,12 @@ def read_part(info: TensorInfo, offset: int, index: Index | None) -> np.ndarray:
     shape = tuple(part.stop - part.start for part in parts)
     inner_is_whole = all(part == slice(0, size) for part, size in zip(parts[1:], info.shape[1:]))
     if not inner_is_whole:
-        mapping = np.memmap(info.file, info.dtype, "r", offset, info.shape)
+        try:
+            mapping = np.memmap(info.file, info.dtype, "r", offset, info.shape)
+        except (OSError, ValueError) as error:  # gone, or shorter than when it was opened
+            raise CheckpointError(
+                f"{info.file}: truncated at tensor {info.name} {list(info.shape)}: {error}"
+            ) from error
         return np.array(mapping[parts])
     out = np.empty(shape, info.dtype)
     if out.size:
@@ -106,7 +111,11 @@ def read_part(info: TensorInfo, offset: int, index: Index | None) -> np.ndarray:
 
 def _read_into(path: Path, offset: int, buffer: memoryview) -> int:
     done = 0
-    with open(path, "rb", buffering=0) as file:
+    try:
+        file = open(path, "rb", buffering=0)  # noqa: SIM115  (closed below; only opening is in the try)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    with file:
         while done < len(buffer):
             # Linux reads at most 2 GiB a call.
             got = os.preadv(file.fileno(), [buffer[done : done + (1 << 30)]], offset + done)

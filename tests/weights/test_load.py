@@ -171,6 +171,19 @@ def test_a_file_cut_after_opening_is_an_error_that_names_the_tensor(tmp_path):
         fill(model, checkpoint)
 
 
+def test_a_file_cut_or_gone_after_opening_is_named_for_a_part_too(tmp_path):
+    write_directory(tmp_path, {"a.weight": np.ones((64, 64), np.float32)})
+    checkpoint = open_checkpoint(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"truncated at tensor a\.weight \[64, 64\]"):
+        checkpoint.read("a.weight", (slice(None), slice(0, 8)))
+    file.unlink()
+    for index in (None, (slice(None), slice(0, 8))):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: .*No such file"):
+            checkpoint.read("a.weight", index)
+
+
 def dummy_model(shape=(64, 48)):
     return Model(
         weight(shape, (None, None), "a.weight", dtype=jnp.float32),
