@@ -72,7 +72,7 @@ FAMILIES = {
             "sliding_window": 20,
             "sliding_window_pattern": 2,
             "query_pre_attn_scalar": 24,
-            "final_logit_softcapping": 30.0,
+            "final_logit_softcapping": 4.0,
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -165,8 +165,10 @@ def spread_weights(model: torch.nn.Module) -> None:
 
     The usual 0.02 leaves a tiny model an identity with margins near rounding noise.
     """
-    # Gemma multiplies embeddings by sqrt(hidden_size): 0.5 would drown the layers there.
-    embedding_std = 0.1 if "gemma" in model.config.model_type else 0.5
+    # A tied head favours the token just read, the more the larger the embedding is beside what the
+    # layers add: too large, and every greedy continuation repeats one token. Gemma scales it by 8.
+    tied, gemma = model.config.tie_word_embeddings, "gemma" in model.config.model_type
+    embedding_std = 0.05 if gemma else 0.2 if tied else 0.5
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -176,7 +178,7 @@ def spread_weights(model: torch.nn.Module) -> None:
             elif "embed_tokens" in name or "lm_head" in name:
                 parameter.copy_(embedding_std * torch.randn_like(parameter))
             else:
-                parameter.copy_(1.5 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+                parameter.copy_(1.2 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ blocks and the mesh.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,15 +104,14 @@ class StepContext:
             if not split.divides:
                 mine = split.heads_of(jax.lax.axis_index(GROUP))
                 key_TgK, value_TgK = (jnp.take(x, mine, axis=1) for x in (key_TgK, value_TgK))
+            key_pages, value_pages = pools
             page_offset = layer * self.num_pages
-            page_T, row_T = _write_address(
-                table_SN, position_T, slot_T, page_offset, self.page_size, pools[0].shape[0]
+            at_T = _write_address(
+                table_SN, position_T, slot_T, page_offset, self.page_size, key_pages.shape[0]
             )
-            pools = tuple(
-                pool.at[page_T, row_T].set(x.astype(pool.dtype), mode="drop", unique_indices=True)
-                for pool, x in zip(pools, (key_TgK, value_TgK), strict=True)
-            )
-            options = {
+            key_pages = _write(key_pages, at_T, key_TgK)
+            value_pages = _write(value_pages, at_T, value_TgK)
+            options: dict[str, Any] = {
                 "page_offset": page_offset,
                 "scale": scale,
                 "window": window,
@@ -121,17 +121,20 @@ class StepContext:
             R, out = self.R, []
             if R:
                 slot_R = jnp.maximum(slot_T[:R], 0)  # a padding row reads nothing: its context is 0
+                query_RhK = query_ThK[:R]
                 out.append(
-                    paged_attention.decode(query_ThK[:R], *pools, table_SN, slot_R, context_len_R, **options)
-                )
-            if query_ThK.shape[0] > R:
-                out.append(
-                    paged_attention.prefill(
-                        query_ThK[R:], *pools, table_SN, *blocks, block_size=self.block_size, **options
+                    paged_attention.decode(
+                        query_RhK, key_pages, value_pages, table_SN, slot_R, context_len_R, **options
                     )
                 )
+            if query_ThK.shape[0] > R:
+                query_PhK = query_ThK[R:]
+                options["block_size"] = self.block_size
+                out.append(
+                    paged_attention.prefill(query_PhK, key_pages, value_pages, table_SN, *blocks, **options)
+                )
             out_ThK = out[0] if len(out) == 1 else jnp.concatenate(out)
-            return out_ThK.astype(query_ThK.dtype), pools
+            return out_ThK.astype(query_ThK.dtype), (key_pages, value_pages)
 
         attend = on_device
         if self.mesh is not None:
@@ -176,6 +179,10 @@ def _write_address(
     nowhere_T = pool_pages + jnp.arange(page_T.shape[0], dtype=page_T.dtype)
     page_T = jnp.where((slot_T >= 0) & (page_T >= 0), page_T + page_offset, nowhere_T)
     return page_T, position_T % page_size
+
+
+def _write(pages: jax.Array, at_T: tuple[jax.Array, jax.Array], x_TgK: jax.Array) -> jax.Array:
+    return pages.at[at_T].set(x_TgK.astype(pages.dtype), mode="drop", unique_indices=True)
 
 
 class Attention(nnx.Module):

@@ -47,7 +47,7 @@ class Dimensions:
         )
 
     @property
-    def heads(self) -> dict[str, int]:
+    def heads(self) -> dict[str, Any]:
         """As the keywords of `Attention`."""
         return {"hidden": self.D, "num_q_heads": self.H, "num_kv_heads": self.G, "head_dim": self.K}
 

@@ -120,6 +120,7 @@ def test_no_layer_copies_the_pool(devices):
 
     compiled = jax.jit(three_layers, donate_argnums=0).lower(pools, arrays()[0]).compile()
     memory = compiled.memory_analysis()
+    assert memory is not None
     local_bytes = sum(pool.nbytes for pool in pools) // devices
     assert memory.temp_size_in_bytes < local_bytes / 20
     assert memory.alias_size_in_bytes >= local_bytes
