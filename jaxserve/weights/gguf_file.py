@@ -11,6 +11,7 @@ import math
 import mmap
 import struct
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,8 @@ def _checked(path, file_bytes, name, shape, type_number, offset) -> StoredTensor
         kind = GGMLQuantizationType(type_number)
     except ValueError as error:
         raise CheckpointError(f"{path}: tensor {name} has an unknown type number {type_number}") from error
-    if kind not in _PLAIN and kind not in quants._type_traits:
-        known = ", ".join(sorted(t.name for t in {*_PLAIN, *quants._type_traits}))
+    if not _can_read(kind):
+        known = ", ".join(sorted(t.name for t in GGMLQuantizationType if _can_read(t)))
         raise CheckpointError(
             f"{path}: tensor {name} is {kind.name}, which cannot be read; use one of {known}"
         )
@@ -162,6 +163,17 @@ def _checked(path, file_bytes, name, shape, type_number, offset) -> StoredTensor
             f"{path}: truncated at tensor {name} {list(shape)}: expected {end} bytes, got {file_bytes}"
         )
     return stored
+
+
+@cache
+def _can_read(kind: GGMLQuantizationType) -> bool:
+    if kind in _PLAIN:
+        return True
+    try:
+        quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 class _DamagedError(ValueError):

@@ -295,3 +295,16 @@ def test_a_part_of_a_split_file_is_refused(tmp_path):
     writer.close()
     with pytest.raises(CheckpointError, match="part 2 of a GGUF split in 3"):
         open_checkpoint(tmp_path / "s.gguf")
+
+
+def test_a_type_that_cannot_be_dequantised_is_named_with_those_that_can(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "q.gguf", "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 2 * 40), np.uint8), raw_dtype=TYPE.Q8_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        CheckpointError, match=r"token_embd\.weight is Q8_1, .* use one of BF16, F16, .* Q8_0"
+    ):
+        open_checkpoint(tmp_path / "q.gguf")
