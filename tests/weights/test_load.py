@@ -201,7 +201,9 @@ def test_dummy_weights_have_fan_in_scale_and_norms_of_one():
     # 3072 uniform draws: the deviation's own relative error is below 1 %, five of them is 5 %.
     assert abs(a.std() * np.sqrt(48) - 1) < 0.05
     assert abs(b.std() * np.sqrt(48) - 1) < 0.05
-    assert not np.allclose(a, b, atol=0.01)
+    assert np.abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.1
+    assert np.abs(np.corrcoef(a[1:].ravel(), a[:-1].ravel())[0, 1]) < 0.1
+    assert len(np.unique(a)) > 3000
     assert (norm == 1).all() and (bias == 0).all() and (shifted == 0).all()
     assert model.weights[1][...].dtype == jnp.bfloat16
 
