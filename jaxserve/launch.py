@@ -20,6 +20,7 @@ import time
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.messages import Drain, EngineDeadError, Info
 from jaxserve.progress import ProgressLines
+from jaxserve.replicas import Replicas, replica_configs
 from jaxserve.server.app import create_app, serve
 from jaxserve.text.chat_template import ChatTemplate, ChatTemplateError
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
@@ -93,33 +94,44 @@ async def run(config: ServerConfig) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    configs = replica_configs(config)
+    if len(configs) > 1:
+        logger.warning(
+            "--dp-size %d without --enable-dp-attention: %d full replicas, taken in turn; "
+            "python -m router.launch_server routes them by cached prefix",
+            *(config.dp_size, config.dp_size),
+        )
     with tempfile.TemporaryDirectory(prefix="jaxserve-") as directory:
-        engine = await EngineProcess.start(config, f"ipc://{directory}/engine")
+        engines = [await EngineProcess.start(c, f"ipc://{directory}/{i}") for i, c in enumerate(configs)]
         stopped = asyncio.create_task(stop.wait())
         try:
-            ready = asyncio.create_task(engine.connection.ready())
+            ready = asyncio.gather(*(engine.connection.ready() for engine in engines))
             await asyncio.wait((ready, stopped), return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():
                 ready.cancel()
                 return 0
-            await _serve(config, ready.result(), engine, stop)
-            if engine.dead.is_set():
-                logger.error("%s", engine.connection.closed)
+            await ready
+            await _serve(config, engines, stop)
+            if lost := [e for e in engines if e.dead.is_set()]:
+                logger.error("%s", lost[0].connection.closed)
                 return 1
-            await engine.drain(config.shutdown_grace_period_secs)
+            await asyncio.gather(*(e.drain(config.shutdown_grace_period_secs) for e in engines))
             return 0
         except (EngineDeadError, ConfigError) as error:
             print(f"jaxserve: {error}", file=sys.stderr)
             return 1
         finally:
             stopped.cancel()
-            await engine.kill()
+            await asyncio.gather(*(engine.kill() for engine in engines))
 
 
-async def _serve(config: ServerConfig, info: Info, engine: EngineProcess, stop: asyncio.Event) -> None:
+async def _serve(config: ServerConfig, engines: list[EngineProcess], stop: asyncio.Event) -> None:
+    connections = [engine.connection for engine in engines]
+    client = connections[0] if len(connections) == 1 else Replicas(connections)
+    info = client.info
     tokenizer, template = load_text(config, info)
     app = create_app(
-        engine.connection,
+        client,
         config,
         tokenizer,
         chat_template=template,
@@ -137,11 +149,11 @@ async def _serve(config: ServerConfig, info: Info, engine: EngineProcess, stop: 
             *(info.device_kind, info.max_total_num_tokens, info.max_running_requests),
         )
 
-    async def stop_with_engine() -> None:
+    async def stop_with(engine: EngineProcess) -> None:
         await engine.dead.wait()
         stop.set()
 
-    watcher = asyncio.create_task(stop_with_engine())
+    watchers = [asyncio.create_task(stop_with(engine)) for engine in engines]
     try:
         await serve(
             app,
@@ -153,7 +165,8 @@ async def _serve(config: ServerConfig, info: Info, engine: EngineProcess, stop: 
             started=started,
         )
     finally:
-        watcher.cancel()
+        for watcher in watchers:
+            watcher.cancel()
 
 
 def load_text(config: ServerConfig, info: Info) -> tuple[Tokenizer | None, ChatTemplate | None]:

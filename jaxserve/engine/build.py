@@ -46,6 +46,11 @@ def prepare_devices(config: ServerConfig) -> None:
     """Choose the platform, virtual CPU devices and the compilation cache; before any backend exists."""
     if config.device != "auto":
         jax.config.update("jax_platforms", {"cpu": "cpu", "cuda": "cuda"}[config.device])
+    if config.device != "cpu":
+        # Only this instance's GPUs: XLA reserves memory on every GPU that it sees.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(config.base_gpu_id + config.tp)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[config.base_gpu_id :][: config.tp])
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(XLA_POOL_FRACTION))
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     with contextlib.suppress(RuntimeError):  # a backend exists already; make_mesh counts its devices
@@ -72,7 +77,7 @@ def build(config: ServerConfig, report: Report) -> tuple[Scheduler, Runner, Info
         hf_config, generation_config = checkpoint.config, checkpoint.generation_config
         tokenizer_dir = str(checkpoint.tokenizer_dir)
 
-    devices = jax.devices()[config.base_gpu_id if jax.default_backend() == "gpu" else 0 :]
+    devices = jax.devices()
     mesh = meshes.make_mesh(layout, devices)
     on_cpu = devices[0].platform == "cpu"
     dtype = _dtype(config.dtype, hf_config, on_cpu)
@@ -191,11 +196,6 @@ def _refuse_unbuilt(config: ServerConfig) -> None:
         raise ConfigError(f"nnodes={config.nnodes}: several hosts are not available in this version; use 1")
     if config.ep > 1:
         raise ConfigError(f"ep={config.ep}: expert parallelism is not available in this version; use 1")
-    if config.dp_size > 1 and not config.enable_dp_attention:
-        raise ConfigError(
-            f"dp_size={config.dp_size} without enable_dp_attention (full replicas behind one port) is not "
-            "available in this version; add --enable-dp-attention"
-        )
 
 
 def _read_dummy_config(path: str) -> tuple[dict[str, Any], dict[str, Any], str]:
