@@ -198,7 +198,7 @@ _STEP = re.compile(r"\.(\w+)|\[(\d+)\]|\[\.\.\.\]")
 def _type_error(message: str, values: dict[str, Any], where: str) -> RequestError:
     """msgspec's "Expected `int`, got `str` - at `$.stop[2]`", with the parameter's name and its value."""
     what, _, path = message.partition(" - at `")
-    path = path.rstrip("`")
+    of, _, path = path.rstrip("`").rpartition("` in `")  # "key` in `$.logit_bias"
     value: Any = values
     for name, index in _STEP.findall(path):
         try:
@@ -212,8 +212,9 @@ def _type_error(message: str, values: dict[str, Any], where: str) -> RequestErro
     if not expected:  # a constraint of msgspec's own, such as an integer beyond 64 bits
         return RequestError(f"{param}: {what}", param=param)
     wanted = expected[1].replace("array", "list").replace(" | null", "").replace(" | ", " or ")
+    label = f"{of} of {param}" if of else param
     shown = f", got {show(value)}" if value is not None else what[expected.end() :].replace("`", "")
-    return RequestError(f"{param} must be of type {wanted}{shown}", param=param)
+    return RequestError(f"{label} must be of type {wanted}{shown}", param=param)
 
 
 def per_item(value: Any, index: int, count: int, param: str) -> Any:

@@ -73,8 +73,9 @@ def as_request_error(error: BaseException) -> RequestError:
 # ---- in ----
 
 
-async def read_json_body(request: Request, limit: int = MAX_BODY_BYTES) -> Any:
-    """The decoded body. Raises RequestError: 413 over `limit`, 415 by content type, 400 when not JSON."""
+async def read_json_body(request: Request) -> Any:
+    """The decoded body. Raises RequestError: 413 when too large, 415 by content type, 400 when not JSON."""
+    limit = MAX_BODY_BYTES
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if (
         kind

@@ -75,10 +75,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_dir(tiny_tokenizer.write(tmp_path_factory.mktemp("tokenizer")))
 
 
-def make_app(engine: FakeEngine, tokenizer: Tokenizer | None, **config: object) -> Starlette:
+def make_app(
+    engine: FakeEngine, tokenizer: Tokenizer | None, limit: int = 2000, **config: object
+) -> Starlette:
+    """`limit` is max_queued_requests."""
     return create_app(
         engine,
-        ServerConfig(model_path="tiny/model", max_queued_requests=2000, **config),  # type: ignore[arg-type]
+        ServerConfig(model_path="tiny/model", max_queued_requests=limit, **config),  # type: ignore[arg-type]
         tokenizer,
         chat_template=ChatTemplate(tiny_tokenizer.CHAT_TEMPLATE),
         generation_config={"temperature": 0.6, "top_p": 0.9, "top_k": 0, "bos_token_id": 0},
