@@ -124,7 +124,7 @@ class _Stream:
             finish = Finish(type="abort", message="aborted by request")
         token_ids: list[int] = []
         while finish is None and len(token_ids) < engine.tokens_a_step:
-            token = self._left.pop(0) if self._left else request.sampling.stop_token_ids[0]
+            token = self._left.pop(0) if self._left else (request.sampling.stop_token_ids or (5,))[0]
             token_ids.append(token)
             self._made += 1
             if token in request.sampling.stop_token_ids:

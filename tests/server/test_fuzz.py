@@ -39,16 +39,15 @@ VALUES = st.recursive(
     ),
     max_leaves=8,
 )
-MESSAGE = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant"]), "content": st.text("ab", max_size=3)}
-)
+ROLES = st.sampled_from(["user", "assistant"])
+MESSAGE = st.fixed_dictionaries({"role": ROLES, "content": st.text("ab", max_size=3)})
 ODD_MESSAGE = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant"])},
-    optional={"content": VALUES, "tool_calls": VALUES, "name": SCALARS},
+    {"role": ROLES}, optional={"content": VALUES, "tool_calls": VALUES, "name": SCALARS}
 )
 MESSAGES = st.one_of(
     st.lists(MESSAGE, min_size=1, max_size=3), st.lists(st.one_of(MESSAGE, ODD_MESSAGE), max_size=3)
 )
+STOP = st.text("helo ", min_size=1, max_size=3)
 LIKELY = {  # values that pass, so that what comes after validation is reached too
     "text": st.one_of(st.just("x"), st.lists(st.text("ab€", min_size=1, max_size=5), min_size=1, max_size=3)),
     "prompt": st.one_of(st.just("x"), st.lists(st.integers(0, 319), min_size=1, max_size=4)),
