@@ -16,6 +16,9 @@ and, for all of them, `rope.json`: frequencies of rope settings that no tiny mod
 Deterministic for one version of torch and transformers, which each npz names.
 """
 
+# pyright: reportMissingImports=false
+# torch and transformers are not among the project's dependencies, on purpose.
+
 import argparse
 import json
 import shutil
@@ -111,7 +114,7 @@ ROPES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Record goldens with torch and transformers.")
     parser.add_argument("--out", type=Path, default=Path("tests/golden"))
     parser.add_argument("families", nargs="*", default=[], help=f"of {', '.join(FAMILIES)}; default all")
     arguments = parser.parse_args()
