@@ -9,6 +9,8 @@ import pytest
 
 from jaxserve.ops import backend, paged_attention, sampling
 from jaxserve.ops.paged_attention import reference
+from jaxserve.ops.sampling import fast as fast_sampling
+from jaxserve.ops.sampling import reference as sorted_sampling
 from tests.ops.cases import KERNEL_HEADS, Prefill, decode_case, prefill_case, tolerance
 
 pytestmark = [
@@ -91,8 +93,8 @@ def test_sampler_keeps_the_same_tokens_as_the_sort(V):
     top_p = jnp.asarray([0.9, 0.95, 0.5, 0.99, 0.8, 1, 0.3, 0.999], jnp.float32)
     min_p = jnp.asarray([0, 0.02, 0, 0.1, 0, 0.05, 0, 0], jnp.float32)
     filters = (temperature, top_k, top_p, min_p)
-    want = jax.jit(sampling.reference.kept)(logits, *filters)
-    got = jax.jit(sampling.fast.kept)(logits, *filters)
+    want = jax.jit(sorted_sampling.kept)(logits, *filters)
+    got = jax.jit(fast_sampling.kept)(logits, *filters)
     # The two sum 262k float32 weights in different orders: the nucleus may end a few tokens apart
     # where each holds less of the mass than that rounding (about 1e-6).
     differing = np.asarray((want != got).sum(1))
