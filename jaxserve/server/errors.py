@@ -5,6 +5,7 @@ from typing import Any
 TYPE_OF_STATUS = {
     401: "authentication_error",
     404: "not_found_error",
+    408: "timeout_error",
     429: "rate_limit_error",
     499: "request_cancelled",
     500: "internal_server_error",

@@ -41,7 +41,6 @@ from jaxserve.server.sequence import Sequence
 from jaxserve.server.service import Service, new_rid
 
 THREAD_CHARS = 20_000  # longer texts (about 5 ms of tokenization) are encoded beside the event loop
-CHARS_A_TOKEN = 64  # no text with more characters than this times the limit can fit; not tokenized at all
 WEIGHT_VERSION = "default"
 
 
@@ -205,7 +204,7 @@ async def encode(
         )
     limit = sequence_limit(service.client.info)
     longest = max(map(len, texts), default=0)
-    if longest > limit * CHARS_A_TOKEN:
+    if longest > limit * tokenizer.max_token_chars:  # not tokenized at all
         raise RequestError(
             f"{param} has {longest} characters, more than {limit} tokens can hold",
             param=param,

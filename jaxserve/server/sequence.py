@@ -52,6 +52,7 @@ class Sequence:
         self.num_retractions = 0
         self.started_s = 0.0
         self.e2e_latency_s = 0.0
+        self.closed = False  # the engine's stream is closed and the times are taken
         self.pending = False  # an event is due that its reader has not taken yet
         self.input_logprobs: list[Entry] = []
         self.input_top: list[list[Entry] | None] = []

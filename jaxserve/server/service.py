@@ -147,6 +147,7 @@ class Service:
                     else:
                         raise EngineDeadError("the engine ended a stream without a finish")
         finally:
+            sequence.closed = True
             sequence.e2e_latency_s = clock() - sequence.started_s
             if metrics is not None:
                 metrics.finished(sequence)
@@ -195,7 +196,10 @@ class Service:
                 if isinstance(event, BaseException):
                     raise event
                 event.pending = False
-                left -= event.finish is not None
+                if event.finish is not None:
+                    if not event.closed:  # it is about to be queued once more, complete
+                        continue
+                    left -= 1
                 yield event
         finally:
             for task in tasks:

@@ -20,6 +20,7 @@ from jaxserve.server.errors import RequestError, error_body
 
 log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 64 << 20
+BODY_TIMEOUT_S = 60.0
 MAX_DEPTH_MESSAGE = "the body is nested too deeply"
 DONE = b"data: [DONE]\n\n"
 SSE_HEADERS = [
@@ -74,7 +75,11 @@ def as_request_error(error: BaseException) -> RequestError:
 
 
 async def read_json_body(request: Request) -> Any:
-    """The decoded body. Raises RequestError: 413 when too large, 415 by content type, 400 when not JSON."""
+    """The decoded body.
+
+    Raises RequestError: 408 when it comes too slowly, 413 when too large, 415 by content type, 400 when not
+    JSON; ClientGone.
+    """
     limit = MAX_BODY_BYTES
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if (
@@ -87,15 +92,20 @@ async def read_json_body(request: Request) -> Any:
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
     body = bytearray()
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        body += message.get("body", b"")
-        if len(body) > limit:
-            raise _too_large(limit)
-        if not message.get("more_body"):
-            break
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                body += message.get("body", b"")
+                if len(body) > limit:
+                    raise _too_large(limit)
+                if not message.get("more_body"):
+                    break
+    except TimeoutError:
+        message = f"the body did not arrive within {BODY_TIMEOUT_S} s"
+        raise RequestError(message, status=408, headers={"connection": "close"}) from None
     try:
         return msgspec.json.decode(body)
     except RecursionError:

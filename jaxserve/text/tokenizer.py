@@ -5,6 +5,7 @@ which ids are special, which end a sequence, and the bytes each token stands for
 decoding is built on those). Knows nothing of requests or of the engine.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,6 +63,11 @@ class Tokenizer:
     @property
     def eos_token_ids(self) -> frozenset[int]:
         return frozenset() if self.eos_token_id is None else frozenset((self.eos_token_id,))
+
+    @functools.cached_property
+    def max_token_chars(self) -> int:
+        """The most characters one token stands for."""
+        return max(map(len, self.fast.get_vocab(with_added_tokens=True)), default=1)
 
     # ---- text to ids ----
 

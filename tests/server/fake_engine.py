@@ -61,6 +61,7 @@ class FakeEngine:
         self.running: dict[str, _Stream] = {}
         self.fail: Finish | None = None  # every request ends with this at once
         self.dead = False
+        self.close_delay_s = 0.0
         self.hang = False  # no token ever comes
         self.busy = 0  # how often flush_cache is refused
         self.calls: list[str] = []
@@ -111,6 +112,8 @@ class _Stream:
             self._over = True
             self._engine.aborted.append(self._request.rid)
             self._engine.running.pop(self._request.rid, None)
+        if self._engine.close_delay_s:
+            await asyncio.sleep(self._engine.close_delay_s)
 
     async def __anext__(self) -> Output:
         if self._over:

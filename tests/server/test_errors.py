@@ -1,9 +1,11 @@
 """What a wrong request is answered: status, parameter and message, in OpenAI's error body."""
 
+import socket
+
 import httpx
 import pytest
-from conftest import Running, make_app
 from fake_engine import FakeEngine
+from live_server import Running, make_app
 
 from jaxserve.server import stream
 
@@ -274,6 +276,15 @@ def test_content_type_is_json_or_absent(server):
     assert server.http.post("/generate", content=content).status_code == 200
     refused = server.http.post("/generate", content=content, headers={"content-type": "text/plain"})
     assert "got text/plain" in error_of(refused, 415)["message"]
+
+
+def test_body_that_does_not_arrive_is_408(server, monkeypatch):
+    monkeypatch.setattr(stream, "BODY_TIMEOUT_S", 0.05)
+    with socket.create_connection(("127.0.0.1", server.http.base_url.port), timeout=5) as connection:
+        connection.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+        answer = connection.recv(4096).decode()
+    assert answer.startswith("HTTP/1.1 408 ")
+    assert "the body did not arrive within 0.05 s" in answer
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -4,10 +4,10 @@ import asyncio
 
 import httpx
 import pytest
-from conftest import make_app
 from fake_engine import FakeEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from live_server import make_app
 
 from jaxserve.server.openai_schema import ChatBody, CompletionBody
 from jaxserve.server.schema import AbortBody, DetokenizeBody, GenerateBody, SamplingParams, TokenizeBody

@@ -5,8 +5,8 @@ import time
 
 import httpx
 import pytest
-from conftest import Running, make_app
 from fake_engine import INFO, FakeEngine
+from live_server import Running, make_app
 
 from jaxserve.messages import Finish
 

@@ -2,8 +2,8 @@
 
 import openai
 import pytest
-from conftest import Running, make_app
 from fake_engine import FakeEngine
+from live_server import Running, make_app
 
 HELLO = [{"role": "user", "content": "hello"}]
 USAGE = {"include_usage": True}
