@@ -5,6 +5,7 @@ host. A stop condition is therefore seen one step late; the extra token is dropp
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -68,9 +69,13 @@ class EngineLoop:
 
     def run(self) -> None:
         """Serve until a Drain is done."""
-        while not self._drained():
-            self._receive()
-            self._step()
+        self.stats.loop_thread = threading.get_ident()
+        try:
+            while not self._drained():
+                self._receive()
+                self._step()
+        finally:
+            self.stats.loop_thread = None
 
     # ---- messages ----
 
@@ -211,7 +216,10 @@ class EngineLoop:
     # ---- logprobs ----
 
     def _keep_prompt_logprobs(self, step: Step, result: StepResult) -> None:
-        """Collect the scores of a step's prompt chunks until the request's first output."""
+        """Collect the scores of a step's prompt chunks until the request's first output.
+
+        A prompt that was retracted between its chunks comes again, from the first wanted score on.
+        """
         if result.scored is None:
             return
         for plan, scored in zip(step.plan.ranks, result.scored):
@@ -224,7 +232,8 @@ class EngineLoop:
                     end = min(chunk.start + chunk.length, chunk.request.prompt_len - 1)
                     rows = slice(at + begin - chunk.start, at + max(begin, end) - chunk.start)
                     part = _logprobs(spec, {name: array[rows] for name, array in scored.items()})
-                    self._prompt_logprobs.setdefault(spec.rid, []).append(part)
+                    before = [] if chunk.start < first else self._prompt_logprobs[spec.rid]
+                    self._prompt_logprobs[spec.rid] = [*before, part]
                 at += chunk.length
 
     def _take_prompt_logprobs(self, request: Request) -> Logprobs | None:

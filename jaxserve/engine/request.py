@@ -60,8 +60,8 @@ class Request:
 
     @property
     def reuse_limit(self) -> int:
-        """Leading tokens that may come from the cache: not the last, nor any whose logprob is wanted."""
+        """Leading tokens that may come from the cache: not the last, nor any that scores the one after it."""
         limit = len(self.tokens) - 1
         if self.wants_prompt_logprobs:
-            limit = min(limit, self.spec.logprob_start_len)
+            limit = min(limit, max(self.spec.logprob_start_len - 1, 0))
         return limit
