@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -278,10 +279,15 @@ def _make_pools(model: Any, mesh: Mesh, sizes: Sizes, dtype: Any) -> tuple[jax.A
 
 
 def _count_compiles(stats: Stats) -> None:
-    """From now on every compilation is a bug that a metric shows."""
+    """From now on every compilation in the engine's loop is a bug that a metric shows.
+
+    jax calls the listener in the thread that compiles; others of the process may be a user's, or belong
+    to another engine.
+    """
 
     def listen(event: str, _duration_s: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
+        in_loop = threading.get_ident() == stats.loop_thread
+        if in_loop and event == "/jax/core/compile/backend_compile_duration":
             stats.compiles_after_ready += 1
             logger.warning("a program was compiled after readiness")
 

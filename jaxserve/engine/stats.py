@@ -19,6 +19,7 @@ class Stats:
         self.aborted = 0
         self.retractions = 0
         self.compiles_after_ready = 0
+        self.loop_thread: int | None = None  # whose compilations are counted; None while nobody serves
         self.prompt_tokens = [0] * num_ranks
         self.cached_tokens = [0] * num_ranks
         self.generation_tokens = [0] * num_ranks
