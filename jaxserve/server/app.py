@@ -192,7 +192,8 @@ async def serve(
         if started is not None:
             while not server.started and not running.done():  # noqa: ASYNC110 (uvicorn has no event)
                 await asyncio.sleep(0.005)
-            started(sock.getsockname()[1])
+            if server.started:
+                started(sock.getsockname()[1])
         await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not running.done():
             app.state.draining = True

@@ -54,7 +54,7 @@ async def health(request: Request) -> Response:
 
 
 async def health_generate(request: Request) -> Response:
-    """Generates one token; 503 when the engine does not answer in time."""
+    """Generates one token; 503 when the engine makes none, for this request or any other, in time."""
     check_serving(request)
     service: Service = request.app.state.service
     probe = Generate(
@@ -64,10 +64,12 @@ async def health_generate(request: Request) -> Response:
     )
     sequence = Sequence(probe, TextRules(), None, log_metrics=False)
     try:
-        with service.admitted([sequence]):
+        before = service.num_outputs
+        with service.admitted([sequence], limited=False):
             await asyncio.wait_for(service.run_all([sequence]), request.app.state.health_timeout_s)
     except TimeoutError:
-        raise unavailable("the engine made no token in time") from None
+        if service.num_outputs == before:
+            raise unavailable("the engine made no token in time") from None
     return PlainTextResponse("OK")
 
 

@@ -73,7 +73,6 @@ class Answer:
 class Sent:
     """How much of a sequence its stream has carried."""
 
-    text: int = 0
     tokens: int = 0
     offset: int = 0  # characters of all tokens reported in logprobs
 
@@ -103,12 +102,12 @@ def chat_chunks(answer: Answer, sequence: Sequence, tokenizer: Tokenizer | None)
     if sent is None:
         sent = answer.sent[sequence.index] = Sent()
         chunks.append(_delta(answer, sequence, {"role": "assistant", "content": ""}))
-    text = sequence.text[sent.text :]
+    text = sequence.take_text()
     if text or (sequence.finish is not None and sent.tokens < len(sequence.output_logprobs)):
         logprobs = chat_logprobs(sequence, tokenizer, sent.tokens)
         extras = {"token_ids": sequence.token_ids[sent.tokens :]} if answer.token_ids else {}
         chunks.append(_delta(answer, sequence, {"content": text}, logprobs, **extras))
-        sent.text, sent.tokens = len(sequence.text), len(sequence.token_ids)
+        sent.tokens = len(sequence.token_ids)
     if sequence.finish is not None:
         extras = {**finish_fields(sequence), **answer.extras(sequence, sent.tokens)}
         chunks.append(_delta(answer, sequence, {}, None, **extras))
@@ -168,7 +167,7 @@ def completion_chunks(answer: Answer, sequence: Sequence, echo: str | None) -> l
     first = sent is None
     if sent is None:
         sent = answer.sent[sequence.index] = Sent()
-    text = (echo or "" if first else "") + sequence.text[sent.text :]
+    text = (echo or "" if first else "") + sequence.take_text()
     if not text and sequence.finish is None:
         return []
     choice = {
@@ -178,7 +177,7 @@ def completion_chunks(answer: Answer, sequence: Sequence, echo: str | None) -> l
         **finish_fields(sequence),
         **answer.extras(sequence, sent.tokens),
     }
-    sent.text, sent.tokens = len(sequence.text), len(sequence.token_ids)
+    sent.tokens = len(sequence.token_ids)
     return [answer.chunk(choice)]
 
 
@@ -186,7 +185,7 @@ def completion_logprobs(sequence: Sequence, sent: Sent, echo: str | None) -> dic
     """The tokens after `sent` (and the prompt's with `echo`) in parallel lists; moves `sent.offset`."""
     if not sequence.request.return_logprob:
         return None
-    entries = [(e, t) for e, t in _zip(sequence.output_logprobs, sequence.output_top)][sent.tokens :]
+    entries = _zip(sequence.output_logprobs[sent.tokens :], sequence.output_top[sent.tokens :])
     if echo is not None:
         entries = [*_zip(sequence.input_logprobs, sequence.input_top), *entries]
     offsets = []

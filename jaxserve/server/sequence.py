@@ -44,7 +44,6 @@ class Sequence:
         self.index = index
         self.public_rid = public_rid or request.rid
         self.log_metrics = log_metrics
-        self.text = ""
         self.token_ids: list[int] = []
         self.finish: dict[str, Any] | None = None
         self.cached_tokens = 0
@@ -60,6 +59,8 @@ class Sequence:
         self.output_logprobs: list[Entry] = []
         self.output_top: list[list[Entry]] = []
         self.output_ids_logprobs: list[list[Entry]] = []
+        self._text: list[str] = []  # pieces; joined when somebody looks, so that a token costs no copy
+        self._fresh: list[str] = []  # pieces that `take_text` has not given out
         self._tokenizer = tokenizer
         self._logprob_text = logprob_text and tokenizer is not None
         self._score_only = score_only
@@ -67,6 +68,23 @@ class Sequence:
             make_detokenizer(tokenizer, rules.skip_special_tokens, request.input_ids) if tokenizer else None
         )
         self._stop = StopMatcher(rules.stops, rules.keep_stop) if rules.stops else None
+
+    @property
+    def text(self) -> str:
+        """All text so far."""
+        if len(self._text) > 1:
+            self._text = ["".join(self._text)]
+        return self._text[0] if self._text else ""
+
+    def take_text(self) -> str:
+        """The text since the last call; work is proportional to it."""
+        fresh, self._fresh = "".join(self._fresh), []
+        return fresh
+
+    def _add_text(self, piece: str) -> None:
+        if piece:
+            self._text.append(piece)
+            self._fresh.append(piece)
 
     def feed(self, output: Output) -> None:
         """Take one Output; after it `finish` may be set, by the engine or by a stop string."""
@@ -101,12 +119,12 @@ class Sequence:
         if self._detokenizer is None:
             return None, len(token_ids)
         if self._stop is None:
-            self.text += self._detokenizer.feed(token_ids[:shown])
+            self._add_text(self._detokenizer.feed(token_ids[:shown]))
             return None, len(token_ids)
         for i in range(shown):
             may_stop = len(self.token_ids) + i + 1 >= self.request.sampling.min_new_tokens
             new, matched = self._stop.feed(self._detokenizer.feed(token_ids[i : i + 1]), may_stop)
-            self.text += new
+            self._add_text(new)
             if matched is not None:
                 return matched, i + 1
         return None, len(token_ids)
@@ -114,7 +132,9 @@ class Sequence:
     def _flush(self) -> None:
         if self._detokenizer is not None:
             tail = self._detokenizer.flush()
-            self.text += tail if self._stop is None else self._stop.feed(tail, False)[0] + self._stop.flush()
+            if self._stop is not None:
+                tail = self._stop.feed(tail, may_stop=False)[0] + self._stop.flush()
+            self._add_text(tail)
 
     @property
     def has_no_text(self) -> bool:

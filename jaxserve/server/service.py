@@ -43,6 +43,7 @@ class Service:
         self.generation_config = dict(generation_config or {})
         self.metrics = metrics
         self.clock = clock
+        self.num_outputs = 0  # outputs the engine has sent, a sign of life
         self._dead: str | None = None
         self._running: dict[str, Sequence] = {}
         self._idle = asyncio.Event()
@@ -72,10 +73,10 @@ class Service:
         await self._idle.wait()
 
     @contextlib.contextmanager
-    def admitted(self, sequences: list[Sequence]) -> Iterator[None]:
+    def admitted(self, sequences: list[Sequence], limited: bool = True) -> Iterator[None]:
         """Holds a place for each. Raises RequestError: 503 when the queue is full, 400 for a rid in use."""
         limit = self.client.info.max_running_requests + self.config.max_queued_requests
-        if self.num_running + len(sequences) > limit:
+        if limited and self.num_running + len(sequences) > limit:
             raise unavailable(
                 f"{self.num_running} requests run or wait and {len(sequences)} more would pass "
                 f"max_running_requests + max_queued_requests = {limit}; try again later"
@@ -132,6 +133,7 @@ class Service:
                 stream = self.client.generate(sequence.request)
                 async with contextlib.aclosing(stream):  # type: ignore[type-var]
                     async for output in stream:
+                        self.num_outputs += 1
                         before = len(sequence.token_ids)
                         sequence.feed(output)
                         count = len(sequence.token_ids)

@@ -63,6 +63,7 @@ class FakeEngine:
         self.dead = False
         self.close_delay_s = 0.0
         self.hang = False  # no token ever comes
+        self.hang_prefix = "\0"  # nor for rids that begin so
         self.busy = 0  # how often flush_cache is refused
         self.calls: list[str] = []
 
@@ -151,7 +152,8 @@ class _Stream:
         )
 
     async def _wait(self) -> None:
-        timeout_s = None if self._engine.hang else self._engine.delay_s
+        hangs = self._engine.hang or self._request.rid.startswith(self._engine.hang_prefix)
+        timeout_s = None if hangs else self._engine.delay_s
         if timeout_s == 0.0:
             await asyncio.sleep(0)
             return

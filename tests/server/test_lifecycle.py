@@ -192,6 +192,18 @@ def test_health_generate_does_not_wait_for_ever(server):
     assert len(server.engine.aborted) == 1
 
 
+def test_health_generate_is_content_with_tokens_of_others(server):
+    slow(server)
+    thread = threading.Thread(target=lambda: server.generate(**SLOW, rid="mine"))
+    thread.start()
+    wait_for(lambda: server.engine.running)
+    server.engine.delay_s = 0.02
+    server.engine.hang_prefix = "HEALTH_CHECK"
+    assert server.http.get("/health_generate").status_code == 200
+    server.http.post("/abort_request", json={"rid": "mine"})
+    thread.join(5)
+
+
 def test_dead_engine_is_503_everywhere(server):
     server.engine.dead = True
     for path, body in (("/generate", {"text": "x"}), ("/v1/completions", {"prompt": "x"})):
