@@ -198,7 +198,7 @@ def pack_sample(num_samples: int, packing: Packing, plans: Sequence[RankPlan]) -
 def first_bias(request: Request) -> int:
     """Where a row's bias entries start: after its stop tokens once it may stop; -1: it has none."""
     sampling = request.spec.sampling
-    if not (sampling.logit_bias or sampling.min_new_tokens):
+    if not needs_bias(request):
         return -1
     return 0 if request.num_outputs <= sampling.min_new_tokens else len(sampling.stop_token_ids)
 
@@ -225,10 +225,13 @@ def needs_filters(request: Request) -> bool:
 def needs_slot_state(request: Request) -> bool:
     """Whether sampling reads what was counted or set for the slot: penalties and biases."""
     s = request.spec.sampling
-    return bool(
-        s.frequency_penalty or s.presence_penalty or s.repetition_penalty != 1
-        or s.logit_bias or (s.min_new_tokens and s.stop_token_ids)
-    )  # fmt: skip
+    return bool(s.frequency_penalty or s.presence_penalty or s.repetition_penalty != 1 or needs_bias(request))
+
+
+def needs_bias(request: Request) -> bool:
+    """Whether the slot's bias table is this request's; otherwise an earlier one's may still be there."""
+    s = request.spec.sampling
+    return bool(s.logit_bias or (s.min_new_tokens and s.stop_token_ids))
 
 
 def score_packing(bucket: Bucket) -> Packing:
