@@ -105,6 +105,7 @@ class Connection:
         self._on_progress = on_progress
         self._ready: asyncio.Future[Info] = asyncio.get_running_loop().create_future()
         self._streams: dict[str, OutputStream] = {}
+        self._left: dict[str, int] = {}  # rid -> how many streams were left whose finish is still to come
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._next_call = 0
         self.closed: EngineDeadError | None = None
@@ -153,10 +154,7 @@ class Connection:
         match message:
             case Outputs(items):
                 for output in items:
-                    if stream := self._streams.get(output.rid):
-                        if output.finish is not None:
-                            del self._streams[output.rid]
-                        stream.put(output)
+                    self._deliver_output(output)
             case Reply(call_id, ok, value, text):
                 future = self._calls.get(call_id)
                 if future and not future.done():
@@ -168,6 +166,19 @@ class Connection:
                     self._on_progress(message)
             case Fatal(_, text):
                 self.fail(text)
+
+    def _deliver_output(self, output: Output) -> None:
+        """Every request gets one finish, in order: a left one's comes before its rid's next user's."""
+        rid = output.rid
+        if left := self._left.get(rid, 0):
+            if output.finish is not None and left > 1:
+                self._left[rid] = left - 1
+            elif output.finish is not None:
+                del self._left[rid]
+        elif stream := self._streams.get(rid):
+            if output.finish is not None:
+                del self._streams[rid]
+            stream.put(output)
 
     def fail(self, reason: str) -> None:
         """The engine is gone: everyone who waits is told, and whoever comes later."""
@@ -183,9 +194,12 @@ class Connection:
             stream.put(EngineDeadError(reason))
         self._streams.clear()
 
-    def forget(self, rid: str) -> None:
-        """A stream was left before its end: stop the request."""
-        if self._streams.pop(rid, None) and not self.closed:
+    def forget(self, stream: "OutputStream") -> None:
+        """A stream was left: stop its request, unless that has ended already."""
+        rid = stream.rid
+        if self._streams.get(rid) is stream and not self.closed:
+            del self._streams[rid]
+            self._left[rid] = self._left.get(rid, 0) + 1
             self.send(Abort([rid]))
 
 
@@ -194,7 +208,7 @@ class OutputStream(AsyncIterator[Output]):
 
     def __init__(self, connection: Connection, rid: str):
         self._connection = connection
-        self._rid = rid
+        self.rid = rid
         self._items: asyncio.Queue[Output | EngineDeadError] = asyncio.Queue()
         self._ended = False
 
@@ -213,7 +227,7 @@ class OutputStream(AsyncIterator[Output]):
 
     async def aclose(self) -> None:
         self._ended = True
-        self._connection.forget(self._rid)
+        self._connection.forget(self)
 
 
 class ZmqCarrier:
