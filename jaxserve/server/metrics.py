@@ -7,11 +7,19 @@ Every child is bound once, so that a token costs a few microseconds here.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from jaxserve.messages import Info, Output
 from jaxserve.server.sequence import Sequence
+
+disable_created_metrics()  # a timestamp beside every counter and histogram, which nobody reads
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LABELS = ("model_name", "dp_rank")
@@ -84,7 +92,6 @@ class Metrics:
         self._model_name = model_name
         self._info = info
         self._registry = CollectorRegistry()
-        self._registry.register(self)  # type: ignore[arg-type]  # `collect` below is all it needs
         counters = {
             n: Counter(f"sglang:{n}", h, LABELS, registry=self._registry) for n, h in COUNTERS.items()
         }
@@ -95,6 +102,7 @@ class Metrics:
         self._ranks = [_Rank(counters, histograms, (model_name, str(r))) for r in range(info.dp_size)]
         self._loads: list[Mapping[str, Any]] = []
         self._stats: Mapping[str, Any] = {}
+        self._registry.register(self)  # type: ignore[arg-type]  # `collect` below is all it needs
 
     def output(
         self, output: Output, before: int, after: int, since_start_s: float, since_last_s: float

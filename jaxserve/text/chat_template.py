@@ -17,7 +17,9 @@ import jinja2.sandbox
 
 from jaxserve.text.tokenizer import TokenizerError, read_json
 
-LOOPS_OVER_CONTENT = re.compile(r"\bfor\s+\w+\s+in\s+\w+(?:\.content\b|\[\s*['\"]content['\"]\s*\])")
+LOOPS_OVER_CONTENT = re.compile(
+    r"\bfor\s+\w+\s+in\s+(?:content\b|\w+\.content\b|\w+\[\s*['\"]content['\"]\s*\])"
+)
 TESTS_FOR_STRING = re.compile(r"\bis\s+(?:not\s+)?string\b")
 
 

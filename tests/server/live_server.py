@@ -73,5 +73,5 @@ def make_app(
         tokenizer,
         chat_template=ChatTemplate(tiny_tokenizer.CHAT_TEMPLATE),
         generation_config={"temperature": 0.6, "top_p": 0.9, "top_k": 0, "bos_token_id": 0},
-        health_timeout_s=0.2,
+        health_timeout_s=1.0,
     )

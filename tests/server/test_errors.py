@@ -282,7 +282,7 @@ def test_body_that_does_not_arrive_is_408(server, monkeypatch):
     monkeypatch.setattr(stream, "BODY_TIMEOUT_S", 0.05)
     with socket.create_connection(("127.0.0.1", server.http.base_url.port), timeout=5) as connection:
         connection.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
-        answer = connection.recv(4096).decode()
+        answer = connection.makefile("rb").read().decode()
     assert answer.startswith("HTTP/1.1 408 ")
     assert "the body did not arrive within 0.05 s" in answer
 
