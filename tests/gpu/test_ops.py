@@ -12,6 +12,7 @@ from jaxserve.ops.paged_attention import reference
 from jaxserve.ops.sampling import fast as fast_sampling
 from jaxserve.ops.sampling import reference as sorted_sampling
 from tests.ops.cases import KERNEL_HEADS, Prefill, decode_case, prefill_case, tolerance
+from tests.ops.test_sampling import filtered_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,23 +86,28 @@ def test_pages_beyond_2_to_the_31_elements_are_read():
     np.testing.assert_allclose(out.astype(jnp.float32), want.astype(jnp.float32), rtol=0, atol=2e-2)
 
 
+@pytest.mark.parametrize("where", ["fast", "reference"])
 @pytest.mark.parametrize("V", [49152, 128256, 262144, 151646])
-def test_sampler_keeps_the_same_tokens_as_the_sort(V):
-    logits = 2.5 * jax.random.normal(jax.random.key(0), (8, V))
-    temperature = jnp.asarray([1, 0.7, 1.3, 1, 1, 1, 2, 1], jnp.float32)
-    top_k = jnp.asarray([0, 50, V, 1000, 2, -1, 7, 0], jnp.int32)
-    top_p = jnp.asarray([0.9, 0.95, 0.5, 0.99, 0.8, 1, 0.3, 0.999], jnp.float32)
-    min_p = jnp.asarray([0, 0.02, 0, 0.1, 0, 0.05, 0, 0], jnp.float32)
-    filters = (temperature, top_k, top_p, min_p)
+def test_sampler_keeps_the_same_tokens_as_the_sort(V, where):
+    logits, *filters = filtered_rows(V)
     want = jax.jit(sorted_sampling.kept)(logits, *filters)
-    got = jax.jit(fast_sampling.kept)(logits, *filters)
+    with backend.use(where):
+        got = jax.jit(lambda *a: fast_sampling.kept(*a))(logits, *filters)
+        uniform = sampling.uniform(jnp.arange(10), jnp.arange(10))
+        token = jax.jit(lambda *a: sampling.sample(*a))(logits, uniform, *filters)
     # The two sum 262k float32 weights in different orders: the nucleus may end a few tokens apart
     # where each holds less of the mass than that rounding (about 1e-6).
     differing = np.asarray((want != got).sum(1))
-    assert (differing <= np.maximum(2, 1e-3 * np.asarray(want.sum(1)))).all(), differing
-    uniform = sampling.uniform(jnp.arange(8), jnp.arange(8))
-    token = jax.jit(sampling.sample)(logits, uniform, *filters)
+    assert (differing <= 1e-3 * np.asarray(want.sum(1))).all(), differing
     assert bool(jnp.take_along_axis(got, token[:, None], axis=1).all())
+
+
+def test_top_logprobs_are_those_of_the_whole_row():
+    logits = jnp.round(2.5 * jax.random.normal(jax.random.key(2), (5, 128256)) * 16) / 16  # many ties
+    values, ids = jax.jit(lambda x: sampling.top_logprobs(x, 20))(logits)
+    want_values, want_ids = sorted_sampling.top_logprobs(logits, 20)
+    assert ids.tolist() == want_ids.tolist()
+    np.testing.assert_allclose(values, want_values, rtol=0, atol=1e-4)
 
 
 def test_random_numbers_are_those_of_the_cpu():

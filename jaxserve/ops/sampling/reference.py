@@ -1,5 +1,6 @@
 """Sampling by a full sort and one cumulative sum: short enough to be checked by eye."""
 
+import jax
 import jax.numpy as jnp
 
 from jaxserve.ops.sampling.rows import divisor, greedy, is_greedy
@@ -40,6 +41,12 @@ def sample(logits_RV, uniform_R, temperature_R, top_k_R=None, top_p_R=None, min_
 def sample_temperature(logits_RV, uniform_R, temperature_R):
     """See `sampling.sample_temperature`."""
     return sample(logits_RV, uniform_R, temperature_R)
+
+
+def top_logprobs(logits_RV, k: int):
+    """See `sampling.top_logprobs`."""
+    value_Rk, id_Rk = jax.lax.top_k(logits_RV, k)
+    return value_Rk - jax.nn.logsumexp(logits_RV, axis=1, keepdims=True), id_Rk.astype(jnp.int32)
 
 
 def _draw(logits_RV, uniform_R, temperature_R):

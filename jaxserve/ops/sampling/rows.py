@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 _GREEDY_BELOW = 1e-6  # a lower temperature means argmax
 
@@ -13,6 +14,17 @@ def is_greedy(temperature_R):
 def divisor(temperature_R):
     """The temperature, 1 for greedy rows, whose draw is thrown away."""
     return jnp.where(is_greedy(temperature_R), 1, temperature_R)
+
+
+def weights(logits, largest, divisor):
+    """Probabilities up to a factor a row."""
+    return jnp.exp((logits - largest) / divisor)
+
+
+def ordered(value):
+    """float32 as uint32 of the same order; -0 equals 0."""
+    word = lax.bitcast_convert_type(jnp.where(value == 0, jnp.float32(0), value), jnp.uint32)
+    return jnp.where(word >> 31 == 1, ~word, word | jnp.uint32(1 << 31))
 
 
 def greedy(logits_RV):
@@ -54,12 +66,3 @@ def token_logprobs(logits_RV, token_R):
     """Natural-log probability of one token a row; [R] float32."""
     chosen_R = jnp.take_along_axis(logits_RV, token_R[:, None], axis=1)[:, 0]
     return chosen_R - jax.nn.logsumexp(logits_RV, axis=1)
-
-
-def top_logprobs(logits_RV, k: int):
-    """The k most likely tokens a row, most likely first, the lower id first among equals.
-
-    Returns natural-log probabilities [R, k] float32 and ids [R, k] int32.
-    """
-    value_Rk, id_Rk = jax.lax.top_k(logits_RV, k)
-    return value_Rk - jax.nn.logsumexp(logits_RV, axis=1, keepdims=True), id_Rk.astype(jnp.int32)
