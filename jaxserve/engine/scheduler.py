@@ -68,7 +68,10 @@ class Rank:
         for request in plan.decode:
             request.computed += 1
             request.pending += 1
-        plan.table_updates, self.updates = self.updates, []
+        # A page may be given and exchanged for a shared one in the same step; a scatter has no order.
+        newest = {(slot, index): page for slot, index, page in self.updates}
+        plan.table_updates = [(slot, index, page) for (slot, index), page in newest.items()]
+        self.updates = []
         return plan
 
     def _add_chunk(self, plan: RankPlan, request: Request, budget: int) -> int:
