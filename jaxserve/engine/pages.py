@@ -41,4 +41,8 @@ class PagePool:
 def _difference(seen: list[int], num_pages: int) -> str:
     twice = sorted({a for a, b in pairwise(seen) if a == b})
     lost = sorted(set(range(num_pages)) - set(seen))
-    return f"pages owned twice: {twice[:10]}, pages lost: {lost[:10]} of {num_pages}"
+    foreign = sorted(set(seen) - set(range(num_pages)))
+    return (
+        f"pages owned twice: {twice[:10]}, pages lost: {lost[:10]} of {num_pages}, "
+        f"pages that are none: {foreign[:10]}"
+    )

@@ -82,6 +82,8 @@ class RadixTree:
             leaf = Node(node, chunks[have:], pages[have:])
             leaf.last_use = next(self._clock)
             node.children[chunks[have]] = leaf
+            if node.parent is None:
+                self._roots[salt] = node
             self.num_pages += len(leaf.pages)
             self.num_evictable += len(leaf.pages)
             node = leaf
@@ -129,7 +131,7 @@ class RadixTree:
             del parent.children[leaf.chunks[0]]
             if parent.parent is not None and not parent.children and parent.locks == 0:
                 heapq.heappush(order, (parent.last_use, next(serial), parent))
-        self._roots = {salt: root for salt, root in self._roots.items() if root.children or root.locks}
+        self._roots = {salt: root for salt, root in self._roots.items() if root.children}
         return freed
 
     def clear(self) -> int:
@@ -151,7 +153,8 @@ class RadixTree:
                 assert child.parent is node and child.chunks[0] == first and child.locks <= node.locks
 
     def _root(self, salt: str) -> Node:
-        return self._roots.setdefault(salt, Node(None, [], []))
+        """The root of a salt; it is kept from its first page on, so that salts alone cost nothing."""
+        return self._roots.get(salt) or Node(None, [], [])
 
     def _chunks(self, tokens: Sequence[int], num: int) -> list[Chunk]:
         s = self.page_size
