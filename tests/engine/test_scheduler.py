@@ -27,6 +27,8 @@ class Device:
     def launch(self, plan):
         out = []
         for r, rank in enumerate(plan.ranks):
+            entries = [(slot, index) for slot, index, _ in rank.table_updates]
+            assert len(set(entries)) == len(entries), "one scatter writes an entry twice, in no order"
             for slot, index, page in rank.table_updates:
                 self.table[r, slot, index] = page
             writes, rows = [], []
@@ -86,6 +88,32 @@ requests = st.lists(
 def test_any_mix_of_requests_ends_with_its_own_tokens_and_no_page_lost(
     mix, num_pages, num_slots, num_ranks, share
 ):
+    serve(mix, num_pages, num_slots, num_ranks, share)
+
+
+def test_crowds_share_are_retracted_stop_and_are_aborted_on_the_way():
+    """Large mixes, so that what hypothesis rarely draws happens often."""
+    draw = random.Random(0)
+    paths = {"retracted": 0, "shared": 0, "stopped": 0, "aborted": 0}
+    for _ in range(60):
+        mix = [
+            (
+                draw.randrange(4), draw.randint(1, 24), draw.randint(1, 24), draw.random() < 0.5,
+                draw.randrange(60) if draw.random() < 0.2 else -1, draw.randrange(3),
+                draw.choice(["", "a"]), draw.randrange(40),
+            )
+            for _ in range(40)
+        ]  # fmt: skip
+        for request in serve(mix, draw.randint(12, 20), draw.randint(3, 8), draw.randint(1, 2), True):
+            paths["retracted"] += request.num_retractions > 0
+            paths["shared"] += request.cached_tokens > 0
+            paths["stopped"] += request.finish.type == "stop"
+            paths["aborted"] += request.finish.type == "abort"
+    assert min(paths.values()) > 20, paths
+
+
+def serve(mix, num_pages, num_slots, num_ranks, share):
+    """Run a mix to its end, auditing after every action; returns the requests."""
     limits = Limits(num_pages, 4, num_slots, prefill_tokens=8, prefill_chunks=3, max_req_len=num_pages * 4)
     scheduler = Scheduler(limits, num_ranks, share, clock=lambda: 0.0, seeds=random.Random(1))
     device = Device(scheduler, limits)
@@ -127,6 +155,7 @@ def test_any_mix_of_requests_ends_with_its_own_tokens_and_no_page_lost(
         assert rank.pool.num_free + rank.tree.num_pages == num_pages
     scheduler.flush()
     assert all(rank.pool.num_free == num_pages for rank in scheduler.ranks)
+    return list(live.values())
 
 
 def run(scheduler: Scheduler, device: Device, steps: int = 200) -> None:
