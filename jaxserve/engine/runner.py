@@ -180,7 +180,9 @@ class Runner:
         tasks = self._tasks()
         progress(0, len(tasks))
         with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-            futures = {pool.submit(_compile, *task): key for key, task in tasks.items()}
+            futures = {
+                pool.submit(_compile, *task, compiler_options(key)): key for key, task in tasks.items()
+            }
             for done, future in enumerate(as_completed(futures), 1):
                 self._programs[futures[future]] = future.result()
                 progress(done, len(tasks))
@@ -262,6 +264,36 @@ def _abstract(x: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding)
 
 
-def _compile(function: Callable, args: tuple[Any, ...], donated: tuple[int, ...], shardings: Any) -> Callable:
-    jitted = jax.jit(function, donate_argnums=donated, out_shardings=shardings)
+def compiler_options(program: Any) -> dict[str, Any]:
+    """XLA's options for one program; only on a GPU.
+
+    XLA's Triton GEMMs are the faster ones below 64 rows and cuBLASLt's from there on (Llama-3.1-8B
+    shape on an H100: 5.07 against 5.35 ms at 1 row, 5.77 against 5.35 at 64, 44.7 against 42.7 at
+    2,048), and compile several times faster. Rematerialization counts the donated KV pool twice and
+    would "save" memory that is not used: its limit is raised out of the way.
+    """
+    if jax.default_backend() != "gpu":
+        return {}
+    match program:
+        case Bucket():
+            rows = program.rows + program.prefill_tokens
+        case ("score", _):
+            rows = programs.SCORE_ROWS
+        case (int(), Variant()):
+            rows = program[0]
+        case _:
+            rows = 0
+    return {"xla_gpu_memory_limit_slop_factor": 300, "xla_gpu_enable_triton_gemm": rows < 64}
+
+
+def _compile(
+    function: Callable,
+    args: tuple[Any, ...],
+    donated: tuple[int, ...],
+    shardings: Any,
+    options: dict[str, Any],
+) -> Callable:
+    jitted = jax.jit(
+        function, donate_argnums=donated, out_shardings=shardings, compiler_options=options or None
+    )
     return jitted.lower(*args).compile()
