@@ -30,6 +30,7 @@ from jaxserve.engine.runner import Runner, Sizes
 from jaxserve.engine.scheduler import Limits, Scheduler
 from jaxserve.engine.stats import Stats
 from jaxserve.layers.attention import pool_layout
+from jaxserve.layers.linear import Projections
 from jaxserve.messages import Info, Progress
 from jaxserve.models import resolve
 from jaxserve.weights import CheckpointError, load, load_dummy, open_checkpoint
@@ -98,6 +99,10 @@ def build(config: ServerConfig, report: Report) -> tuple[Scheduler, Runner, Info
         load_dummy(model, sharding, config.random_seed, progress)
     else:
         load(model, checkpoint, sharding, progress)
+    if mesh.size == 1:
+        for _, node in nnx.iter_graph(model):
+            if isinstance(node, Projections):
+                node.fuse()
     load_s = time.monotonic() - load_s
     graph, state = nnx.split(model)
     leaves, treedef = jax.tree.flatten(state)
@@ -163,14 +168,15 @@ def choose_buckets(config: ServerConfig, num_slots: int, max_req_len: int, on_cp
     """The step shapes to compile: decode alone at several widths, and mixed steps at full width.
 
     On CPU few, since compiling is slow there; on GPU powers of two, since a decode step's time is
-    that of its bucket.
+    that of its bucket; from 8 rows on, which take no longer than one (Llama-3.1-8B on an H100: 6.6
+    against 6.7 ms, since XLA splits a norm of one row into more kernels).
     """
     chunk = config.chunked_prefill_size or (256 if on_cpu else 2048)
     chunk = min(chunk, _power_of_two(max_req_len))
     if on_cpu:
         widths, prefills, block = {min(4, num_slots), num_slots}, {min(32, chunk), chunk}, 32
     else:
-        widths = {w for w in (1, 2, 4, 8, 16, 32, 64, 128) if w < num_slots} | {num_slots}
+        widths = {w for w in (8, 16, 32, 64, 128) if w < num_slots} | {num_slots}
         prefills, block = {min(256, chunk), chunk}, 64
     samples = sorted({min(8, num_slots), *(w for w in (64,) if w < num_slots), num_slots})
     buckets = []

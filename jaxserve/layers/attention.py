@@ -14,12 +14,14 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxserve.layers.kv import HeadSplit, KVSpec, pool_layout
-from jaxserve.layers.linear import project
+from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.rope import Rope, RopeTable
 from jaxserve.layers.weight import weight
 from jaxserve.mesh import GROUP
 from jaxserve.ops import paged_attention
+from jaxserve.ops.grouped_gemm import Activation, ExpertWeights
+from jaxserve.parallel.dispatch import Backend, Dispatch
 
 __all__ = ["Attention", "KVSpec", "StepContext", "pool_layout"]
 
@@ -41,6 +43,7 @@ class StepContext:
             prefill tokens, as `jaxserve.ops.paged_attention.prefill` takes them.
         num_pages: of one layer on one rank.
         mesh: `Mesh((dp, ep, tp))` when the arrays are sharded over one.
+        expert_backend: how tokens reach experts on other devices.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class StepContext:
         num_pages: int,
         page_size: int,
         mesh: Mesh | None = None,
+        expert_backend: Backend = "none",
     ):
         self.key_pages, self.value_pages = key_pages, value_pages
         self.page_table_SN = page_table_SN
@@ -71,6 +75,8 @@ class StepContext:
         self.R, self.block_size = R, block_size
         self.num_pages, self.page_size = num_pages, page_size
         self.mesh = mesh
+        self.dispatch = Dispatch(mesh, expert_backend)
+        self._chosen: dict[int, jax.Array] = {}
         self._rope_tables: dict[Rope, RopeTable] = {}
 
     def rope(self, rope: Rope) -> RopeTable:
@@ -162,6 +168,44 @@ class StepContext:
         )
         return out_THK
 
+    def feed_experts(
+        self,
+        layer: int,
+        hidden_TD: jax.Array,
+        expert_TX: jax.Array,
+        weight_TX: jax.Array,
+        weights: ExpertWeights,
+        activation: Activation,
+    ) -> jax.Array:
+        """The weighted sum of each token's experts. Padding is given no expert and is not counted.
+
+        `layer` counts the layers that have experts.
+        """
+        expert_TX = jnp.where((self.slot_T >= 0)[:, None], expert_TX, -1)
+        assert layer not in self._chosen, f"experts of layer {layer} ran twice"
+        self._chosen[layer] = expert_TX
+        return self.dispatch(hidden_TD, expert_TX, weight_TX, weights, activation)
+
+    def expert_load(self, num_experts: int) -> jax.Array:
+        """How many of each rank's tokens chose each expert in this step: uint32 [dp * L, E].
+
+        One scatter for all layers, after they ran, and no collective.
+        """
+        chosen_LTX = jnp.stack([self._chosen[layer] for layer in sorted(self._chosen)])
+
+        def count(chosen_LTX: jax.Array) -> jax.Array:
+            layer = jnp.arange(chosen_LTX.shape[0])[:, None, None]
+            at = jnp.where(chosen_LTX < 0, num_experts, chosen_LTX)
+            load_LE = jnp.zeros((chosen_LTX.shape[0], num_experts), jnp.uint32)
+            return load_LE.at[layer, at].add(1, mode="drop")
+
+        if self.mesh is None:
+            return count(chosen_LTX)
+        P = PartitionSpec
+        return jax.shard_map(
+            count, mesh=self.mesh, in_specs=P(None, "dp"), out_specs=P("dp"), check_vma=False
+        )(chosen_LTX)
+
 
 def _write_address(
     table_SN: jax.Array,
@@ -223,26 +267,21 @@ class Attention(nnx.Module):
         self.window = window
         self.softcap = softcap
 
-        q_axes, kv_axes = ("q_heads", None, "embed"), ("kv_heads", None, "embed")
-        self.q = weight((H, K, D), q_axes, f"{name}.q_proj.weight", dtype=dtype)
-        self.k = weight((G, K, D), kv_axes, f"{name}.k_proj.weight", dtype=dtype)
-        self.v = weight((G, K, D), kv_axes, f"{name}.v_proj.weight", dtype=dtype)
-        self.o = weight((D, H, K), ("embed", "q_heads", None), f"{name}.o_proj.weight", dtype=dtype)
-        bias, norm = (
+        declare, norm = (
             partial(weight, dtype=dtype),
             partial(RMSNorm, offset=norm_offset, axis=None, dtype=dtype),
         )
-        self.q_bias = bias((H, K), q_axes[:2], f"{name}.q_proj.bias") if qkv_bias else None
-        self.k_bias = bias((G, K), kv_axes[:2], f"{name}.k_proj.bias") if qkv_bias else None
-        self.v_bias = bias((G, K), kv_axes[:2], f"{name}.v_proj.bias") if qkv_bias else None
-        self.o_bias = bias((D,), ("embed",), f"{name}.o_proj.bias") if out_bias else None
+        parts = (("q_proj", H, "q_heads"), ("k_proj", G, "kv_heads"), ("v_proj", G, "kv_heads"))
+        weights = [declare((n, K, D), (axis, None, "embed"), f"{name}.{p}.weight") for p, n, axis in parts]
+        biases = [declare((n, K), (axis, None), f"{name}.{p}.bias") for p, n, axis in parts if qkv_bias]
+        self.qkv = Projections(weights, biases)
+        self.o = declare((D, H, K), ("embed", "q_heads", None), f"{name}.o_proj.weight")
+        self.o_bias = declare((D,), ("embed",), f"{name}.o_proj.bias") if out_bias else None
         self.q_norm = None if qk_norm_eps is None else norm(f"{name}.q_norm", K, eps=qk_norm_eps)
         self.k_norm = None if qk_norm_eps is None else norm(f"{name}.k_norm", K, eps=qk_norm_eps)
 
     def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
-        query_THK = project(hidden_TD, self.q, self.q_bias)
-        key_TGK = project(hidden_TD, self.k, self.k_bias)
-        value_TGK = project(hidden_TD, self.v, self.v_bias)
+        query_THK, key_TGK, value_TGK = self.qkv(hidden_TD)
         if self.q_norm is not None and self.k_norm is not None:
             query_THK, key_TGK = self.q_norm(query_THK), self.k_norm(key_TGK)
         rotation = step.rope(self.rope)

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxserve.layers.linear import project
+from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.weight import weight
 
 # By the names that config.json uses; both Gemma spellings mean the tanh approximation.
@@ -33,15 +33,15 @@ class GatedMLP(nnx.Module):
     ):
         declare = partial(weight, dtype=dtype)
         self.activation = activation
-        self.gate = declare((ffn, hidden), ("ffn", "embed"), f"{name}.gate_proj.weight")
-        self.up = declare((ffn, hidden), ("ffn", "embed"), f"{name}.up_proj.weight")
+        names = ("gate_proj", "up_proj")
+        weights = [declare((ffn, hidden), ("ffn", "embed"), f"{name}.{part}.weight") for part in names]
+        biases = [declare((ffn,), ("ffn",), f"{name}.{part}.bias") for part in names if bias]
+        self.gate_up = Projections(weights, biases)
         self.down = declare((hidden, ffn), ("embed", "ffn"), f"{name}.down_proj.weight")
-        self.gate_bias = declare((ffn,), ("ffn",), f"{name}.gate_proj.bias") if bias else None
-        self.up_bias = declare((ffn,), ("ffn",), f"{name}.up_proj.bias") if bias else None
         self.down_bias = declare((hidden,), ("embed",), f"{name}.down_proj.bias") if bias else None
 
-    def __call__(self, hidden_TD: jax.Array) -> jax.Array:
-        gate_TF = project(hidden_TD, self.gate, self.gate_bias)
-        up_TF = project(hidden_TD, self.up, self.up_bias)
+    def __call__(self, hidden_TD: jax.Array, step: object = None) -> jax.Array:
+        """`step` is what experts in the same place would need; a dense layer does not."""
+        gate_TF, up_TF = self.gate_up(hidden_TD)
         inner_TF = ACTIVATIONS[self.activation](gate_TF) * up_TF
         return project(inner_TF, self.down, self.down_bias)

@@ -5,7 +5,7 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.layers.embed import Vocabulary
-from jaxserve.layers.linear import project
+from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.norm import RMSNorm
 
@@ -56,18 +56,35 @@ def test_product_keeps_heads_apart_in_its_result():
 def test_mlp_gates_with_silu_and_adds_its_biases():
     mlp = filled(GatedMLP("m", 4, 6, activation="silu", bias=True, dtype=jnp.float32))
     x = rng.normal(size=(3, 4)).astype(np.float32)
-    gate = x @ mlp.gate[...].T + mlp.gate_bias[...]
-    up = x @ mlp.up[...].T + mlp.up_bias[...]
+    (gate_w, up_w), (gate_b, up_b) = mlp.gate_up.weights, mlp.gate_up.biases
+    gate = x @ gate_w[...].T + gate_b[...]
+    up = x @ up_w[...].T + up_b[...]
     want = (gate / (1 + np.exp(-gate)) * up) @ mlp.down[...].T + mlp.down_bias[...]
     np.testing.assert_allclose(mlp(jnp.asarray(x)), want, atol=1e-5)
+
+
+def test_fused_projections_give_what_the_separate_ones_gave():
+    weights = [
+        nnx.Param(jnp.asarray(rng.normal(size=shape), jnp.float32)) for shape in ((4, 3, 6), (2, 3, 6))
+    ]
+    biases = [nnx.Param(jnp.asarray(rng.normal(size=shape), jnp.float32)) for shape in ((4, 3), (2, 3))]
+    projections = Projections(weights, biases)
+    x_TD = jnp.asarray(rng.normal(size=(5, 6)), jnp.float32)
+    separate = projections(x_TD)
+    projections.fuse()
+    assert len(projections.weights) == 1
+    for got, want in zip(projections(x_TD), separate, strict=True):
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, atol=EXACT)
 
 
 def test_mlp_gates_with_the_tanh_form_of_gelu():
     mlp = filled(GatedMLP("m", 4, 6, activation="gelu_pytorch_tanh", dtype=jnp.float32))
     x = rng.normal(size=(3, 4)).astype(np.float32)
-    gate = np.asarray(x @ mlp.gate[...].T)
+    gate_w, up_w = mlp.gate_up.weights
+    gate = np.asarray(x @ gate_w[...].T)
     gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
-    np.testing.assert_allclose(mlp(jnp.asarray(x)), gelu * (x @ mlp.up[...].T) @ mlp.down[...].T, atol=1e-5)
+    np.testing.assert_allclose(mlp(jnp.asarray(x)), gelu * (x @ up_w[...].T) @ mlp.down[...].T, atol=1e-5)
 
 
 def test_tied_vocabulary_declares_one_matrix_and_uses_it_at_both_ends():
