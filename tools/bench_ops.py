@@ -2,7 +2,8 @@
 
 The floor is the larger of bytes over memory bandwidth and operations over the matrix units' rate,
 both measured on the same card first. Times are of one call inside a jitted loop, so they hold no
-dispatch, but what the loop itself costs, given in the rows "loop alone".
+dispatch, but do hold the loop's own small kernels: some microseconds in the attention rows (not
+measured apart); for sampling, whose loop rewrites the logits, see the row "loop alone".
 """
 
 import argparse
@@ -94,7 +95,7 @@ def page_table(num_slots: int, context: int, num_tokens: int) -> jax.Array:
     return jnp.asarray(pages[: num_slots * per_slot].reshape(num_slots, per_slot), jnp.int32)
 
 
-def bench_decode(pool, card: Card, R: int, context: int, table_len: int = 8192, **options) -> Row:
+def bench_decode(pool, card: Card, R: int, context: int, table_len: int = 8192) -> Row:
     """R rows of `context` tokens, other slots in every call so that no cache helps.
 
     table_len: tokens that the page table has room for.
@@ -105,17 +106,17 @@ def bench_decode(pool, card: Card, R: int, context: int, table_len: int = 8192, 
     table = jnp.pad(table, ((0, 0), (0, table_len // PAGE_SIZE - table.shape[1])))
     lens = jnp.full((R,), context, jnp.int32)
     query = jax.random.normal(jax.random.key(2), (R, H, K), jnp.bfloat16)
-    decode = options.pop("decode", paged_attention.decode)
 
     def run(query, i, keys, values):
         slots = i % num_sets * R + jnp.arange(R)
-        return decode(query, keys, values, table, slots, lens, page_offset=0, scale=K**-0.5)
+        arrays = (query, keys, values, table, slots, lens)
+        return paged_attention.decode(*arrays, page_offset=0, scale=K**-0.5)
 
     s = seconds(run, query, *pool, iterations=64 if R * context < 1 << 17 else 16)
     num_bytes = R * context * G * K * 2 * 2
     floor_s = num_bytes / card.bytes_per_s
     return Row(
-        options.pop("name", "decode"),
+        "decode",
         f"B{R} ctx{context}",
         s * 1e6,
         floor_s * 1e6,
@@ -123,7 +124,7 @@ def bench_decode(pool, card: Card, R: int, context: int, table_len: int = 8192, 
     )
 
 
-def bench_prefill(pool, card: Card, sequences: int, length: int, block_size: int, **options) -> Row:
+def bench_prefill(pool, card: Card, sequences: int, length: int, block_size: int) -> Row:
     num_tokens = pool[0].shape[0] * PAGE_SIZE
     table = page_table(sequences, length, num_tokens)
     per_sequence = length // block_size
@@ -136,21 +137,17 @@ def bench_prefill(pool, card: Card, sequences: int, length: int, block_size: int
     )
     blocks = [jnp.asarray(x, jnp.int32) for x in blocks]
     query = jax.random.normal(jax.random.key(2), (sequences * length, H, K), jnp.bfloat16)
-    prefill = options.pop("prefill", paged_attention.prefill)
 
     def run(query, i, keys, values):
-        return prefill(
-            query, keys, values, table, *blocks, block_size=block_size, page_offset=0, scale=K**-0.5
-        )
+        arrays = (query, keys, values, table, *blocks)
+        return paged_attention.prefill(*arrays, block_size=block_size, page_offset=0, scale=K**-0.5)
 
     s = seconds(run, query, *pool, iterations=10)
     flops = sequences * 2 * 2 * H * K * length * length / 2
     num_bytes = sequences * length * (2 * H + 2 * G) * K * 2
     floor_s = max(flops / card.flops_per_s, num_bytes / card.bytes_per_s)
     shape = f"{sequences}x{length} block{block_size}"
-    return Row(
-        options.pop("name", "prefill"), shape, s * 1e6, floor_s * 1e6, f"{flops / s / 1e12:.0f} TFLOP/s"
-    )
+    return Row("prefill", shape, s * 1e6, floor_s * 1e6, f"{flops / s / 1e12:.0f} TFLOP/s")
 
 
 # ---- sampling ----
@@ -201,12 +198,10 @@ def all_rows(card: Card, only: str) -> list[Row]:
     if only in "decode":
         for R, context in ((32, 4096), (256, 1024), (1, 4096), (64, 300)):
             rows.append(decode(R, context))
-        rows.append(decode(64, 300, name="loop alone", decode=lambda query, *_, **__: query))
     if only in "prefill":
         for block_size in (64, 128):
             for sequences, length in ((1, 2048), (1, 4096), (1, 8192), (16, 128)):
                 rows.append(prefill(sequences, length, block_size))
-        rows.append(prefill(16, 128, 64, name="loop alone", prefill=lambda query, *_, **__: query))
     if only in "sampling":
         for R in (32, 256):
             rows.extend(bench_sampling(card, R))

@@ -39,6 +39,7 @@ class Tile(NamedTuple):
 # Prefill of 4096, TFLOP/s: (64, 4, 3, rows 128) 250 and 258; (64, 8, 5, 128) 242 and 248;
 # (64, 4, 5, rows 64) 227 and 229. K256: (32, 8, 2, 128) 215 and 220, (32, 4, 3, 64) 201 and 207.
 # K64: (128, 8, 5, 128) 143 and 159, (64, 8, 5, 128) 134 and 138.
+# A third run, on another card, repeated these within 5 %; 4096 took 256 and 8192 took 302 TFLOP/s.
 # Loading the next block's page ids one iteration ahead won nothing.
 
 
@@ -64,8 +65,9 @@ def prefill_tile(K: int, itemsize: int, block_size: int) -> Tile:
 def num_splits(R: int, G: int, max_context: int, tile: Tile) -> int:
     """Programs that share one row and KV head, a power of two: about two for each of 132 SMs.
 
-    More only costs: 64 rows of 300 tokens take 45, 47, 50 and 55 us with 1, 2, 4 and 8 splits; one
-    row of 4096 takes 24, 19, 18, 19 and 19 us with 4, 8, 16, 32 and 64.
+    Fewer leave the GPU idle: 16 rows of 2048 tokens take 77 us with 1 split and 64 with 2, 8 rows of
+    1024 take 41, 31 and 27 us with 1, 2 and 4. More only cost: 64 rows of 300 take 45, 47, 50 and
+    55 us with 1, 2, 4 and 8; one row of 4096 takes 24, 19, 18, 19 and 19 us with 4, 8, 16, 32, 64.
     """
     wanted = max(1, 264 // max(1, R * G))
     useful = max(1, max_context // (2 * tile.keys))
