@@ -83,6 +83,133 @@ FAMILIES = {
         },
     ),
 }
+# Experts that eight devices can share, and heads that a group of eight can.
+MOE = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_attention_heads": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "tie_word_embeddings": False,
+}
+MLA = {
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 8,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.707,
+    "mscale_all_dim": 1.2,
+}
+FAMILIES |= {
+    "mixtral": (transformers.MixtralConfig, {**MOE, "num_local_experts": 8}),
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig,
+        {
+            **MOE,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "shared_expert_intermediate_size": 24,
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {**MOE, "num_experts": 8, "num_experts_per_tok": 4, "head_dim": 8, "norm_topk_prob": True},
+    ),
+    "deepseek_v2_lite": (
+        transformers.DeepseekV2Config,
+        {**MOE, **MLA, "q_lora_rank": None, "n_shared_experts": 2},
+    ),
+    "deepseek_v2": (
+        transformers.DeepseekV2Config,
+        {
+            **MOE,
+            **MLA,
+            "q_lora_rank": 24,
+            "n_shared_experts": 1,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.0,
+            "rope_parameters": YARN,
+        },
+    ),
+    "deepseek_v3": (
+        transformers.DeepseekV3Config,
+        {
+            **MOE,
+            **MLA,
+            "q_lora_rank": 24,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_nextn_predict_layers": 1,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "kimi_k2": (
+        transformers.DeepseekV3Config,
+        {
+            **MOE,
+            **MLA,
+            "q_lora_rank": 24,
+            "n_routed_experts": 16,
+            "moe_intermediate_size": 8,
+            "num_experts_per_tok": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_nextn_predict_layers": 0,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "minimax_m2": (
+        transformers.MiniMaxM2Config,
+        {**MOE, "num_local_experts": 8, "head_dim": 8, "num_experts_per_tok": 3, "rotary_dim": 4},
+    ),
+    "glm4_moe": (
+        transformers.Glm4MoeConfig,
+        {
+            **MOE,
+            "n_routed_experts": 8,
+            "head_dim": 16,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "routed_scaling_factor": 1.5,
+            "num_nextn_predict_layers": 1,
+        },
+    ),
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        {
+            **MOE,
+            "num_local_experts": 8,
+            "head_dim": 8,
+            "sliding_window": 20,
+            "swiglu_limit": 2.0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 8.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+}
 ROPES = {
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     "llama3": {
@@ -124,11 +251,15 @@ def main() -> None:
     (arguments.out / "rope.json").write_text(json.dumps(ropes(), indent=1) + "\n")
 
 
+# Where the usual seed gives a greedy step that rounding could decide.
+OTHER_SEED = {"qwen3_moe": 5, "kimi_k2": 1}
+
+
 def record(name: str, folder: Path) -> None:
     config_class, options = FAMILIES[name]
     config = config_class(**{**COMMON, **options})
     config._attn_implementation = "eager"
-    torch.manual_seed(sum(map(ord, name)))
+    torch.manual_seed(OTHER_SEED.get(name, sum(map(ord, name))))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     spread_weights(model)
 
@@ -171,17 +302,25 @@ def spread_weights(model: torch.nn.Module) -> None:
     # A tied head favours the token just read, the more the larger the embedding is beside what the
     # layers add: too large, and every greedy continuation repeats one token. Gemma scales it by 8.
     tied, gemma = model.config.tie_word_embeddings, "gemma" in model.config.model_type
+    is_gpt_oss = model.config.model_type == "gpt_oss"
     embedding_std = 0.05 if gemma else 0.2 if tied else 0.5
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "sinks" in name:
+                parameter.copy_(torch.randn_like(parameter))
+            elif "norm" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * torch.randn_like(parameter))
             elif "embed_tokens" in name or "lm_head" in name:
                 parameter.copy_(embedding_std * torch.randn_like(parameter))
             else:
-                parameter.copy_(1.2 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+                # GPT-OSS keeps its experts [in, out], all others [out, in].
+                fan_in = parameter.shape[-2 if is_gpt_oss and parameter.ndim == 3 else -1]
+                parameter.copy_(1.2 * torch.randn_like(parameter) / fan_in**0.5)
+        for name, buffer in model.named_buffers():
+            if "e_score_correction_bias" in name:
+                buffer.copy_(0.2 * torch.randn_like(buffer))
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Transformer blocks: how attention and feed-forward join the residual stream."""
 
-from collections.abc import Callable
+from typing import Protocol
 
 import jax
 from flax import nnx
@@ -9,7 +9,11 @@ from jax.typing import DTypeLike
 from jaxserve.layers.attention import Attention, StepContext
 from jaxserve.layers.norm import RMSNorm
 
-Feed = Callable[[jax.Array], jax.Array]
+
+class Feed(Protocol):
+    """A feed-forward layer: dense, or experts, which ask the step who computes them."""
+
+    def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array: ...
 
 
 class PreNormBlock(nnx.Module):
@@ -25,4 +29,4 @@ class PreNormBlock(nnx.Module):
 
     def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
         hidden_TD = hidden_TD + self.attention(self.attention_norm(hidden_TD), step)
-        return hidden_TD + self.feed(self.feed_norm(hidden_TD))
+        return hidden_TD + self.feed(self.feed_norm(hidden_TD), step)

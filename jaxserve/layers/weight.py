@@ -6,6 +6,7 @@ before the layout is known to be valid.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -13,6 +14,29 @@ import numpy as np
 from flax import nnx
 
 Assemble = Callable[..., np.ndarray]
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Assembles a parameter whose slices along dimension 0 have sources of their own (experts).
+
+    A loader that knows this reads only the slices a device keeps.
+
+    Args:
+        each: makes one slice of its sources; by default there is one source, of the slice's shape.
+        num_sources: of one slice.
+    """
+
+    each: Assemble | None = None
+    num_sources: int = 1
+
+    def slices(self, sources: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """The sources of each slice."""
+        n = self.num_sources
+        return [sources[i : i + n] for i in range(0, len(sources), n)]
+
+    def __call__(self, *sources: np.ndarray) -> np.ndarray:
+        return np.stack([self.each(*s) if self.each else s[0] for s in self.slices(sources)])
 
 
 def weight(

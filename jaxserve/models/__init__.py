@@ -5,6 +5,7 @@ A family is a module here with `ARCHITECTURES`, a tuple of names, each the name 
     class XForCausalLM(nnx.Module):
         def __init__(self, hf_config: dict, dtype): ...   # abstract weights, no memory touched
         kv: KVSpec
+        experts: ExpertSpec                               # only if some layers have experts
         vocab_size: int; num_q_heads: int; max_position: int
         def __call__(self, token_T, step: StepContext) -> hidden_TD   # after the final norm
         def logits(self, hidden_RD) -> logits_RV                      # float32

@@ -58,6 +58,14 @@ def need(config: dict[str, Any], key: str) -> Any:
     return config[key]
 
 
+def num_experts(config: dict[str, Any]) -> int:
+    """Number of routed experts, under any of the names that files give it."""
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if config.get(key) is not None:
+            return config[key]
+    return need(config, "num_experts")
+
+
 def one_of(config: dict[str, Any], key: str, valid: Collection[Any], default: Any) -> Any:
     """`config[key]` (or the default). Raises ConfigError when it is not a valid choice."""
     value = config.get(key)

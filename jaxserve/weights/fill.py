@@ -16,7 +16,15 @@ import xxhash
 from flax import nnx
 from jax.sharding import Sharding
 
-from jaxserve.weights.checkpoint import Checkpoint, CheckpointError, Index, find_tensor, full_index
+from jaxserve.layers.weight import Assemble, Stacked
+from jaxserve.weights.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Index,
+    TensorInfo,
+    find_tensor,
+    full_index,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +109,8 @@ def _num_bytes(param: nnx.Param) -> int:
 def _check_sources(checkpoint: Checkpoint, path: str, param: nnx.Param) -> None:
     assert param.sources, f"{path} names no checkpoint tensor"
     infos = [find_tensor(checkpoint.tensors, source, checkpoint.path) for source in param.sources]
+    if isinstance(param.assemble, Stacked):
+        return _check_slices(path, param, infos)
     if param.assemble is not None:
         return  # its result is checked when it is made
     assert len(infos) == 1, f"{path} has {len(infos)} sources and no way to assemble them"
@@ -110,6 +120,19 @@ def _check_sources(checkpoint: Checkpoint, path: str, param: nnx.Param) -> None:
             f"{info.file}: tensor {info.name} has shape {list(info.shape)}, expected "
             f"{list(_unsplit(want, len(info.shape)))}"
         )
+
+
+def _check_slices(path: str, param: nnx.Param, infos: list[TensorInfo]) -> None:
+    want = tuple(param.get_raw_value().shape)
+    slices = param.assemble.slices(tuple(infos))
+    assert len(slices) == want[0], f"{path} has {len(slices)} slices, its shape is {want}"
+    if param.assemble.each is not None:
+        return
+    for (info,) in slices:
+        if info.shape != want[1:]:
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} has shape {list(info.shape)}, expected {list(want[1:])}"
+            )
 
 
 def _unsplit(want: tuple[int, ...], rank: int) -> tuple[int, ...]:
@@ -150,6 +173,8 @@ def _reader(checkpoint: Checkpoint, path: str, param: nnx.Param) -> Callable[[In
         if key not in parts:
             if param.assemble is None:
                 part = _read_split(checkpoint, param.sources[0], want.shape, index)
+            elif isinstance(param.assemble, Stacked):
+                part = _read_slices(checkpoint, path, param, index)
             else:
                 if not whole:
                     whole.append(_assembled(checkpoint, path, param))
@@ -182,13 +207,38 @@ def _read_split(checkpoint: Checkpoint, name: str, want: tuple[int, ...], index:
     return checkpoint.read(name, tuple(stored_index)).reshape(shape)[tuple(rest)]
 
 
+def _read_slices(checkpoint: Checkpoint, path: str, param: nnx.Param, index: Index) -> np.ndarray:
+    """Part `index` of stacked slices, reading no others; in the parameter's dtype."""
+    want, stack = param.get_raw_value(), param.assemble
+    out = np.empty([part.stop - part.start for part in index], jnp.dtype(want.dtype))
+    for at, sources in enumerate(stack.slices(param.sources)[index[0]]):
+        if stack.each is None:
+            out[at] = checkpoint.read(sources[0], index[1:])
+            continue
+        arrays = [checkpoint.read(source) for source in sources]
+        whole = _assemble(checkpoint, path, stack.each, sources, arrays, tuple(want.shape[1:]))
+        out[at] = whole[index[1:]]
+    return out
+
+
 def _assembled(checkpoint: Checkpoint, path: str, param: nnx.Param) -> np.ndarray:
     want = tuple(param.get_raw_value().shape)
     sources = [checkpoint.read(source) for source in param.sources]
-    shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in zip(param.sources, sources))
-    file = checkpoint.tensors[param.sources[0]].file
+    return _assemble(checkpoint, path, param.assemble, param.sources, sources, want)
+
+
+def _assemble(
+    checkpoint: Checkpoint,
+    path: str,
+    assemble: Assemble,
+    names: tuple[str, ...],
+    sources: list[np.ndarray],
+    want: tuple[int, ...],
+) -> np.ndarray:
+    shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in zip(names, sources))
+    file = checkpoint.tensors[names[0]].file
     try:
-        out = param.assemble(*sources)
+        out = assemble(*sources)
     except ValueError as error:
         raise CheckpointError(f"{file}: {shapes} do not make {path} {list(want)}: {error}") from error
     if out.shape != want:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.models.tiny import FAMILIES, Chunk, Golden, TinyEngine, load_tiny
+from tests.models.tiny import FAMILIES, MOE_FAMILIES, Chunk, Golden, TinyEngine, load_tiny
 
 # Logits reach 20 in these checkpoints: float32 keeps about 1e-6 of that, and sums of some hundred
 # terms taken in another order a few times more. A wrong position, window or norm shows above 1e-2.
@@ -14,7 +14,7 @@ def close(got, want):
     np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES + MOE_FAMILIES)
 def family(request):
     return load_tiny(request.param), Golden.read(request.param)
 

@@ -9,7 +9,16 @@ from flax import nnx
 from jaxserve.config import ConfigError
 from jaxserve.models import UnknownArchitectureError, resolve
 from jaxserve.models.llama import LlamaForCausalLM
-from tests.models.tiny import FAMILIES, Chunk, Golden, TinyEngine, build, read_config, read_tensors
+from tests.models.tiny import (
+    FAMILIES,
+    MOE_FAMILIES,
+    Chunk,
+    Golden,
+    TinyEngine,
+    build,
+    read_config,
+    read_tensors,
+)
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 8}
 
@@ -27,8 +36,8 @@ def test_unknown_architecture_is_refused_with_the_known_ones():
         resolve({"architectures": ["BertModel"]})
     assert str(error.value) == (
         "config.json: architectures=['BertModel'] is unknown; known: Gemma3ForCausalLM, "
-        "Gemma3ForConditionalGeneration, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, "
-        "Qwen3ForCausalLM"
+        "Gemma3ForConditionalGeneration, LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, "
+        "Qwen2ForCausalLM, Qwen2MoeForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"
     )
 
 
@@ -43,7 +52,7 @@ def test_quantized_checkpoint_is_refused_by_method():
         resolve(config)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MOE_FAMILIES)
 def test_building_a_model_allocates_nothing_and_names_every_checkpoint_tensor(family):
     model = model_of(read_config(family))
     params = nnx.to_flat_state(nnx.state(model, nnx.Param)).leaves

@@ -22,6 +22,7 @@ from jaxserve.models import resolve
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FAMILIES = ("llama", "llama3_tied", "qwen2", "qwen3", "mistral", "gemma3")
+MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 @dataclass(frozen=True)
