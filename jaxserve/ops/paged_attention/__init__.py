@@ -11,6 +11,8 @@ p see positions (p - w, p]. `sinks_H` adds one logit a head to the softmax's den
 takes weight and gives nothing.
 """
 
+from typing import Any
+
 import jax
 
 from jaxserve.ops import backend
@@ -36,7 +38,9 @@ def decode(
     Row r attends positions [max(0, context_len - window), context_len). A row with context_len 0
     is padding and gives 0.
     """
-    options = dict(page_offset=page_offset, scale=scale, window=window, softcap=softcap, sinks_H=sinks_H)
+    options: dict[str, Any] = dict(
+        page_offset=page_offset, scale=scale, window=window, softcap=softcap, sinks_H=sinks_H
+    )
     arrays = (query_RHK, key_pages, value_pages, page_table_SN, slot_R, context_len_R)
     if (chosen := backend.chosen()) == "reference":
         return reference.decode(*arrays, **options)
@@ -66,7 +70,7 @@ def prefill(
     block_slot, the first one at position block_pos of its sequence. block_len lies in
     0..block_size, 0 is padding. Blocks do not overlap; tokens that no block covers give 0.
     """
-    options = dict(
+    options: dict[str, Any] = dict(
         block_size=block_size,
         page_offset=page_offset,
         scale=scale,

@@ -11,7 +11,7 @@ of two- and four-byte types have offsets below 2**31, so a full pool needs nothi
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -340,7 +340,7 @@ def _prefill_kernel(
 class _PageTable(NamedTuple):
     """Where a sequence's tokens lie in the pools."""
 
-    table_ref: jax.Array
+    table_ref: Any
     slot: jax.Array
     page_size: int
     page_offset: int
