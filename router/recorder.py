@@ -1,0 +1,141 @@
+"""What each request adds to the metrics, with the cells it needs found by one lookup."""
+
+from router.call import Call
+from router.errors import RequestError
+from router.exchange import number_after
+from router.metrics import Cell, HistogramCell, Metrics
+from router.workers import Worker
+
+ROUTER = ("regular", "regular", "http")  # router_type, backend_type, connection_mode
+MAX_MODELS = 256  # names come from clients when a worker does not tell its models
+
+
+class StreamCells:
+    __slots__ = ("itl", "ttft")
+
+    def __init__(self, ttft: HistogramCell, itl: HistogramCell) -> None:
+        self.ttft = ttft
+        self.itl = itl
+
+
+class RouteCells:
+    """The cells of one (path, model, stream)."""
+
+    __slots__ = (
+        "completion_tokens", "duration", "http_duration", "http_requests", "ok", "prompt_tokens",
+        "requests", "stream",
+    )  # fmt: skip
+
+    def __init__(self, m: Metrics, path: str, model: str, stream: bool) -> None:
+        self.requests: Cell = m.requests.of(*ROUTER, model, path, "true" if stream else "false")
+        self.duration = m.duration.of(*ROUTER, model, path)
+        self.http_requests = m.http_requests.of("POST", path)
+        self.http_duration = m.http_duration.of("POST", path)
+        self.ok = m.http_responses.of(path, "200", "")
+        self.prompt_tokens = m.tokens.of("regular", "regular", model, path, "prompt")
+        self.completion_tokens = m.tokens.of("regular", "regular", model, path, "completion")
+        self.stream = StreamCells(
+            m.ttft.of("regular", "regular", model, path), m.itl.of("regular", "regular", model, path)
+        )
+
+
+class Recorder:
+    """Turns events of the hot path into counts. Times in seconds of the event loop."""
+
+    def __init__(self, metrics: Metrics, policy: str) -> None:
+        self.metrics = metrics
+        self.policy = policy
+        self._routes: dict[tuple[str, str | None, bool], RouteCells] = {}
+        self._models: set[str] = set()
+
+    def model_label(self, model: str | None) -> str:
+        if model is None:
+            return "unknown"
+        if model not in self._models:
+            if len(self._models) >= MAX_MODELS:
+                return "other"
+            self._models.add(model)
+        return model
+
+    def cells(self, call: Call) -> RouteCells:
+        key = (call.path, call.model, call.stream)
+        cells = self._routes.get(key)
+        if cells is None:
+            cells = RouteCells(self.metrics, call.path, self.model_label(call.model), call.stream)
+            if len(self._routes) < 4 * MAX_MODELS:
+                self._routes[key] = cells
+        return cells
+
+    def stream_cells(self, call: Call) -> StreamCells:
+        return self.cells(call).stream
+
+    def placed(self, call: Call, worker: Worker) -> None:
+        m, model = self.metrics, self.model_label(call.model)
+        m.worker_requests.of(worker.url, model).value += 1
+        m.selection.of("regular", "http", model, self.policy).value += 1
+        m.decisions.of(self.policy, call.decision).value += 1
+
+    def finished(
+        self, call: Call, status: int, started_s: float, body: bytes, now_s: float, error: str = ""
+    ) -> None:
+        """An answer went out; `body` is all of it, or the stream's last part."""
+        cells = self.cells(call)
+        elapsed_s = now_s - started_s
+        cells.requests.value += 1
+        cells.duration.observe(elapsed_s)
+        cells.http_requests.value += 1
+        cells.http_duration.observe(elapsed_s)
+        m = self.metrics
+        if status == 200 and not error:
+            cells.ok.value += 1
+            tokens = number_after(body, b'"prompt_tokens"')
+            if tokens is not None:
+                cells.prompt_tokens.value += tokens
+                cells.completion_tokens.value += number_after(body, b'"completion_tokens"') or 0
+        else:
+            m.http_responses.of(call.path, str(status), error).add()
+        if status != 200:
+            m.upstream_responses.of("regular", str(status), "").add()
+        if error:
+            m.errors.of(*ROUTER, self.model_label(call.model), call.path, error).add()
+
+    def refused(self, path: str, call: Call | None, error: RequestError, elapsed_s: float) -> None:
+        """The gateway itself answered with an error."""
+        m = self.metrics
+        # A model nobody serves is a client's invention, not a label.
+        model = "unknown" if call is None or error.code == "model_not_found" else call.model
+        m.errors.of(*ROUTER, self.model_label(model), path, error.code).add()
+        m.http_requests.of("POST", path).add()
+        m.http_responses.of(path, str(error.status), error.code).add()
+        m.http_duration.of("POST", path).observe(elapsed_s)
+
+    def cached(self, call: Call, worker: Worker, cached_tokens: int) -> None:
+        m = self.metrics
+        m.actual_tokens.of(worker.url).add(cached_tokens)
+        if call.predicted_tokens >= 0:
+            m.predicted_tokens.of(worker.url).add(call.predicted_tokens)
+            m.prediction_error.of().observe(abs(call.predicted_tokens - cached_tokens))
+
+    def outcome(self, worker: Worker, outcome: str) -> None:
+        self.metrics.cb_outcomes.of(worker.url, outcome).add()
+
+    def transport_error(self, kind: str) -> None:
+        self.metrics.worker_errors.of("regular", "http", kind).add()
+
+    def stream_broke(self, worker: Worker, outcome: str = "error_event") -> None:
+        self.metrics.stream_breaks.of(worker.url, outcome).add()
+
+    def client_left(self, path: str) -> None:
+        self.metrics.client_disconnects.of(path).add()
+
+    def admitted(self, result: str) -> None:
+        self.metrics.rate_limit.of(result).add()
+
+    def retried(self, path: str) -> None:
+        self.metrics.retries.of("regular", path).add()
+
+    def exhausted(self, path: str) -> None:
+        self.metrics.retries_exhausted.of("regular", path).add()
+
+    def pause(self, attempt: int, pause_s: float) -> None:
+        self.metrics.backoff.of(str(attempt)).observe(pause_s)
