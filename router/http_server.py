@@ -9,7 +9,7 @@ import contextlib
 import signal
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from router.errors import error_body
 
@@ -29,6 +29,26 @@ class ClientConnection(HttpToolsProtocol):
         super().connection_lost(exc)
         if self.on_lost is not None:
             self.on_lost()
+
+    def answer(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bool:
+        """Write a whole answer at once; False when this is not possible and `send` must be used.
+
+        uvloop writes at once what it is given, so head and body through `send` are two system calls
+        (7 us). `headers` come parsed from a worker, content-length among them and right.
+        """
+        cycle = self.cycle
+        if cycle.response_started or not cycle.keep_alive or self.flow.write_paused or cycle.disconnected:
+            return False
+        parts = [STATUS_LINE[status]]
+        for name, value in headers:
+            parts += (name, b": ", value, b"\r\n")
+        parts += (b"\r\n", body)
+        cycle.response_started = cycle.response_complete = True
+        cycle.waiting_for_100_continue = False
+        self.transport.write(b"".join(parts))
+        cycle.message_event.set()
+        cycle.on_response()
+        return True
 
     def cut(self) -> None:
         """Break the connection off: the answer cannot be finished."""

@@ -58,6 +58,7 @@ def uvicorn_config(config: RouterConfig, app) -> uvicorn.Config:
         lifespan="on",
         log_config=None,
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         date_header=False,
         timeout_keep_alive=75,

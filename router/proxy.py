@@ -106,7 +106,9 @@ class Proxy:
                     target = scope.get("raw_path") or scope["path"].encode()
                     if scope["query_string"]:
                         target += b"?" + scope["query_string"]
-                    tokens = await self._forward(call, scope["method"], target, client, send, started_s)
+                    tokens = await self._forward(
+                        call, scope["method"], target, client, Client(send, connection), started_s
+                    )
                     if tokens and self.token_rate.tokens_per_s is not None:
                         self.token_rate.charge(caller, tokens)
                 finally:
@@ -218,7 +220,13 @@ class Proxy:
         )
 
     async def _forward(
-        self, call: Call, method: str, target: bytes, client: ClientHeaders, send, started_s: float
+        self,
+        call: Call,
+        method: str,
+        target: bytes,
+        client: ClientHeaders,
+        to: "Client",
+        started_s: float,
     ) -> int:
         """Try workers until one answers, relay the answer; returns completion tokens if reported."""
         tried: list[Worker] = []
@@ -259,8 +267,7 @@ class Proxy:
                         for other, other_admission in blamed:  # all say 500: it is the request
                             other.breaker.forget(other_admission)
                         blamed.clear()
-                tokens = await exchange.relay(send)
-                return tokens
+                return await exchange.relay(to)
             except UpstreamError as error:
                 exchange.failed(error)
                 if exchange.started:  # bytes are out
@@ -305,8 +312,8 @@ class Exchange:
     """One attempt at one worker: the load it is charged with, and what its outcome teaches."""
 
     __slots__ = (
-        "admission", "answer", "body", "call", "connection", "proxy", "settled", "started", "started_s",
-        "status", "todo_tokens", "told", "worker",
+        "admission", "answer", "body", "call", "connection", "prompt_tokens", "proxy", "settled",
+        "started", "started_s", "status", "todo_tokens", "told", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -322,6 +329,7 @@ class Exchange:
         self.answer: Answer = None  # type: ignore[assignment]  # set with status
         self.body: bytes | None = None  # the whole answer, when it was read before relaying
         self.started = False  # bytes have gone to the client
+        self.prompt_tokens = 0  # as the worker counted them
         self.told = False  # the client has been told that the stream broke
         self.settled = False  # the breaker knows
         self.todo_tokens = max(0, call.prompt_tokens - max(0, call.predicted_tokens))
@@ -361,7 +369,7 @@ class Exchange:
         if answer.length is not None and answer.length <= WHOLE_ANSWER_BYTES and not answer.event_stream:
             self.body = await connection.body()
 
-    async def relay(self, send) -> int:
+    async def relay(self, to: "Client") -> int:
         """Pass the answer on; returns completion tokens if reported, else 0.
 
         A stream that breaks ends with an error event and then raises UpstreamError; so does a plain
@@ -371,17 +379,21 @@ class Exchange:
         headers = answer.headers
         headers.append((b"x-request-id", call.request_id))
         headers.append((b"x-smg-routed-worker-id", self.worker.url.encode()))
-        start = {"type": "http.response.start", "status": self.status, "headers": headers}
         body = self.body
-        if body is not None:
-            self._first_token(body)
-            self._succeeded()
-            self.started = True
-            await send(start)
-            await send({"type": "http.response.body", "body": body})
-            recorder.finished(call, self.status, self.started_s, body, self.proxy.loop.time())
-            return number_after(body, b'"completion_tokens"') or 0
-        return await self._relay_stream(start, send)
+        if body is None:
+            start = {"type": "http.response.start", "status": self.status, "headers": headers}
+            return await self._relay_stream(start, to.send)
+        self._first_token(body)
+        self._succeeded()
+        self.started = True
+        if to.connection is None or not to.connection.answer(self.status, headers, body):
+            await to.send({"type": "http.response.start", "status": self.status, "headers": headers})
+            await to.send({"type": "http.response.body", "body": body})
+        tokens = number_after(body, b'"completion_tokens"') or 0
+        recorder.finished(
+            call, self.status, self.started_s, self.proxy.loop.time(), self.prompt_tokens, tokens
+        )
+        return tokens
 
     async def _relay_stream(self, start, send) -> int:
         call, recorder, connection = self.call, self.proxy.recorder, self.connection
@@ -416,12 +428,13 @@ class Exchange:
                 event = stream_error_event(call.path, f"the worker broke the stream: {error}")
                 await send({"type": "http.response.body", "body": end + event})
                 self.told = True
-            recorder.finished(call, self.status, self.started_s, b"", time(), error="stream_error")
+            recorder.finished(call, self.status, self.started_s, time(), error="stream_error")
             raise
         await send({"type": "http.response.body", "body": data})
         self._succeeded()
-        recorder.finished(call, self.status, self.started_s, data, last_s)
-        return number_after(data, b'"completion_tokens"') or events
+        tokens = number_after(data, b'"completion_tokens"') or events
+        recorder.finished(call, self.status, self.started_s, last_s, self.prompt_tokens, tokens)
+        return tokens
 
     def _first_token(self, data: bytes) -> None:
         """The prompt has been computed: its tokens no longer queue, and the hit is known."""
@@ -433,7 +446,7 @@ class Exchange:
         if cached is None:
             cached = number_after(data, b'"cached_tokens"')
         if cached is not None:
-            prompt_tokens = number_after(data, b'"prompt_tokens"') or 0
+            prompt_tokens = self.prompt_tokens = number_after(data, b'"prompt_tokens"') or 0
             self.proxy.recorder.cached(self.call, self.worker, cached)
             self.proxy.policy.learned(self.call, self.worker, prompt_tokens, cached)
 
@@ -491,6 +504,16 @@ class Exchange:
             self.connection.release()
         if worker.in_flight == 0 and worker.idle_waiter is not None and not worker.idle_waiter.done():
             worker.idle_waiter.set_result(None)
+
+
+class Client:
+    """The way back: ASGI `send`, and our own server's connection when it is ours."""
+
+    __slots__ = ("connection", "send")
+
+    def __init__(self, send, connection) -> None:
+        self.send = send
+        self.connection = connection
 
 
 async def _watch(receive, task: asyncio.Task) -> None:

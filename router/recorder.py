@@ -2,7 +2,6 @@
 
 from router.call import Call
 from router.errors import RequestError
-from router.exchange import number_after
 from router.metrics import Cell, HistogramCell, Metrics
 from router.workers import Worker
 
@@ -23,7 +22,7 @@ class RouteCells:
 
     __slots__ = (
         "completion_tokens", "duration", "http_duration", "http_requests", "ok", "prompt_tokens",
-        "requests", "stream",
+        "requests", "stream", "upstream_ok",
     )  # fmt: skip
 
     def __init__(self, m: Metrics, path: str, model: str, stream: bool) -> None:
@@ -31,6 +30,7 @@ class RouteCells:
         self.duration = m.duration.of(*ROUTER, model, path)
         self.http_requests = m.http_requests.of("POST", path)
         self.http_duration = m.http_duration.of("POST", path)
+        self.upstream_ok = m.upstream_responses.of("regular", "200", "")
         self.ok = m.http_responses.of(path, "200", "")
         self.prompt_tokens = m.tokens.of("regular", "regular", model, path, "prompt")
         self.completion_tokens = m.tokens.of("regular", "regular", model, path, "completion")
@@ -76,26 +76,31 @@ class Recorder:
         m.decisions.of(self.policy, call.decision).value += 1
 
     def finished(
-        self, call: Call, status: int, started_s: float, body: bytes, now_s: float, error: str = ""
+        self,
+        call: Call,
+        status: int,
+        started_s: float,
+        now_s: float,
+        prompt_tokens: int = 0,
+        completion_tokens: int = 0,
+        error: str = "",
     ) -> None:
-        """An answer went out; `body` is all of it, or the stream's last part."""
+        """An answer went out whole, or with `error`. Token counts as the worker reported them."""
         cells = self.cells(call)
         elapsed_s = now_s - started_s
         cells.requests.value += 1
         cells.duration.observe(elapsed_s)
         cells.http_requests.value += 1
         cells.http_duration.observe(elapsed_s)
-        m = self.metrics
         if status == 200 and not error:
             cells.ok.value += 1
-            tokens = number_after(body, b'"prompt_tokens"')
-            if tokens is not None:
-                cells.prompt_tokens.value += tokens
-                cells.completion_tokens.value += number_after(body, b'"completion_tokens"') or 0
-        else:
-            m.http_responses.of(call.path, str(status), error).add()
-        if status != 200:
-            m.upstream_responses.of("regular", str(status), "").add()
+            cells.upstream_ok.value += 1
+            cells.prompt_tokens.value += prompt_tokens
+            cells.completion_tokens.value += completion_tokens
+            return
+        m = self.metrics
+        m.http_responses.of(call.path, str(status), error).add()
+        m.upstream_responses.of("regular", str(status), error).add()
         if error:
             m.errors.of(*ROUTER, self.model_label(call.model), call.path, error).add()
 

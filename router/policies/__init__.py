@@ -1,8 +1,8 @@
 """How a worker is chosen: one file a policy, found by name."""
 
-import random
 from collections.abc import Sequence
 from importlib import import_module
+from random import Random  # the name `random` here is the policy of that name
 
 from router.call import Call
 from router.config import RouterConfig
@@ -18,7 +18,7 @@ class Policy:
 
     reads_prompt = False
 
-    def __init__(self, config: RouterConfig, rng: random.Random) -> None:
+    def __init__(self, config: RouterConfig, rng: Random) -> None:
         self.config = config
         self.rng = rng
 
@@ -52,8 +52,8 @@ def least_loaded(workers: Sequence[Worker]) -> Worker:
     return min(workers, key=lambda w: (w.in_flight + w.foreign_requests, w.total))
 
 
-def make_policy(name: str, config: RouterConfig, rng: random.Random | None = None) -> Policy:
+def make_policy(name: str, config: RouterConfig, rng: Random | None = None) -> Policy:
     """The policy called `name`, one of `router.config.POLICIES`."""
     module = import_module(f"router.policies.{name}")
     class_name = "".join(part.capitalize() for part in name.split("_"))
-    return getattr(module, class_name)(config, rng or random.Random())
+    return getattr(module, class_name)(config, rng or Random())
