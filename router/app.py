@@ -194,6 +194,10 @@ class Gateway:
             "smg_discovery_workers_discovered", "workers by who registered them", ("source",),
             lambda: _counted(w.source for w in registry),
         )  # fmt: skip
+        watch(
+            "sglang_cache_hit_rate", "cached share of prompt tokens, by cache tier", ("source",),
+            self._hit_rate,
+        )  # fmt: skip
         watch("smg_admission_inflight", "requests in flight", (), lambda: {(): float(self._running())})
         watch(
             "router_admission_queue_depth", "requests waiting for a place", (),
@@ -203,6 +207,12 @@ class Gateway:
             "router_policy_state", "sizes of the policy's memory", ("what",),
             lambda: {(name,): value for name, value in self.policy.stats().items()},
         )  # fmt: skip
+
+    def _hit_rate(self) -> dict[tuple[str, ...], float]:
+        seen = self.proxy.recorder if self.proxy else None
+        if seen is None or not seen.prompt_tokens:
+            return {}
+        return {("device",): seen.cached_tokens / seen.prompt_tokens}
 
     def _running(self) -> int:
         return self.proxy.concurrency.running if self.proxy else 0

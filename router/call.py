@@ -117,18 +117,10 @@ class Call:
         try:
             fields = _decode(self.body)
         except msgspec.ValidationError:
-            try:
-                anything = msgspec.json.decode(self.body)
-            except msgspec.DecodeError as error:
-                raise _not_json(error) from error
-            if not isinstance(anything, dict):
-                raise RequestError(400, "invalid_json", "the request body must be a JSON object") from None
-            self.stream = bool(anything.get("stream"))
+            self.stream = bool(_object(self.body).get("stream"))
             return
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise _not_json(error) from error
-        except RecursionError as error:
-            raise RequestError(400, "invalid_json", "the request body is nested too deeply") from error
         self.fields = fields
         self.model = fields.model
         self.stream = fields.stream is True
@@ -152,7 +144,10 @@ class Call:
         raw = f.messages or f.text or f.prompt or f.input_ids or f.input or f.query
         if not raw:
             return ""
-        return " ".join(_texts(msgspec.json.decode(raw)))
+        try:
+            return " ".join(_texts(msgspec.json.decode(raw)))
+        except RecursionError:
+            return ""
 
 
 def _texts(value) -> list[str]:
@@ -165,6 +160,17 @@ def _texts(value) -> list[str]:
     if isinstance(value, (int, float)):
         return [str(value)]
     return []
+
+
+def _object(body: bytes | bytearray) -> dict:
+    """The body, if it is a JSON object. Raises RequestError(400)."""
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _not_json(error) from error
+    if not isinstance(value, dict):
+        raise RequestError(400, "invalid_json", "the request body must be a JSON object")
+    return value
 
 
 def _not_json(error: Exception) -> RequestError:

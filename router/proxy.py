@@ -70,6 +70,7 @@ class Proxy:
         )
         self.token_rate = TokenRate(config.rate_limit_tokens_per_second, self.loop.time)
         self.recorder = Recorder(metrics, config.effective_policy)
+        self.direct = not config.cors_allowed_origins  # nothing wraps `send`
         self.id_ranks = {name.lower().encode(): i for i, name in enumerate(config.request_id_headers)}
         self.attempts = 1 if config.disable_retries else config.retry_max_retries
         self.stream_break_weight = config.cb_failure_threshold // 2 + 1  # two in a row open the breaker
@@ -107,7 +108,12 @@ class Proxy:
                     if scope["query_string"]:
                         target += b"?" + scope["query_string"]
                     tokens = await self._forward(
-                        call, scope["method"], target, client, Client(send, connection), started_s
+                        call,
+                        scope["method"],
+                        target,
+                        client,
+                        Client(send, connection if self.direct else None),
+                        started_s,
                     )
                     if tokens and self.token_rate.tokens_per_s is not None:
                         self.token_rate.charge(caller, tokens)
@@ -447,7 +453,7 @@ class Exchange:
             cached = number_after(data, b'"cached_tokens"')
         if cached is not None:
             prompt_tokens = self.prompt_tokens = number_after(data, b'"prompt_tokens"') or 0
-            self.proxy.recorder.cached(self.call, self.worker, cached)
+            self.proxy.recorder.cached(self.call, self.worker, prompt_tokens, cached)
             self.proxy.policy.learned(self.call, self.worker, prompt_tokens, cached)
 
     def _succeeded(self) -> None:

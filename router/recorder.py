@@ -47,6 +47,8 @@ class Recorder:
         self.policy = policy
         self._routes: dict[tuple[str, str | None, bool], RouteCells] = {}
         self._models: set[str] = set()
+        self.prompt_tokens = 0  # of answers that told their cached tokens
+        self.cached_tokens = 0
 
     def model_label(self, model: str | None) -> str:
         if model is None:
@@ -114,8 +116,10 @@ class Recorder:
         m.http_responses.of(path, str(error.status), error.code).add()
         m.http_duration.of("POST", path).observe(elapsed_s)
 
-    def cached(self, call: Call, worker: Worker, cached_tokens: int) -> None:
+    def cached(self, call: Call, worker: Worker, prompt_tokens: int, cached_tokens: int) -> None:
         m = self.metrics
+        self.prompt_tokens += prompt_tokens
+        self.cached_tokens += cached_tokens
         m.actual_tokens.of(worker.url).add(cached_tokens)
         if call.predicted_tokens >= 0:
             m.predicted_tokens.of(worker.url).add(call.predicted_tokens)
