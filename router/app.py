@@ -17,6 +17,7 @@ from router.call import ROUTES
 from router.config import RouterConfig
 from router.control import Control
 from router.errors import RequestError, send_error
+from router.exact import Exact
 from router.health import Monitor
 from router.jobs import Jobs, learn
 from router.limits import Keys
@@ -42,6 +43,9 @@ class Gateway:
         self.keys = Keys(config.api_key, config.api_keys)
         self.monitor = Monitor(config, self.registry, self.policy, self.metrics, relearn=learn)
         self.jobs = Jobs(config, self.registry, self.monitor, self.metrics)
+        self.exact: Exact | None = None
+        if config.effective_policy == "cache_aware":
+            self.exact = self.jobs.exact = Exact(self.registry, self.metrics, config.tokenizer_path)
         self.control = Control(self.registry, self.policy, self.metrics, lambda: self.draining)
         self.loop: asyncio.AbstractEventLoop | None = None
         self.proxy: Proxy | None = None
@@ -89,7 +93,13 @@ class Gateway:
     async def _lifespan(self, app: Starlette):
         self.loop = asyncio.get_running_loop()
         self.proxy = Proxy(
-            self.config, self.registry, self.policy, self.metrics, self.keys, suspect=self.monitor.suspect
+            self.config,
+            self.registry,
+            self.policy,
+            self.metrics,
+            self.keys,
+            exact=self.exact,
+            suspect=self.monitor.suspect,
         )
         if self.config.effective_policy != self.config.policy:
             log.info(
@@ -105,6 +115,8 @@ class Gateway:
             sweeper.cancel()
             await self.jobs.close()
             await self.monitor.close()
+            if self.exact is not None:
+                await self.exact.close()
             for worker in self.registry:
                 worker.pool.close()
 
@@ -203,6 +215,12 @@ class Gateway:
             "router_admission_queue_depth", "requests waiting for a place", (),
             lambda: {(): float(len(self.proxy.concurrency.queue) if self.proxy else 0)},
         )  # fmt: skip
+        if self.exact is not None:
+            watch(
+                "router_kv_event_lag_seconds", "since the last KV event or keep-alive", by_worker,
+                self.exact.lag_s,
+            )  # fmt: skip
+            watch("router_kv_pages", "pages known to be cached", by_worker, self.exact.pages)
         watch(
             "router_policy_state", "sizes of the policy's memory", ("what",),
             lambda: {(name,): value for name, value in self.policy.stats().items()},

@@ -79,6 +79,7 @@ class Call:
         "decision",
         "fields",
         "model",
+        "pages",
         "path",
         "predicted_tokens",
         "prompt",
@@ -88,6 +89,7 @@ class Call:
         "routing_key",
         "stream",
         "target_worker",
+        "token_ids",
     )
 
     def __init__(self, route: Route, body: bytes | bytearray) -> None:
@@ -103,6 +105,8 @@ class Call:
         self.target_worker: str | None = None
         self.request_id = b""
         self.chain: list[int] | None = None  # block hashes, filled by cache_aware
+        self.token_ids: list[int] | None = None  # of the prompt, when exact routing knows them
+        self.pages: dict[int, list[int]] = {}  # page hashes by page size
         self.decision = ""  # why this worker
         self.predicted_tokens = -1  # cached tokens expected there; -1: no opinion
         self.admission = 1

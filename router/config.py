@@ -93,6 +93,9 @@ class RouterConfig:
     prefix_hash_load_factor: float = key(
         1.25, "prefix_hash: in-flight requests over the mean that make it spill", least=1
     )
+    tokenizer_path: str | None = key(
+        None, "cache_aware: directory of the tokenizer for exact routing; default: the workers' own, if local"
+    )
     assignment_mode: Literal["random", "min_load", "min_group"] = key(
         "random", "manual: where a new routing key goes"
     )

@@ -158,13 +158,13 @@ def number_after(data: bytes, key: bytes) -> int | None:
     return int(digits[:end]) if end else None
 
 
-def with_dp_rank(call: Call, worker: Worker) -> bytes | bytearray:
-    """The body with `routed_dp_rank` spliced in as its first key, unless the client chose a rank."""
+def with_dp_rank(call: Call, worker: Worker, body: bytes | bytearray) -> bytes | bytearray:
+    """`body` with `routed_dp_rank` spliced in as its first key, unless the client chose a rank."""
     fields = call.fields
     if worker.dp_rank is None or fields is None:
-        return call.body
+        return body
     if fields.routed_dp_rank is not None or fields.data_parallel_rank is not None:
-        return call.body
-    rest = bytes(call.body).lstrip()[1:]
+        return body
+    rest = bytes(body).lstrip()[1:]
     comma = b"" if rest.lstrip().startswith(b"}") else b","
     return b'{"routed_dp_rank":%d%s' % (worker.dp_rank, comma) + rest

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from router.config import RouterConfig
+from router.exact import Exact
 from router.health import Monitor
 from router.metrics import Metrics
 from router.upstream import Pool, UpstreamError
@@ -60,6 +61,7 @@ class Jobs:
         self.registry = registry
         self.monitor = monitor
         self.metrics = metrics
+        self.exact: Exact | None = None
         self.jobs: dict[str, Job] = {}  # by worker id
         self.tasks: set[asyncio.Task] = set()
 
@@ -141,6 +143,8 @@ class Jobs:
             self._split_ranks(worker, job)
         else:
             self._ready(worker)
+        if self.exact is not None:
+            await self.exact.follow(self.registry.of_process(worker.spec.url))
         job.go("done")
         self.metrics.registrations.of(worker.source, "success").add()
         log.info("worker %s is ready (models: %s)", worker.url, ", ".join(worker.models) or "any")
@@ -159,6 +163,7 @@ class Jobs:
                 part.id = worker.id
                 job.worker = part
             part.models, part.info, part.source = worker.models, worker.info, worker.source
+            part.takes_ids, part.resumes = worker.takes_ids, worker.resumes
             part.page_size, part.dp_size = worker.page_size, worker.dp_size
             part.instance_id = worker.instance_id
             if worker.capacity_tokens:
@@ -228,6 +233,9 @@ async def learn(worker: Worker) -> None:
         worker.models = (card["model_path"],)
     worker.capacity_tokens = _positive(info.get("max_total_num_tokens"))
     worker.page_size = _positive(info.get("page_size"))
+    offered = info.get("protocol")
+    worker.takes_ids = isinstance(offered, list) and "input_ids/1" in offered
+    worker.resumes = isinstance(offered, list) and "resume/1" in offered
     worker.dp_size = _positive(info.get("dp_size")) or 1
     if isinstance(info.get("instance_id"), str):
         worker.instance_id = info["instance_id"]

@@ -14,6 +14,7 @@ from router.breaker import NORMAL, Admission
 from router.call import Call, Route, new_request_id
 from router.config import RouterConfig
 from router.errors import RequestError, send_error, stream_error_event
+from router.exact import Exact, body_with_ids
 from router.exchange import (
     Answer,
     ClientHeaders,
@@ -53,6 +54,7 @@ class Proxy:
         metrics: Metrics,
         keys: Keys,
         *,
+        exact: Exact | None = None,
         suspect: Callable[[Worker, UpstreamError], None],
         sleep=asyncio.sleep,
         rng: random.Random | None = None,
@@ -61,6 +63,7 @@ class Proxy:
         self.registry = registry
         self.policy = policy
         self.keys = keys
+        self.exact = exact
         self.suspect = suspect
         self.sleep = sleep
         self.rng = rng or random.Random()
@@ -104,6 +107,8 @@ class Proxy:
                 else:
                     self.concurrency.running += 1
                 try:
+                    if self.exact is not None and self.exact.subscriptions:
+                        await self.exact.prepare(call)
                     target = scope.get("raw_path") or scope["path"].encode()
                     if scope["query_string"]:
                         target += b"?" + scope["query_string"]
@@ -318,7 +323,7 @@ class Exchange:
     """One attempt at one worker: the load it is charged with, and what its outcome teaches."""
 
     __slots__ = (
-        "admission", "answer", "body", "call", "connection", "prompt_tokens", "proxy", "settled",
+        "admission", "answer", "body", "call", "computed", "connection", "prompt_tokens", "proxy", "settled",
         "started", "started_s", "status", "todo_tokens", "told", "worker",
     )  # fmt: skip
 
@@ -336,6 +341,7 @@ class Exchange:
         self.body: bytes | None = None  # the whole answer, when it was read before relaying
         self.started = False  # bytes have gone to the client
         self.prompt_tokens = 0  # as the worker counted them
+        self.computed = False  # the prompt: the policy knows
         self.told = False  # the client has been told that the stream broke
         self.settled = False  # the breaker knows
         self.todo_tokens = max(0, call.prompt_tokens - max(0, call.predicted_tokens))
@@ -348,7 +354,11 @@ class Exchange:
     async def start(self, method: str, target: bytes, client: ClientHeaders) -> None:
         """Send the request and read the head of the answer, or all of a small one. Raises UpstreamError."""
         worker, call = self.worker, self.call
-        body = call.body if worker.dp_rank is None else with_dp_rank(call, worker)
+        body = call.body
+        if call.token_ids is not None and worker.takes_ids:
+            body = body_with_ids(call)
+        if worker.dp_rank is not None:
+            body = with_dp_rank(call, worker, body)
         head = request_head(method, target, worker, client, call.request_id, len(body))
         connection, used = await worker.pool.connect()
         self.connection = connection
@@ -446,6 +456,7 @@ class Exchange:
         """The prompt has been computed: its tokens no longer queue, and the hit is known."""
         self.worker.pending_tokens -= self.todo_tokens
         self.todo_tokens = 0
+        self._prefilled()
         if self.status != 200:
             return
         cached = self.answer.cached_tokens
@@ -455,6 +466,11 @@ class Exchange:
             prompt_tokens = self.prompt_tokens = number_after(data, b'"prompt_tokens"') or 0
             self.proxy.recorder.cached(self.call, self.worker, prompt_tokens, cached)
             self.proxy.policy.learned(self.call, self.worker, prompt_tokens, cached)
+
+    def _prefilled(self) -> None:
+        if self.call.pages and not self.computed:
+            self.computed = True
+            self.proxy.policy.prefilled(self.call, self.worker)
 
     def _succeeded(self) -> None:
         if self.settled:
@@ -504,6 +520,7 @@ class Exchange:
         worker.in_flight -= 1
         worker.pending_tokens -= self.todo_tokens
         self.todo_tokens = 0
+        self._prefilled()
         if not self.settled:  # cancelled: says nothing of the worker
             worker.breaker.forget(self.admission)
         if self.connection is not None:

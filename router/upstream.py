@@ -73,6 +73,7 @@ class Connection(asyncio.Protocol):
         self.closed = False
         self.busy = False
         self.idle_since = 0.0
+        self.endless = False  # it may run for longer than a request
         self.sent_s = 0.0  # loop time of the running request
         self._begin()
 
@@ -304,7 +305,7 @@ class Pool:
         """End the exchanges that have run for longer than `limit_s`."""
         horizon_s = self.loop.time() - limit_s if self.loop is not None else 0.0
         for connection in list(self.active):
-            if connection.busy and connection.sent_s < horizon_s:
+            if connection.busy and not connection.endless and connection.sent_s < horizon_s:
                 connection.fail(UpstreamError(f"no end within {limit_s:g} s", kind="timeout"))
 
     def drop_idle(self) -> None:

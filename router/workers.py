@@ -7,12 +7,15 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from router.breaker import PROBE, STATE_NUMBER, Admission, Breaker
 from router.upstream import Pool
+
+if TYPE_CHECKING:
+    from router.kv_events import KvImage
 
 Status = Literal["pending", "ready", "unhealthy", "draining", "failed"]
 
@@ -63,11 +66,14 @@ class Worker:
         self.load: Load | None = None
         self.foreign_requests = 0  # requests of other gateways, by its last load report
         self.foreign_tokens = 0
+        self.kv: KvImage | None = None  # exact knowledge of its cache, when it publishes it
         self.capacity_tokens: int | None = None
         self.page_size: int | None = None
         self.dp_size = 1
         self.instance_id: str | None = None
         self.info: dict[str, Any] = {}
+        self.resumes = False  # it can go on with another worker's stream
+        self.takes_ids = False  # prompts may be sent as token ids
         self.failed_path: bytes | None = None  # route of the failure that opened the breaker
         self.failed_model: str | None = None
         self.failed_stream = False

@@ -29,6 +29,9 @@ class Policy:
     def placed(self, call: Call, worker: Worker) -> None:
         """The request is being sent to `worker`."""
 
+    def prefilled(self, call: Call, worker: Worker) -> None:
+        """The first output of the request has come from `worker`, or it ended without one."""
+
     def learned(self, call: Call, worker: Worker, prompt_tokens: int, cached_tokens: int) -> None:
         """`worker` computed the prompt and said how many of its tokens were cached."""
 

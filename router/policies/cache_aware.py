@@ -10,7 +10,9 @@ shared-prefix workloads: 539 requests/s against 850 with 2); with 8, growing cha
 own worker. `pressure` (0..0.5) is how full the worker's cache is: a miss at a full one evicts.
 
 What a worker holds is an image: an LRU of hashes of 256-byte prompt blocks, chained, as large as the
-worker's own cache. The image is corrected by `cached_tokens` in the answers: when a worker repeatedly
+worker's own cache; a worker that publishes KV events is known exactly instead, page by page, plus the
+pages it is computing for requests already sent. The image is corrected by `cached_tokens` in the
+answers: when a worker repeatedly
 had less than expected, its cache is smaller than it says, and the image shrinks.
 """
 
@@ -22,6 +24,8 @@ from xxhash import xxh3_64_intdigest
 
 from router.call import Call
 from router.config import RouterConfig
+from router.exact import hashes_of
+from router.kv_events import KvImage
 from router.policies import Policy
 from router.policies.least_load import queued_tokens
 from router.workers import Worker
@@ -82,6 +86,7 @@ class CacheAware(Policy):
     def __init__(self, config: RouterConfig, rng: random.Random) -> None:
         super().__init__(config, rng)
         self.images: dict[Worker, Image] = {}
+        self.coming: dict[Worker, dict[int, int]] = {}  # pages being computed there, with a count
         self.bytes_per_token = 4.0  # of prompt JSON; learned from the answers
 
     def choose(self, call: Call, workers: Sequence[Worker]) -> Worker:
@@ -92,12 +97,19 @@ class CacheAware(Policy):
         tokens = call.prompt_tokens = int(len(call.prompt) / bytes_per_token)
         block_tokens = BLOCK_BYTES / bytes_per_token
         images = self.images
+        ids = call.token_ids
+        if ids is not None:
+            tokens = call.prompt_tokens = len(ids)
         best, best_cost, best_hit, longest = None, 0.0, 0.0, 0.0
         for worker in workers:
             image = images.get(worker)
             if image is None:
                 image = self._new_image(worker)
-            hit = image.match(chain) * block_tokens if chain else 0.0
+            kv = worker.kv
+            if ids is not None and kv is not None and kv.live:
+                hit = self._exact_hit(call, worker, kv)
+            else:
+                hit = image.match(chain) * block_tokens if chain else 0.0
             todo = tokens - hit
             full = len(image.blocks) / image.capacity
             cost = (MISS_WEIGHT + PRESSURE_WEIGHT * full) * todo + queued_tokens(worker)
@@ -116,6 +128,21 @@ class CacheAware(Policy):
     def placed(self, call: Call, worker: Worker) -> None:
         if call.chain:
             self.images[worker].insert(call.chain)
+        if call.pages and worker.kv is not None:
+            coming = self.coming.setdefault(worker, {})
+            for page in call.pages.get(worker.kv.page_size, ()):
+                coming[page] = coming.get(page, 0) + 1
+
+    def prefilled(self, call: Call, worker: Worker) -> None:
+        coming = self.coming.get(worker)
+        if not coming or worker.kv is None:
+            return
+        for page in call.pages.get(worker.kv.page_size, ()):
+            left = coming.get(page, 0) - 1
+            if left > 0:
+                coming[page] = left
+            else:
+                coming.pop(page, None)
 
     def learned(self, call: Call, worker: Worker, prompt_tokens: int, cached_tokens: int) -> None:
         if len(call.prompt) >= 4 * BLOCK_BYTES and prompt_tokens > 0:
@@ -134,8 +161,19 @@ class CacheAware(Policy):
     def cleared(self, worker: Worker) -> None:
         self.images.pop(worker, None)
 
+    def _exact_hit(self, call: Call, worker: Worker, kv: KvImage) -> int:
+        """Tokens of the prompt that `worker` holds or is computing now."""
+        pages = hashes_of(call, kv.page_size)
+        hit = kv.hit_pages(pages, worker.dp_rank)
+        coming = self.coming.get(worker)
+        if coming:
+            while hit < len(pages) and pages[hit] in coming:
+                hit += 1
+        return min(hit * kv.page_size, len(call.token_ids or ()) - 1)
+
     def forget(self, worker: Worker) -> None:
         super().forget(worker)
+        self.coming.pop(worker, None)
         self._share_bound()
 
     def stats(self) -> dict[str, float]:
