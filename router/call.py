@@ -3,10 +3,14 @@
 import os
 import random
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from router.errors import RequestError
+
+if TYPE_CHECKING:
+    from router.resume import Tracker
 
 EMPTY = msgspec.Raw(b"")
 _raw = msgspec.Raw
@@ -90,6 +94,7 @@ class Call:
         "stream",
         "target_worker",
         "token_ids",
+        "tracker",
     )
 
     def __init__(self, route: Route, body: bytes | bytearray) -> None:
@@ -107,6 +112,7 @@ class Call:
         self.chain: list[int] | None = None  # block hashes, filled by cache_aware
         self.token_ids: list[int] | None = None  # of the prompt, when exact routing knows them
         self.pages: dict[int, list[int]] = {}  # page hashes by page size
+        self.tracker: Tracker | None = None  # of a stream that can be resumed
         self.decision = ""  # why this worker
         self.predicted_tokens = -1  # cached tokens expected there; -1: no opinion
         self.admission = 1

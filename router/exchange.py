@@ -9,7 +9,7 @@ from router.workers import Load, Worker
 # answer hides cached_tokens and stream events, and compression belongs at the edge.
 _NOT_FORWARDED = frozenset(
     b"host connection keep-alive proxy-connection te trailer transfer-encoding upgrade expect "
-    b"content-length accept-encoding proxy-authorization x-smg-target-worker".split()
+    b"content-length accept-encoding proxy-authorization x-smg-target-worker x-resume".split()
 )
 _NOT_RETURNED = frozenset(
     b"connection keep-alive proxy-connection trailer transfer-encoding upgrade x-request-id "
@@ -67,12 +67,19 @@ def read_headers(headers: list[tuple[bytes, bytes]], id_ranks: dict[bytes, int])
 
 
 def request_head(
-    method: str, target: bytes, worker: Worker, client: ClientHeaders, request_id: bytes, length: int
+    method: str,
+    target: bytes,
+    worker: Worker,
+    client: ClientHeaders,
+    request_id: bytes,
+    length: int,
+    more: bytes = b"",
 ) -> bytes:
-    """Request line and headers for `worker`, with the empty line. `length`: bytes of the body."""
-    auth = b""
+    """Request line and headers for `worker`, with the empty line. `length`: bytes of the body; `more`:
+    header lines of our own."""
+    auth = more
     if client.authorization is not None and not worker.spec.api_key:
-        auth = b"authorization: " + client.authorization + b"\r\n"
+        auth += b"authorization: " + client.authorization + b"\r\n"
     return b"".join(
         (
             method.encode(),

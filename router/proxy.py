@@ -28,6 +28,7 @@ from router.limits import Concurrency, Keys, TokenRate
 from router.metrics import Metrics
 from router.policies import Policy
 from router.recorder import Recorder
+from router.resume import HEADER, Tracker, make_tracker
 from router.upstream import Connection, UpstreamError
 from router.workers import Registry, Worker
 
@@ -282,6 +283,9 @@ class Proxy:
             except UpstreamError as error:
                 exchange.failed(error)
                 if exchange.started:  # bytes are out
+                    if exchange.tracked and call.tracker is not None:
+                        tried.append(worker)
+                        return await self._resume(call, method, target, client, to, started_s, tried)
                     if not exchange.told:
                         raise CutOff from error
                     return 0
@@ -298,6 +302,47 @@ class Proxy:
         self._blame(blamed, call)
         self.recorder.exhausted(path)
         raise last or RequestError(502, "upstream_error", "no attempt at the request succeeded")
+
+    async def _resume(
+        self,
+        call: Call,
+        method: str,
+        target: bytes,
+        client: ClientHeaders,
+        to: "Client",
+        started_s: float,
+        tried: list[Worker],
+    ) -> int:
+        """Go on with a broken stream on workers that can; ends it with an error event when none does."""
+        tracker = call.tracker
+        assert tracker is not None
+        tracker.broke()
+        if tracker.done:  # only the connection's own end was missing
+            await to.send({"type": "http.response.body", "body": b""})
+            return len(tracker.token_ids)
+        for _ in range(self.attempts):
+            able = tuple(w for w in self.registry.usable(call.model) if w.resumes and w not in tried)
+            if not able:
+                break
+            worker = self.policy.choose(call, able)
+            tried.append(worker)
+            exchange = Exchange(self, call, worker, NORMAL, started_s)
+            try:
+                await exchange.start(method, target, client, tracker.request())
+                if exchange.status == 200 and exchange.answer.event_stream:
+                    self.recorder.stream_broke(worker, "resumed")
+                    return await exchange.relay_rest(to)
+                if exchange.status in BACKPRESSURE:
+                    exchange.backpressure()
+            except UpstreamError as error:
+                exchange.failed(error)
+                tracker.broke()
+            finally:
+                exchange.close()
+        event = stream_error_event(call.path, "the worker broke the stream, and no other could go on")
+        await to.send({"type": "http.response.body", "body": event})
+        self.recorder.finished(call, 200, started_s, self.loop.time(), error="stream_error")
+        return len(tracker.token_ids)
 
     def _blame(self, blamed: list[tuple[Worker, Admission]], call: Call) -> None:
         for worker, admission in blamed:
@@ -324,7 +369,7 @@ class Exchange:
 
     __slots__ = (
         "admission", "answer", "body", "call", "computed", "connection", "prompt_tokens", "proxy", "settled",
-        "started", "started_s", "status", "todo_tokens", "told", "worker",
+        "started", "started_s", "status", "todo_tokens", "told", "tracked", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -341,6 +386,7 @@ class Exchange:
         self.body: bytes | None = None  # the whole answer, when it was read before relaying
         self.started = False  # bytes have gone to the client
         self.prompt_tokens = 0  # as the worker counted them
+        self.tracked = False  # the stream can be resumed elsewhere
         self.computed = False  # the prompt: the policy knows
         self.told = False  # the client has been told that the stream broke
         self.settled = False  # the breaker knows
@@ -351,15 +397,25 @@ class Exchange:
         proxy.policy.placed(call, worker)
         proxy.recorder.placed(call, worker)
 
-    async def start(self, method: str, target: bytes, client: ClientHeaders) -> None:
-        """Send the request and read the head of the answer, or all of a small one. Raises UpstreamError."""
+    async def start(
+        self, method: str, target: bytes, client: ClientHeaders, resumed: bytes | None = None
+    ) -> None:
+        """Send the request and read the head of the answer, or all of a small one. Raises UpstreamError.
+
+        `resumed`: another body, that goes on with a stream."""
         worker, call = self.worker, self.call
-        body = call.body
-        if call.token_ids is not None and worker.takes_ids:
+        more = b""
+        if worker.resumes and call.stream:
+            if call.tracker is None:
+                call.tracker = make_tracker(call)
+            self.tracked = call.tracker is not None
+            more = HEADER if self.tracked else b""
+        body = call.body if resumed is None else resumed
+        if resumed is None and call.token_ids is not None and worker.takes_ids:
             body = body_with_ids(call)
         if worker.dp_rank is not None:
             body = with_dp_rank(call, worker, body)
-        head = request_head(method, target, worker, client, call.request_id, len(body))
+        head = request_head(method, target, worker, client, call.request_id, len(body), more)
         connection, used = await worker.pool.connect()
         self.connection = connection
         try:
@@ -417,14 +473,20 @@ class Exchange:
         time = self.proxy.loop.time
         events = 0
         data = b""
+        tracker = call.tracker if self.tracked else None
         data = await connection.read()  # breaks before the first byte are still retried
         self._first_token(data)
+        if tracker is not None:
+            data = tracker.feed(data)
         cells = recorder.stream_cells(call)
         last_s = time()
-        cells.ttft.observe(last_s - self.started_s)
         observe = cells.itl.observe
         self.started = True
-        await send(start)
+        if start is not None:
+            cells.ttft.observe(last_s - self.started_s)
+            await send(start)
+        if tracker is not None:
+            return await self._relay_tracked(tracker, data, send, last_s, cells)
         message = {"type": "http.response.body", "body": data, "more_body": True}
         try:
             while data:
@@ -450,6 +512,38 @@ class Exchange:
         self._succeeded()
         tokens = number_after(data, b'"completion_tokens"') or events
         recorder.finished(call, self.status, self.started_s, last_s, self.prompt_tokens, tokens)
+        return tokens
+
+    async def relay_rest(self, to: "Client") -> int:
+        """Pass on a stream that goes on with one whose head has gone out. Raises UpstreamError."""
+        return await self._relay_stream(None, to.send)
+
+    async def _relay_tracked(self, tracker: Tracker, data: bytes, send, last_s: float, cells) -> int:
+        """Like the loop of `_relay_stream`, event by whole event, and silent about a break."""
+        connection, time = self.connection, self.proxy.loop.time
+        assert connection is not None
+        while True:
+            if data:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            try:
+                read = await connection.read()
+                if tracker.overfull:
+                    raise UpstreamError("an event of more than 1 MiB", kind="protocol")
+            except UpstreamError as error:
+                self._broke(error)
+                raise
+            if not read:
+                break
+            now_s = time()
+            cells.itl.observe(now_s - last_s)
+            last_s = now_s
+            data = tracker.feed(read)
+        await send({"type": "http.response.body", "body": b""})
+        self._succeeded()
+        tokens = len(tracker.token_ids)
+        self.proxy.recorder.finished(
+            self.call, self.status, self.started_s, last_s, self.prompt_tokens, tokens
+        )
         return tokens
 
     def _first_token(self, data: bytes) -> None:

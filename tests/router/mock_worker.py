@@ -30,6 +30,7 @@ class Faults:
     health: int = 200
     drop: bool = False  # close without an answer
     abort_after: int | None = None  # break streams after so many events
+    half_event: bool = False  # break them inside an event
     delay_s: float = 0.0  # before the answer's head
     token_s: float = 0.0  # between tokens
     frozen: bool = False  # accept and read, answer nothing
@@ -133,7 +134,7 @@ class MockWorker:
                 error = {"error": {"message": "injected", "type": "server_error", "code": None}}
                 await self._send(writer, faults.status, json.dumps(error).encode(), extra)
                 return True
-            return await self._generate(path, body, gone, writer)
+            return await self._generate(path, headers, body, gone, writer)
         finally:
             self.running -= 1
             if not gone.done():
@@ -183,7 +184,9 @@ class MockWorker:
         writer.write(head.encode() + b"\r\n" + data)
         await writer.drain()
 
-    async def _generate(self, path: str, body: bytes, gone: asyncio.Future, writer) -> bool:
+    async def _generate(
+        self, path: str, headers: dict[str, str], body: bytes, gone: asyncio.Future, writer
+    ) -> bool:
         try:
             request = json.loads(body)
         except ValueError:
@@ -221,11 +224,22 @@ class MockWorker:
         head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n"
         head += "".join(f"{k}: {v}\r\n" for k, v in self.response_headers.items())
         writer.write(head.encode() + b"\r\n")
-        for i in range(n):
+        track = headers.get("x-resume") == "track"
+        resume = request.get("resume") or {"token_ids": []}
+        assert resume["token_ids"] == [100 + i for i in range(len(resume["token_ids"]))]
+        for i in range(len(resume["token_ids"]), n):
             if self.faults.abort_after is not None and i >= self.faults.abort_after:
+                if self.faults.half_event:
+                    _chunk(writer, b": tokens 999\ndata: {")
+                    await writer.drain()
                 writer.transport.abort()
                 return False
-            _chunk(writer, b"data: " + json.dumps(self._event(path, i, usage)).encode() + b"\n\n")
+            event = {
+                **self._event(path, i, usage),
+                **{k: resume[k] for k in ("id", "created") if k in resume},
+            }
+            tokens = b": tokens %d\n" % (100 + i) if track else b""
+            _chunk(writer, tokens + b"data: " + json.dumps(event).encode() + b"\n\n")
             await writer.drain()
             if self.faults.token_s and await self._left(gone, self.faults.token_s):
                 return False
@@ -241,7 +255,7 @@ class MockWorker:
             return {"text": f"tok{i} ", "output_ids": [i], "meta_info": meta}
         choice = {"index": 0, "delta": {"content": f"tok{i} "}, "text": f"tok{i} ", "finish_reason": None}
         kind = "chat.completion.chunk"
-        return {"id": "x", "object": kind, "created": 0, "model": self.model, "choices": [choice]}
+        return {"id": self.name, "object": kind, "created": 7, "model": self.model, "choices": [choice]}
 
 
 def _chunk(writer, data: bytes) -> None:
