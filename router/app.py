@@ -16,6 +16,7 @@ from router.breaker import Breaker
 from router.call import ROUTES
 from router.config import RouterConfig
 from router.control import Control
+from router.discovery import FileSource, KubernetesSource, Reconciler
 from router.errors import RequestError, send_error
 from router.exact import Exact
 from router.health import Monitor
@@ -108,11 +109,15 @@ class Gateway:
             )
         for url in self.config.worker_urls:
             self.jobs.add(WorkerSpec(url=url), source="flags")
-        sweeper = asyncio.create_task(self._sweep())
+        background = [asyncio.create_task(self._sweep())]
+        for source in self._sources():
+            background.append(asyncio.create_task(source.run()))
         try:
             yield
         finally:
-            sweeper.cancel()
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
             await self.jobs.close()
             await self.monitor.close()
             if self.exact is not None:
@@ -124,6 +129,16 @@ class Gateway:
         while True:
             await asyncio.sleep(self.config.eviction_interval_secs)
             self.policy.sweep(asyncio.get_running_loop().time())
+
+    def _sources(self) -> list[FileSource | KubernetesSource]:
+        c, out = self.config, []
+        if c.discovery_file:
+            reconciler = Reconciler("file", self.registry, self.jobs, self.metrics)
+            out.append(FileSource(c.discovery_file, reconciler))
+        if c.service_discovery:
+            reconciler = Reconciler("kubernetes", self.registry, self.jobs, self.metrics)
+            out.append(KubernetesSource(c, reconciler))
+        return out
 
     def _make_worker(self, spec: WorkerSpec, dp_rank: int | None) -> Worker:
         """Raises ValueError for a bad URL."""

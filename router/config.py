@@ -101,6 +101,14 @@ class RouterConfig:
     )
     max_idle_secs: float = key(14400.0, "manual: idle time after which a routing key is forgotten", least=0)
 
+    # Where workers are found
+    discovery_file: str | None = key(None, "YAML or JSON file of workers, reread when it changes")
+    service_discovery: bool = key(False, "register ready Kubernetes pods that carry --selector's labels")
+    selector: tuple[str, ...] = key((), "pod labels, each key=value")
+    service_discovery_port: int = key(80, "port of the workers in their pods", least=1)
+    service_discovery_namespace: str | None = key(None, "namespace of the pods; default: the gateway's own")
+    kubernetes_api_url: str | None = key(None, "API server; default: that of the cluster around the gateway")
+
     # When a worker is used
     worker_startup_timeout_secs: float = key(
         1800.0, "how long a registered worker may take to become ready", least=0
@@ -187,6 +195,11 @@ class RouterConfig:
         for url in self.worker_urls:
             if not url.startswith(("http://", "https://")):
                 raise ConfigError(f"worker_urls={url!r} must start with http:// or https://")
+        if self.service_discovery and not self.selector:
+            raise ConfigError("selector is missing; --service-discovery needs labels such as app=llm-worker")
+        for item in self.selector:
+            if not all(item.partition("=")):
+                raise ConfigError(f"selector={item!r} must be key=value")
         for item in self.api_keys:
             if not all(item.partition(":")):
                 raise ConfigError("api_keys: each must be name:token")

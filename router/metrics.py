@@ -204,6 +204,8 @@ class Metrics:
             "smg_discovery_deregistrations_total", "workers unregistered", "source", "reason"
         )
 
+        self.discovery_sync = h("smg_discovery_sync_duration_seconds", "one reconciliation", "source")
+
     def counter(self, name: str, help: str, *labels: str) -> Counter:
         metric = Counter(name, help, labels)
         self.all.append(metric)
