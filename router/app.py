@@ -108,7 +108,7 @@ class Gateway:
                 self.config.effective_policy,
             )
         for url in self.config.worker_urls:
-            self.jobs.add(WorkerSpec(url=url), source="flags")
+            self.jobs.add(WorkerSpec(url=url, api_key=self.config.worker_api_key), source="flags")
         background = [asyncio.create_task(self._sweep())]
         for source in self._sources():
             background.append(asyncio.create_task(source.run()))

@@ -138,6 +138,7 @@ class RouterConfig:
 
     # Who may ask, and how much
     api_key: str | None = key(None, "bearer token of clients and operators; default: open")
+    worker_api_key: str | None = key(None, "bearer token the gateway sends to --worker-urls")
     api_keys: tuple[str, ...] = key((), "more client keys, each name:token")
     max_concurrent_requests: int = key(-1, "requests in flight at once; -1: no limit", least=-1)
     queue_size: int = key(100, "requests that may wait for --max-concurrent-requests", least=0)

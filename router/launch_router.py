@@ -29,7 +29,7 @@ def run(config: RouterConfig) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(serve(config))
 
 
@@ -117,7 +117,7 @@ def set_up_logging(config: RouterConfig) -> None:
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
 
 
-def _loop_factory():
+def loop_factory():
     try:
         import uvloop
     except ImportError:
