@@ -1,0 +1,137 @@
+"""Exact routing: who follows whose KV events, and a request's prompt as page hashes.
+
+A worker takes part when its `/server_info` says `kv_events/1` and its tokenizer can be read here
+(`--tokenizer-path`, or the worker's own path when that is a local directory).
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from router.call import Call
+from router.kv_events import FEATURE, KvImage, Subscription
+from router.metrics import Metrics
+from router.page_hash import page_hashes, root_hash
+from router.prompt_tokens import PromptTokens
+from router.workers import Registry, Worker
+
+log = logging.getLogger("router")
+
+IDS_FEATURE = "input_ids/1"
+
+
+class Exact:
+    """Owns one subscription per worker process and one tokenizer. All on the event loop."""
+
+    def __init__(self, registry: Registry, metrics: Metrics, tokenizer_path: str | None) -> None:
+        self.registry = registry
+        self.metrics = metrics
+        self.tokenizer_path = tokenizer_path
+        self.tokens: PromptTokens | None = None
+        self.subscriptions: dict[str, Subscription] = {}  # by process URL
+        self.failures = metrics.counter(
+            "smg_kv_event_subscription_failures_total", "KV event streams that ended", "worker", "reason"
+        )
+        registry.on_removed.append(self._removed)
+
+    @property
+    def live(self) -> bool:
+        """Whether any worker's image is to be believed, so that tokenizing is worth it."""
+        return any(s.image.live for s in self.subscriptions.values())
+
+    async def follow(self, workers: Iterable[Worker]) -> None:
+        """Start following the process behind `workers` (its ranks), if it publishes events."""
+        ranks = list(workers)
+        worker = ranks[0]
+        offered = worker.info.get("protocol")
+        if not isinstance(offered, list) or FEATURE not in offered or not await self._load(worker):
+            return
+        subscription = self.subscriptions.get(worker.spec.url)
+        if subscription is None:
+            subscription = Subscription(worker, KvImage(), self._failed)
+            self.subscriptions[worker.spec.url] = subscription
+            subscription.start()
+        for rank in ranks:
+            rank.kv = subscription.image
+
+    async def prepare(self, call: Call) -> None:
+        """Fill `call.token_ids` when the prompt's ids are certain."""
+        if self.tokens is not None and self.live:
+            call.token_ids = await self.tokens.ids(call)
+
+    def lag_s(self) -> dict[tuple[str, ...], float]:
+        """Seconds since the last event or comment, by worker."""
+        now_s = asyncio.get_running_loop().time()
+        return {(url,): now_s - s.last_event_s for url, s in self.subscriptions.items() if s.last_event_s}
+
+    def pages(self) -> dict[tuple[str, ...], float]:
+        """Pages known to be cached, by worker; absent while out of step."""
+        return {(url,): float(s.image.num_pages()) for url, s in self.subscriptions.items() if s.image.live}
+
+    async def close(self) -> None:
+        await asyncio.gather(*(s.close() for s in self.subscriptions.values()))
+
+    async def _load(self, worker: Worker) -> bool:
+        if self.tokens is not None:
+            return True
+        path = self.tokenizer_path
+        if path is None:
+            path = worker.info.get("tokenizer_path") or worker.info.get("model_path")
+            if not isinstance(path, str) or not (Path(path) / "tokenizer.json").is_file():
+                log.info("worker %s publishes KV events; --tokenizer-path would use them", worker.url)
+                return False
+        try:
+            self.tokens = await asyncio.to_thread(PromptTokens, path)
+        except ValueError as error:
+            log.error("exact routing is off: %s", error)
+            return False
+        return True
+
+    def _failed(self, worker: Worker, reason: str) -> None:
+        self.failures.of(worker.url, reason).add()
+
+    def _removed(self, worker: Worker) -> None:
+        if self.registry.of_process(worker.spec.url):
+            return
+        subscription = self.subscriptions.pop(worker.spec.url, None)
+        if subscription is not None:
+            subscription.image.live = False
+            if subscription.task is not None:
+                subscription.task.cancel()
+
+
+def hashes_of(call: Call, page_size: int) -> list[int]:
+    """The prompt's page hashes, computed once a page size. `call.token_ids` must be known."""
+    found = call.pages.get(page_size)
+    if found is None:
+        assert call.token_ids is not None and call.fields is not None
+        fields = call.fields
+        adapter = ""
+        if fields.lora_path:
+            decoded = msgspec.json.decode(fields.lora_path)
+            adapter = decoded if isinstance(decoded, str) else ""
+        elif fields.model and ":" in fields.model:
+            adapter = fields.model.partition(":")[2]
+        root = root_hash(adapter, fields.cache_salt or "")
+        found = call.pages[page_size] = page_hashes(call.token_ids, page_size, root)
+    return found
+
+
+def body_with_ids(call: Call) -> bytes | bytearray:
+    """The body with the prompt as token ids, so that the worker need not tokenize it again."""
+    if call.token_ids is None or call.fields is None or call.fields.input_ids:
+        return call.body
+    body = msgspec.json.decode(call.body)
+    if call.path == "/generate":
+        body.pop("text", None)
+        body["input_ids"] = call.token_ids
+    elif call.path == "/v1/chat/completions":
+        body["input_ids"] = call.token_ids
+    elif call.path == "/v1/completions" and not body.get("echo"):
+        body["prompt"] = call.token_ids
+    else:
+        return call.body
+    return msgspec.json.encode(body)

@@ -1,0 +1,289 @@
+"""One attempt at one worker: the load it is charged with, its answer's way to the client, its lesson.
+
+Owned by one task. Whoever makes an Exchange must `close` it.
+"""
+
+from typing import TYPE_CHECKING
+
+from router.breaker import NORMAL, Admission
+from router.call import Call
+from router.errors import stream_error_event
+from router.exact import body_with_ids
+from router.headers import Answer, ClientHeaders, number_after, read_answer, request_head, with_dp_rank
+from router.resume import HEADER, Tracker, make_tracker
+from router.upstream import Connection, UpstreamError
+from router.workers import Worker
+
+if TYPE_CHECKING:
+    from router.proxy import Proxy
+
+WHOLE_ANSWER_BYTES = 1 << 20  # answers up to here are read whole before the first byte goes out
+
+
+class Client:
+    """The way back: ASGI `send`, and our own server's connection when it is ours."""
+
+    __slots__ = ("connection", "send")
+
+    def __init__(self, send, connection) -> None:
+        self.send = send
+        self.connection = connection
+
+
+class Exchange:
+    """One attempt at one worker: the load it is charged with, and what its outcome teaches."""
+
+    __slots__ = (
+        "admission", "answer", "body", "call", "computed", "connection", "prompt_tokens", "proxy", "settled",
+        "started", "started_s", "status", "todo_tokens", "told", "tracked", "worker",
+    )  # fmt: skip
+
+    def __init__(
+        self, proxy: "Proxy", call: Call, worker: Worker, admission: Admission, started_s: float
+    ) -> None:
+        self.proxy = proxy
+        self.call = call
+        self.worker = worker
+        self.admission = admission
+        self.started_s = started_s
+        self.connection: Connection | None = None
+        self.status = 0
+        self.answer: Answer = None  # type: ignore[assignment]  # set with status
+        self.body: bytes | None = None  # the whole answer, when it was read before relaying
+        self.started = False  # bytes have gone to the client
+        self.prompt_tokens = 0  # as the worker counted them
+        self.tracked = False  # the stream can be resumed elsewhere
+        self.computed = False  # the prompt: the policy knows
+        self.told = False  # the client has been told that the stream broke
+        self.settled = False  # the breaker knows
+        self.todo_tokens = max(0, call.prompt_tokens - max(0, call.predicted_tokens))
+        worker.in_flight += 1
+        worker.total += 1
+        worker.pending_tokens += self.todo_tokens
+        proxy.policy.placed(call, worker)
+        proxy.recorder.placed(call, worker)
+
+    async def start(
+        self, method: str, target: bytes, client: ClientHeaders, resumed: bytes | None = None
+    ) -> None:
+        """Send the request and read the head of the answer, or all of a small one. Raises UpstreamError.
+
+        `resumed`: another body, that goes on with a stream."""
+        worker, call = self.worker, self.call
+        more = b""
+        if worker.resumes and call.stream:
+            if call.tracker is None:
+                call.tracker = make_tracker(call)
+            self.tracked = call.tracker is not None
+            more = HEADER if self.tracked else b""
+        body = call.body if resumed is None else resumed
+        if resumed is None and call.token_ids is not None and worker.takes_ids:
+            body = body_with_ids(call)
+        if worker.dp_rank is not None:
+            body = with_dp_rank(call, worker, body)
+        head = request_head(method, target, worker, client, call.request_id, len(body), more)
+        connection, used = await worker.pool.connect()
+        self.connection = connection
+        try:
+            connection.send(head, body)
+            self.status = await connection.head()
+        except UpstreamError as error:
+            # The worker closed an idle connection just as it was reused: not its fault, once.
+            if not used or error.kind != "closed" or connection.got_bytes:
+                raise
+            connection.release()
+            connection, _ = await worker.pool.connect(fresh=True)
+            self.connection = connection
+            connection.send(head, body)
+            self.status = await connection.head()
+        answer = self.answer = read_answer(connection.headers)
+        if answer.load is not None:
+            answer.load.at_s = self.proxy.loop.time()
+            worker.report(answer.load)
+        if answer.instance is not None and answer.instance != worker.instance_id:
+            if worker.instance_id is not None:
+                self.proxy.policy.cleared(worker)
+            worker.instance_id = answer.instance
+        if answer.length is not None and answer.length <= WHOLE_ANSWER_BYTES and not answer.event_stream:
+            self.body = await connection.body()
+
+    async def relay(self, to: Client) -> int:
+        """Pass the answer on; returns completion tokens if reported, else 0.
+
+        A stream that breaks ends with an error event and then raises UpstreamError; so does a plain
+        body, whose client then sees a cut connection.
+        """
+        call, recorder, answer = self.call, self.proxy.recorder, self.answer
+        headers = answer.headers
+        headers.append((b"x-request-id", call.request_id))
+        headers.append((b"x-smg-routed-worker-id", self.worker.url.encode()))
+        body = self.body
+        if body is None:
+            start = {"type": "http.response.start", "status": self.status, "headers": headers}
+            return await self._relay_stream(start, to.send)
+        self._first_token(body)
+        self._succeeded()
+        self.started = True
+        if to.connection is None or not to.connection.answer(self.status, headers, body):
+            await to.send({"type": "http.response.start", "status": self.status, "headers": headers})
+            await to.send({"type": "http.response.body", "body": body})
+        tokens = number_after(body, b'"completion_tokens"') or 0
+        recorder.finished(
+            call, self.status, self.started_s, self.proxy.loop.time(), self.prompt_tokens, tokens
+        )
+        return tokens
+
+    async def _relay_stream(self, start, send) -> int:
+        call, recorder, connection = self.call, self.proxy.recorder, self.connection
+        assert connection is not None
+        time = self.proxy.loop.time
+        events = 0
+        data = b""
+        tracker = call.tracker if self.tracked else None
+        data = await connection.read()  # breaks before the first byte are still retried
+        self._first_token(data)
+        if tracker is not None:
+            data = tracker.feed(data)
+        cells = recorder.stream_cells(call)
+        last_s = time()
+        observe = cells.itl.observe
+        self.started = True
+        if start is not None:
+            cells.ttft.observe(last_s - self.started_s)
+            await send(start)
+        if tracker is not None:
+            return await self._relay_tracked(tracker, data, send, last_s, cells)
+        message = {"type": "http.response.body", "body": data, "more_body": True}
+        try:
+            while data:
+                events += 1
+                message["body"] = data
+                if connection.complete and not connection.parts:
+                    break
+                await send(message)
+                data = await connection.read()
+                now_s = time()
+                observe(now_s - last_s)
+                last_s = now_s
+        except UpstreamError as error:
+            self._broke(error)
+            if self.answer.event_stream and self.answer.length is None:
+                end = b"" if message["body"].endswith(b"\n\n") else b"\n\n"
+                event = stream_error_event(call.path, f"the worker broke the stream: {error}")
+                await send({"type": "http.response.body", "body": end + event})
+                self.told = True
+            recorder.finished(call, self.status, self.started_s, time(), error="stream_error")
+            raise
+        await send({"type": "http.response.body", "body": data})
+        self._succeeded()
+        tokens = number_after(data, b'"completion_tokens"') or events
+        recorder.finished(call, self.status, self.started_s, last_s, self.prompt_tokens, tokens)
+        return tokens
+
+    async def relay_rest(self, to: Client) -> int:
+        """Pass on a stream that goes on with one whose head has gone out. Raises UpstreamError."""
+        return await self._relay_stream(None, to.send)
+
+    async def _relay_tracked(self, tracker: Tracker, data: bytes, send, last_s: float, cells) -> int:
+        """Like the loop of `_relay_stream`, event by whole event, and silent about a break."""
+        connection, time = self.connection, self.proxy.loop.time
+        assert connection is not None
+        while True:
+            if data:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            try:
+                read = await connection.read()
+                if tracker.overfull:
+                    raise UpstreamError("an event of more than 1 MiB", kind="protocol")
+            except UpstreamError as error:
+                self._broke(error)
+                raise
+            if not read:
+                break
+            now_s = time()
+            cells.itl.observe(now_s - last_s)
+            last_s = now_s
+            data = tracker.feed(read)
+        await send({"type": "http.response.body", "body": b""})
+        self._succeeded()
+        tokens = len(tracker.token_ids)
+        self.proxy.recorder.finished(
+            self.call, self.status, self.started_s, last_s, self.prompt_tokens, tokens
+        )
+        return tokens
+
+    def _first_token(self, data: bytes) -> None:
+        """The prompt has been computed: its tokens no longer queue, and the hit is known."""
+        self.worker.pending_tokens -= self.todo_tokens
+        self.todo_tokens = 0
+        self._prefilled()
+        if self.status != 200:
+            return
+        cached = self.answer.cached_tokens
+        if cached is None:
+            cached = number_after(data, b'"cached_tokens"')
+        if cached is not None:
+            prompt_tokens = self.prompt_tokens = number_after(data, b'"prompt_tokens"') or 0
+            self.proxy.recorder.cached(self.call, self.worker, prompt_tokens, cached)
+            self.proxy.policy.learned(self.call, self.worker, prompt_tokens, cached)
+
+    def _prefilled(self) -> None:
+        if self.call.pages and not self.computed:
+            self.computed = True
+            self.proxy.policy.prefilled(self.call, self.worker)
+
+    def _succeeded(self) -> None:
+        if self.settled:
+            return
+        self.settled = True
+        worker = self.worker
+        worker.breaker.success(self.admission)
+        if worker.pauses:
+            worker.pauses = 0
+
+    def backpressure(self) -> None:
+        """The worker said it is busy (408, 429, 503): leave it alone for as long as it asks."""
+        self.settled = True
+        worker, proxy = self.worker, self.proxy
+        worker.breaker.forget(self.admission)
+        proxy.recorder.outcome(worker, "backpressure")
+        worker.pauses += 1
+        pause_s = self.answer.retry_after_s
+        if pause_s is None:
+            pause_s = 0.25 * 2 ** min(worker.pauses - 1, 4)
+        pause_s = min(pause_s, 10.0)
+        proxy.registry.pause(worker, proxy.loop, pause_s)
+
+    def _broke(self, error: UpstreamError) -> None:
+        self.settled = True
+        if error.kind == "ejected" and self.admission == NORMAL:
+            return  # the monitor knows
+        self.proxy.recorder.stream_broke(self.worker)
+        self.proxy.count_failure(self.worker, self.admission, self.call, self.proxy.stream_break_weight)
+        self.proxy.suspect(self.worker, error)
+
+    def failed(self, error: UpstreamError) -> None:
+        """A transport failure."""
+        self.proxy.recorder.transport_error(error.kind)
+        if self.settled:
+            return
+        self.settled = True
+        if error.kind == "ejected":
+            self.worker.breaker.forget(self.admission)
+            return
+        self.proxy.count_failure(self.worker, self.admission, self.call)
+        self.proxy.suspect(self.worker, error)
+
+    def close(self) -> None:
+        """Give back connection and load, whatever happened."""
+        worker = self.worker
+        worker.in_flight -= 1
+        worker.pending_tokens -= self.todo_tokens
+        self.todo_tokens = 0
+        self._prefilled()
+        if not self.settled:  # cancelled: says nothing of the worker
+            worker.breaker.forget(self.admission)
+        if self.connection is not None:
+            self.connection.release()
+        if worker.in_flight == 0 and worker.idle_waiter is not None and not worker.idle_waiter.done():
+            worker.idle_waiter.set_result(None)

@@ -1,0 +1,258 @@
+"""Adding, changing and draining workers, each as a job that a caller can look up for five minutes."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from router.config import RouterConfig
+from router.exact import Exact
+from router.health import Monitor
+from router.metrics import Metrics
+from router.upstream import Pool, UpstreamError
+from router.workers import Registry, Worker, WorkerSpec
+
+log = logging.getLogger("router")
+
+JOB_KEPT_S = 300.0
+FIRST_PROBE_PAUSE_S = 0.1
+LONGEST_PROBE_PAUSE_S = 1.0
+
+
+class Refused(Exception):
+    """A worker operation that cannot be done: HTTP `status`, `code` of the worker API, message."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+@dataclass
+class Job:
+    job_type: str  # AddWorker, UpdateWorker, RemoveWorker
+    worker: Worker
+    status: str = "pending"  # pending, processing, failed, done
+    message: str | None = None
+    timestamp: float = field(default_factory=time.time)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "job_type": self.job_type,
+            "worker_url": self.worker.url,
+            "status": self.status,
+            "message": self.message,
+            "timestamp": int(self.timestamp),
+        }
+
+    def go(self, status: str, message: str | None = None) -> None:
+        self.status, self.message, self.timestamp = status, message, time.time()
+
+
+class Jobs:
+    """Runs one task per job; `close` ends them."""
+
+    def __init__(self, config: RouterConfig, registry: Registry, monitor: Monitor, metrics: Metrics) -> None:
+        self.config = config
+        self.registry = registry
+        self.monitor = monitor
+        self.metrics = metrics
+        self.exact: Exact | None = None
+        self.jobs: dict[str, Job] = {}  # by worker id
+        self.tasks: set[asyncio.Task] = set()
+
+    def add(self, spec: WorkerSpec, source: str = "api") -> Worker:
+        """Accept a worker; it serves once it answers. Raises Refused for a bad or known URL."""
+        spec = msgspec.structs.replace(spec, url=spec.url.rstrip("/"))
+        if self.registry.of_process(spec.url):
+            raise Refused(409, "WORKER_ALREADY_EXISTS", f"Worker already exists at URL {spec.url}")
+        try:
+            worker = self.registry.make_worker(spec, None)
+        except ValueError as error:
+            raise Refused(400, "BAD_REQUEST", str(error)) from error
+        worker.source = source
+        self.registry.add(worker)
+        self._start(Job("AddWorker", worker), self._register)
+        return worker
+
+    def update(self, worker: Worker, spec: WorkerSpec) -> None:
+        """Replace what is known of a worker. Raises Refused: another URL, a draining or dp-rank worker."""
+        if spec.url.rstrip("/") != worker.spec.url:
+            raise Refused(400, "BAD_REQUEST", f"the URL of a worker cannot change ({worker.spec.url})")
+        if worker.status == "draining":
+            raise Refused(409, "WORKER_DRAINING", "the worker is being removed")
+        if worker.dp_rank is not None:
+            raise Refused(400, "BAD_REQUEST", "a data-parallel rank cannot be changed by itself")
+        job = self.jobs.get(worker.id)
+        worker.respec(msgspec.structs.replace(spec, url=worker.spec.url))
+        if spec.model_id:
+            worker.models = (spec.model_id,)
+        self.registry.changed()
+        if job is None or job.status in ("done", "failed"):
+            job = self._remember(Job("UpdateWorker", worker))
+            job.go("done")
+
+    def remove(self, worker: Worker, reason: str = "api") -> None:
+        """Take nothing new, let what runs finish, then forget it (all dp ranks of its process)."""
+        for rank in self.registry.of_process(worker.spec.url):
+            if rank.status == "draining":
+                continue
+            running = self.jobs.get(rank.id)
+            if running is not None and running.status in ("pending", "processing"):
+                running.go("failed", "removed before it was ready")
+            self.registry.set_status(rank, "draining")
+            self._start(Job("RemoveWorker", rank), self._drain, reason)
+
+    def find(self, worker_id: str) -> tuple[Worker, Job | None] | None:
+        """A worker, registered or remembered by a failed job, with its last job; None when unknown."""
+        self._expire()
+        worker, job = self.registry.workers.get(worker_id), self.jobs.get(worker_id)
+        if worker is None and job is not None and job.job_type == "AddWorker":
+            worker = job.worker
+        return None if worker is None else (worker, job)
+
+    async def close(self) -> None:
+        for task in list(self.tasks):
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    # ---- the jobs ----
+
+    async def _register(self, job: Job) -> None:
+        worker = job.worker
+        job.go("processing", "waiting for the worker to become healthy")
+        try:
+            async with asyncio.timeout(self.config.worker_startup_timeout_secs):
+                await self._wait_healthy(worker, job)
+                await learn(worker)
+        except TimeoutError:
+            seconds = self.config.worker_startup_timeout_secs
+            job.go("failed", f"not ready within {seconds:g} s: {job.message}")
+            log.error("worker %s: %s", worker.url, job.message)
+            self.metrics.registrations.of(worker.source, "failed").add()
+            worker.status = "failed"
+            self.registry.remove(worker)
+            return
+        if worker.status != "pending":  # removed meanwhile
+            return
+        if self.config.dp_aware and worker.dp_size > 1:
+            self._split_ranks(worker, job)
+        else:
+            self._ready(worker)
+        if self.exact is not None:
+            await self.exact.follow(self.registry.of_process(worker.spec.url))
+        job.go("done")
+        self.metrics.registrations.of(worker.source, "success").add()
+        log.info("worker %s is ready (models: %s)", worker.url, ", ".join(worker.models) or "any")
+
+    def _ready(self, worker: Worker) -> None:
+        self.registry.set_status(worker, "ready")
+        self.registry.changed()
+        self.monitor.watch(worker)
+
+    def _split_ranks(self, worker: Worker, job: Job) -> None:
+        """One process becomes one worker per data-parallel rank; the first keeps the job's id."""
+        self.registry.remove(worker)
+        for rank in range(worker.dp_size):
+            part = self.registry.make_worker(worker.spec, rank)
+            if rank == 0:
+                part.id = worker.id
+                job.worker = part
+            part.models, part.info, part.source = worker.models, worker.info, worker.source
+            part.takes_ids, part.resumes = worker.takes_ids, worker.resumes
+            part.page_size, part.dp_size = worker.page_size, worker.dp_size
+            part.instance_id = worker.instance_id
+            if worker.capacity_tokens:
+                part.capacity_tokens = worker.capacity_tokens // worker.dp_size
+            self.registry.add(part)
+            self._ready(part)
+
+    async def _wait_healthy(self, worker: Worker, job: Job) -> None:
+        pause_s = FIRST_PROBE_PAUSE_S
+        while True:
+            error = await self.monitor.probe(worker)
+            if error is None:
+                return
+            job.message = str(error)
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, LONGEST_PROBE_PAUSE_S)
+
+    async def _drain(self, job: Job, reason: str) -> None:
+        worker = job.worker
+        job.go("processing", "waiting for running requests")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.request_timeout_secs):
+                await worker.wait_idle()
+        self.registry.remove(worker)
+        job.go("done")
+        self.metrics.deregistrations.of(worker.source, reason).add()
+        log.info("worker %s is removed", worker.url)
+
+    def _start(self, job: Job, work, *args) -> None:
+        self._remember(job)
+        task = asyncio.get_running_loop().create_task(work(job, *args))
+        self.tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a worker job failed", exc_info=task.exception())
+
+    def _remember(self, job: Job) -> Job:
+        self._expire()
+        self.jobs[job.worker.id] = job
+        return job
+
+    def _expire(self) -> None:
+        horizon = time.time() - JOB_KEPT_S
+        for worker_id in [
+            k for k, j in self.jobs.items() if j.timestamp < horizon and j.status in ("done", "failed")
+        ]:
+            del self.jobs[worker_id]
+
+
+async def learn(worker: Worker) -> None:
+    """Ask a worker what it serves and how large its cache is; what it does not tell stays unknown."""
+    models, info, card = await asyncio.gather(
+        _json(worker, "/v1/models"),
+        _json(worker, "/server_info", "/get_server_info"),
+        _json(worker, "/model_info", "/get_model_info"),
+    )
+    worker.info = info = info if isinstance(info, dict) else {}
+    if worker.spec.model_id:
+        worker.models = (worker.spec.model_id,)
+    elif isinstance(models, dict) and isinstance(models.get("data"), list):
+        names = [m["id"] for m in models["data"] if isinstance(m, dict) and isinstance(m.get("id"), str)]
+        worker.models = tuple(names)
+    elif isinstance(card, dict) and isinstance(card.get("model_path"), str):
+        worker.models = (card["model_path"],)
+    worker.capacity_tokens = _positive(info.get("max_total_num_tokens"))
+    worker.page_size = _positive(info.get("page_size"))
+    offered = info.get("protocol")
+    worker.takes_ids = isinstance(offered, list) and "input_ids/1" in offered
+    worker.resumes = isinstance(offered, list) and "resume/1" in offered
+    worker.dp_size = _positive(info.get("dp_size")) or 1
+    if isinstance(info.get("instance_id"), str):
+        worker.instance_id = info["instance_id"]
+
+
+def _positive(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+async def _json(worker: Worker, *targets: str) -> Any:
+    """The first of `targets` that answers 200 with JSON, decoded; None when none does."""
+    pool: Pool = worker.pool
+    for target in targets:
+        try:
+            status, body = await pool.fetch("GET", target, headers=worker.auth_headers())
+            if status == 200:
+                return msgspec.json.decode(body)
+        except (UpstreamError, msgspec.DecodeError, UnicodeDecodeError):
+            continue
+    return None

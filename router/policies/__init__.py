@@ -1,0 +1,62 @@
+"""How a worker is chosen: one file a policy, found by name."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from random import Random  # the name `random` here is the policy of that name
+
+from router.call import Call
+from router.config import RouterConfig
+from router.workers import Worker
+
+
+class Policy:
+    """Chooses among usable workers. Runs on the event loop; no I/O, no waiting.
+
+    For each attempt the proxy calls `choose`, then `placed`; `learned` when the worker said how many
+    prompt tokens it had cached. `reads_prompt`: whether `Call.prompt` must be filled.
+    """
+
+    reads_prompt = False
+
+    def __init__(self, config: RouterConfig, rng: Random) -> None:
+        self.config = config
+        self.rng = rng
+
+    def choose(self, call: Call, workers: Sequence[Worker]) -> Worker:
+        """One of `workers`, which is not empty. Sets `call.decision`, maybe `call.predicted_tokens`."""
+        raise NotImplementedError
+
+    def placed(self, call: Call, worker: Worker) -> None:
+        """The request is being sent to `worker`."""
+
+    def prefilled(self, call: Call, worker: Worker) -> None:
+        """The first output of the request has come from `worker`, or it ended without one."""
+
+    def learned(self, call: Call, worker: Worker, prompt_tokens: int, cached_tokens: int) -> None:
+        """`worker` computed the prompt and said how many of its tokens were cached."""
+
+    def cleared(self, worker: Worker) -> None:
+        """`worker` lost its cache: it was flushed or restarted."""
+
+    def forget(self, worker: Worker) -> None:
+        """`worker` is gone for good."""
+        self.cleared(worker)
+
+    def sweep(self, now_s: float) -> None:
+        """Periodic upkeep, every `eviction_interval_secs`."""
+
+    def stats(self) -> dict[str, float]:
+        """Numbers for metrics, such as `tree_chars`."""
+        return {}
+
+
+def least_loaded(workers: Sequence[Worker]) -> Worker:
+    """Fewest in-flight requests, then fewest ever, then the first."""
+    return min(workers, key=lambda w: (w.in_flight + w.foreign_requests, w.total))
+
+
+def make_policy(name: str, config: RouterConfig, rng: Random | None = None) -> Policy:
+    """The policy called `name`, one of `router.config.POLICIES`."""
+    module = import_module(f"router.policies.{name}")
+    class_name = "".join(part.capitalize() for part in name.split("_"))
+    return getattr(module, class_name)(config, rng or Random())

@@ -1,0 +1,166 @@
+"""A request's prompt as token ids, for exact routing: the worker's tokenizer and chat template, again.
+
+Only requests whose ids are certain are tokenized: token ids, plain text, or chat messages of plain text
+without tools. Anything else is None, and is routed by its approximate image.
+"""
+
+import asyncio
+import datetime
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+import msgspec
+import tokenizers
+
+from router.call import Call
+
+log = logging.getLogger("router")
+
+INLINE_CHARS = 2000  # longer prompts are encoded on a thread: 1 MB of text takes 100 ms
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class PromptTokens:
+    """The tokenizer files of one directory. Raises ValueError, naming the file, when they do not load."""
+
+    def __init__(self, directory: str, chat_template: str | None = None) -> None:
+        folder = Path(directory)
+        file = folder / "tokenizer.json"
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the binding raises bare Exception
+            raise ValueError(f"{file}: {error}") from error
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        settings = _object(folder / "tokenizer_config.json")
+        self.special = {name: _token(settings.get(name)) for name in SPECIAL if settings.get(name)}
+        self.bos, self.eos = settings.get("add_bos_token"), settings.get("add_eos_token")
+        self.template = self._compiled(folder, settings, chat_template)
+        self.threads = ThreadPoolExecutor(1, "tokenize")
+
+    async def ids(self, call: Call) -> list[int] | None:
+        """The prompt's token ids; None when they are not certain."""
+        prompt = self._text(call)
+        if prompt is None or isinstance(prompt, list):
+            return prompt
+        text, special = prompt
+        if len(text) <= INLINE_CHARS:
+            return self._encode(text, special)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.threads, self._encode, text, special)
+
+    def _text(self, call: Call) -> list[int] | tuple[str, bool] | None:
+        """Ids, or (text, whether special tokens are added to it)."""
+        fields = call.fields
+        if fields is None or fields.system:
+            return None
+        try:
+            if fields.input_ids:
+                ids = msgspec.json.decode(fields.input_ids, type=list[int])
+                return ids if all(0 <= i < 1 << 32 for i in ids) else None
+            if fields.messages:
+                return self._chat(call)
+            raw = fields.text or fields.prompt
+            if not raw or call.path not in ("/generate", "/v1/completions"):
+                return None
+            prompt = msgspec.json.decode(raw)
+        except (msgspec.DecodeError, RecursionError):
+            return None
+        return (prompt, True) if isinstance(prompt, str) else None
+
+    def _chat(self, call: Call) -> tuple[str, bool] | None:
+        if self.template is None or call.path != "/v1/chat/completions":
+            return None
+        body = msgspec.json.decode(call.body)
+        messages = body.get("messages")
+        if body.get("tools") or body.get("continue_final_message") or not isinstance(messages, list):
+            return None
+        if body.get("response_format") or body.get("reasoning_effort"):
+            return None
+        variables = body.get("chat_template_kwargs") or {}
+        for message in messages:
+            if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+                return None
+            if message.get("tool_calls"):
+                return None
+        try:
+            text = self.template.render(
+                **self.special, **variables, messages=messages, tools=None, documents=None,
+                add_generation_prompt=body.get("add_generation_prompt", True),
+            )  # fmt: skip
+        except Exception:  # templates fail in every way on messages they do not expect
+            return None
+        return text, False
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        ids = self.tokenizer.encode(text, add_special_tokens=special).ids
+        if not special:
+            return ids
+        bos, eos = self._id("bos_token"), self._id("eos_token")
+        if self.bos is not None and bos is not None:
+            has = bool(ids) and ids[0] == bos and self._adds(bos, 0)
+            if self.bos and not has:
+                ids = [bos, *ids]
+            elif not self.bos and has:
+                ids = ids[1:]
+        if self.eos is not None and eos is not None:
+            has = bool(ids) and ids[-1] == eos and self._adds(eos, -1)
+            if self.eos and not has:
+                ids = [*ids, eos]
+            elif not self.eos and has:
+                ids = ids[:-1]
+        return ids
+
+    def _adds(self, token: int, at: int) -> bool:
+        """Whether the tokenizer itself puts `token` there, judged by the empty text."""
+        around = self.tokenizer.encode("", add_special_tokens=True).ids
+        return bool(around) and around[at] == token
+
+    def _id(self, name: str) -> int | None:
+        token = self.special.get(name)
+        return None if token is None else self.tokenizer.token_to_id(token)
+
+    def _compiled(self, folder: Path, settings: dict, override: str | None) -> jinja2.Template | None:
+        file = Path(override) if override else folder / "chat_template.jinja"
+        source = settings.get("chat_template")
+        if override or file.is_file():
+            source = file.read_text("utf-8")
+        if isinstance(source, list):
+            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+            source = named.get("default")
+        if not isinstance(source, str):
+            return None
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False, **how)
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        environment.globals["raise_exception"] = _refuse
+        try:
+            return environment.from_string(source)
+        except jinja2.TemplateError as error:
+            log.warning("chat template of %s: %s; chats are routed approximately", folder, error)
+            return None
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _token(value: Any) -> str:
+    return value["content"] if isinstance(value, dict) else str(value)
+
+
+def _object(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    return value if isinstance(value, dict) else {}

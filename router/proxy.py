@@ -1,0 +1,377 @@
+"""The hot path: one data request from client to worker and back.
+
+Plain ASGI. Bytes pass through; a stream flows as it comes, and is read no faster than the client takes
+it. Another worker is tried only before the first byte has gone out. A client that leaves cancels the
+task, which drops the worker's connection at once. Every request ends in an answer, an error event in
+the client's protocol, or a cut connection when neither can be expressed.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable
+
+from router.breaker import NORMAL, Admission
+from router.call import Call, Route, new_request_id
+from router.config import RouterConfig
+from router.errors import RequestError, send_error, stream_error_event
+from router.exact import Exact
+from router.exchange import Client, Exchange
+from router.headers import ClientHeaders, read_headers
+from router.limits import Concurrency, Keys, TokenRate
+from router.metrics import Metrics
+from router.policies import Policy
+from router.recorder import Recorder
+from router.upstream import UpstreamError
+from router.workers import Registry, Worker
+
+RETRYABLE = frozenset((408, 429, 500, 502, 503, 504))
+BACKPRESSURE = frozenset((408, 429, 503))  # the worker is busy, not broken
+
+
+class CutOff(Exception):
+    """A body that is not an event stream broke midway: only cutting the connection says so."""
+
+
+class Proxy:
+    """Forwards data routes. `suspect(worker, error)` is told of transport failures (the health monitor).
+
+    `sleep` and `rng` are injected for tests.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        registry: Registry,
+        policy: Policy,
+        metrics: Metrics,
+        keys: Keys,
+        *,
+        exact: Exact | None = None,
+        suspect: Callable[[Worker, UpstreamError], None],
+        sleep=asyncio.sleep,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.config = config
+        self.registry = registry
+        self.policy = policy
+        self.keys = keys
+        self.exact = exact
+        self.suspect = suspect
+        self.sleep = sleep
+        self.rng = rng or random.Random()
+        self.loop = asyncio.get_running_loop()
+        self.concurrency = Concurrency(
+            config.max_concurrent_requests, config.queue_size, config.queue_timeout_secs
+        )
+        self.token_rate = TokenRate(config.rate_limit_tokens_per_second, self.loop.time)
+        self.recorder = Recorder(metrics, config.effective_policy)
+        self.direct = not config.cors_allowed_origins  # nothing wraps `send`
+        self.id_ranks = {name.lower().encode(): i for i, name in enumerate(config.request_id_headers)}
+        self.attempts = 1 if config.disable_retries else config.retry_max_retries
+        self.stream_break_weight = config.cb_failure_threshold // 2 + 1  # two in a row open the breaker
+
+    async def serve(self, route: Route, scope, receive, send) -> None:
+        """One request as an ASGI call. Returns when its last byte is out or its client has left."""
+        task = asyncio.current_task()
+        assert task is not None
+        connection = scope.get("router.connection")
+        if connection is not None:
+            connection.on_lost = task.cancel
+        watcher = None
+        recorder = self.recorder
+        started_s = self.loop.time()
+        client = read_headers(scope["headers"], self.id_ranks)
+        request_id = client.request_id or new_request_id(route.id_prefix)
+        call = None
+        try:
+            try:
+                caller = self.keys.check(client.authorization, client.x_api_key)
+                body = await self._read_body(client, receive)
+                call = Call(route, body)
+                call.request_id = request_id
+                self._parse(call, client)
+                if connection is None:
+                    watcher = self.loop.create_task(_watch(receive, task))
+                if self.token_rate.tokens_per_s is not None:
+                    self.token_rate.admit(caller, max(1, call.prompt_tokens or len(body) // 4))
+                if self.concurrency.limit >= 0:
+                    await self._enter(call)
+                else:
+                    self.concurrency.running += 1
+                try:
+                    if self.exact is not None and self.exact.subscriptions:
+                        await self.exact.prepare(call)
+                    target = scope.get("raw_path") or scope["path"].encode()
+                    if scope["query_string"]:
+                        target += b"?" + scope["query_string"]
+                    tokens = await self._forward(
+                        call,
+                        scope["method"],
+                        target,
+                        client,
+                        Client(send, connection if self.direct else None),
+                        started_s,
+                    )
+                    if tokens and self.token_rate.tokens_per_s is not None:
+                        self.token_rate.charge(caller, tokens)
+                finally:
+                    self.concurrency.leave()
+            except RequestError as error:
+                recorder.refused(route.path, call, error, self.loop.time() - started_s)
+                await send_error(send, error, request_id)
+            except CutOff:
+                if connection is None:
+                    raise
+                connection.cut()
+        except asyncio.CancelledError:
+            lost = connection.lost if connection is not None else watcher is not None and watcher.done()
+            if not lost:
+                raise
+            task.uncancel()
+            recorder.client_left(route.path)
+        finally:
+            if connection is not None:
+                connection.on_lost = None
+            if watcher is not None:
+                watcher.cancel()
+
+    # ---- before a worker is chosen ----
+
+    async def _read_body(self, client: ClientHeaders, receive) -> bytes:
+        limit = self.config.max_payload_size
+        if client.content_length > limit:
+            raise _too_large(limit)
+        message = await receive()
+        body = message.get("body", b"")
+        if message.get("more_body"):
+            parts, size = [body], len(body)
+            while message.get("more_body"):
+                message = await receive()
+                part = message.get("body", b"")
+                size += len(part)
+                if size > limit:
+                    raise _too_large(limit)
+                parts.append(part)
+            body = b"".join(parts)
+        if message["type"] == "http.disconnect":
+            raise RequestError(400, "client_closed", "the client closed the connection mid-request")
+        if len(body) > limit:
+            raise _too_large(limit)
+        return body
+
+    def _parse(self, call: Call, client: ClientHeaders) -> None:
+        kind = client.content_type
+        if not call.route.multipart and kind and b"json" not in kind.lower():
+            raise RequestError(
+                415,
+                "unsupported_media_type",
+                f"content-type {kind.decode('latin-1')!r} is not supported here; use application/json",
+            )
+        call.parse(self.policy.reads_prompt)
+        call.routing_key = client.routing_key
+        if call.routing_key is None and call.fields is not None:
+            call.routing_key = call.fields.routing_key
+        call.target_worker = client.target_worker
+
+    async def _enter(self, call: Call) -> None:
+        if self.concurrency.running < self.concurrency.limit:
+            await self.concurrency.enter()
+            self.recorder.admitted("allowed")
+            return
+        try:
+            await self.concurrency.enter()
+        except RequestError:
+            self.recorder.admitted("rejected")
+            raise
+        self.recorder.admitted("queued")
+
+    # ---- choosing and trying ----
+
+    def _select(self, call: Call, tried: list[Worker]) -> tuple[Worker, Admission]:
+        """A worker and what its breaker admitted the request as. Raises RequestError(404, 503)."""
+        usable = self.registry.usable(call.model)
+        if tried:
+            usable = tuple(w for w in usable if w not in tried) or usable
+        fields = call.fields
+        if fields is not None and self.config.dp_aware:
+            rank = fields.routed_dp_rank if fields.routed_dp_rank is not None else fields.data_parallel_rank
+            if rank is not None:
+                usable = tuple(w for w in usable if w.dp_rank == rank) or usable
+        if usable:
+            call.predicted_tokens = -1
+            return self.policy.choose(call, usable), NORMAL
+        serving = self.registry.serving(call.model)
+        probe = self.registry.probe_candidate(w for w in serving if w not in tried)
+        if probe is not None:
+            call.decision = "breaker_probe"
+            return probe
+        paused = [w for w in serving if w.healthy]
+        if paused:  # it asked for a pause, but there is nobody else
+            call.decision = "paused"
+            return min(paused, key=lambda w: w.avoid_until_s), NORMAL
+        ready = any(w.status == "ready" for w in self.registry)
+        if not serving and ready:
+            raise RequestError(
+                404, "model_not_found", f"No worker available for model {call.model!r}", param="model"
+            )
+        raise RequestError(
+            503,
+            "no_available_workers",
+            "no worker can take the request now",
+            type="service_unavailable",
+            retry_after_s=1,
+        )
+
+    async def _forward(
+        self,
+        call: Call,
+        method: str,
+        target: bytes,
+        client: ClientHeaders,
+        to: Client,
+        started_s: float,
+    ) -> int:
+        """Try workers until one answers, relay the answer; returns completion tokens if reported."""
+        tried: list[Worker] = []
+        blamed: list[tuple[Worker, Admission]] = []  # said 500, and may yet be innocent
+        last: RequestError | None = None
+        path = call.path
+        for attempt in range(self.attempts):
+            try:
+                worker, admission = self._select(call, tried)
+            except RequestError as error:
+                # What a worker said explains more than that there is no other one.
+                raise last or error from None
+            if worker in tried:
+                pause_s = self._backoff_s(attempt)
+                self.recorder.pause(attempt, pause_s)
+                await self.sleep(pause_s)
+                if worker.status != "ready" or not worker.breaker.closed:
+                    continue
+            final = attempt == self.attempts - 1
+            exchange = Exchange(self, call, worker, admission, started_s)
+            try:
+                await exchange.start(method, target, client)
+                status = exchange.status
+                if status in RETRYABLE:
+                    last = RequestError(502, "upstream_error", f"worker {worker.url} answered {status}")
+                    if status in BACKPRESSURE:
+                        exchange.backpressure()
+                    else:
+                        blamed.append((worker, admission))
+                        exchange.settled = True
+                    others = any(w is not worker and w not in tried for w in self.registry.usable(call.model))
+                    # Broken workers are not asked twice; busy ones are, after a pause.
+                    if not final and (others or status in BACKPRESSURE):
+                        tried.append(worker)
+                        self.recorder.retried(path)
+                        continue
+                    if len(blamed) > 1 and all(w in tried or w is worker for w, _ in blamed):
+                        for other, other_admission in blamed:  # all say 500: it is the request
+                            other.breaker.forget(other_admission)
+                        blamed.clear()
+                return await exchange.relay(to)
+            except UpstreamError as error:
+                exchange.failed(error)
+                if exchange.started:  # bytes are out
+                    if exchange.tracked and call.tracker is not None:
+                        tried.append(worker)
+                        return await self._resume(call, method, target, client, to, started_s, tried)
+                    if not exchange.told:
+                        raise CutOff from error
+                    return 0
+                last = _upstream_error(worker, error)
+                if error.kind == "timeout":
+                    raise last from error
+                tried.append(worker)
+                if not final:
+                    self.recorder.retried(path)
+            finally:
+                exchange.close()
+                if (exchange.status and exchange.status not in RETRYABLE) or exchange.started:
+                    self._blame(blamed, call)
+        self._blame(blamed, call)
+        self.recorder.exhausted(path)
+        raise last or RequestError(502, "upstream_error", "no attempt at the request succeeded")
+
+    async def _resume(
+        self,
+        call: Call,
+        method: str,
+        target: bytes,
+        client: ClientHeaders,
+        to: Client,
+        started_s: float,
+        tried: list[Worker],
+    ) -> int:
+        """Go on with a broken stream on workers that can; ends it with an error event when none does."""
+        tracker = call.tracker
+        assert tracker is not None
+        tracker.broke()
+        if tracker.done:  # only the connection's own end was missing
+            await to.send({"type": "http.response.body", "body": b""})
+            return len(tracker.token_ids)
+        for _ in range(self.attempts):
+            able = tuple(w for w in self.registry.usable(call.model) if w.resumes and w not in tried)
+            if not able:
+                break
+            worker = self.policy.choose(call, able)
+            tried.append(worker)
+            exchange = Exchange(self, call, worker, NORMAL, started_s)
+            try:
+                await exchange.start(method, target, client, tracker.request())
+                if exchange.status == 200 and exchange.answer.event_stream:
+                    self.recorder.stream_broke(worker, "resumed")
+                    return await exchange.relay_rest(to)
+                if exchange.status in BACKPRESSURE:
+                    exchange.backpressure()
+            except UpstreamError as error:
+                exchange.failed(error)
+                tracker.broke()
+            finally:
+                exchange.close()
+        event = stream_error_event(call.path, "the worker broke the stream, and no other could go on")
+        await to.send({"type": "http.response.body", "body": event})
+        self.recorder.finished(call, 200, started_s, self.loop.time(), error="stream_error")
+        return len(tracker.token_ids)
+
+    def _blame(self, blamed: list[tuple[Worker, Admission]], call: Call) -> None:
+        for worker, admission in blamed:
+            self.count_failure(worker, admission, call)
+        blamed.clear()
+
+    def count_failure(self, worker: Worker, admission: Admission, call: Call, weight: int = 1) -> None:
+        """Tell the breaker, and note what kind of request a probe should imitate."""
+        self.recorder.outcome(worker, "failure")
+        worker.failed_path = call.path.encode()
+        worker.failed_model = call.model
+        worker.failed_stream = call.stream
+        worker.breaker.failure(admission, weight)
+
+    def _backoff_s(self, attempt: int) -> float:
+        c = self.config
+        pause_ms = c.retry_initial_backoff_ms * c.retry_backoff_multiplier ** (attempt - 1)
+        jitter = 1 + c.retry_jitter_factor * (2 * self.rng.random() - 1)
+        return min(pause_ms, c.retry_max_backoff_ms) * jitter / 1000
+
+
+async def _watch(receive, task: asyncio.Task) -> None:
+    """Cancel `task` when the client leaves; for ASGI servers without our connection hook."""
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            asyncio.get_running_loop().call_soon(task.cancel)
+            return
+
+
+def _too_large(limit: int) -> RequestError:
+    return RequestError(413, "payload_too_large", f"the request body exceeds {limit} bytes")
+
+
+def _upstream_error(worker: Worker, error: UpstreamError) -> RequestError:
+    status, code = 502, "upstream_error"
+    if error.kind == "timeout":
+        status, code = 504, "upstream_timeout"
+    elif error.kind == "connect":
+        code = "upstream_unreachable"
+    return RequestError(status, code, f"worker {worker.url}: {error}")

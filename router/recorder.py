@@ -1,0 +1,150 @@
+"""What each request adds to the metrics, with the cells it needs found by one lookup."""
+
+from router.call import Call
+from router.errors import RequestError
+from router.metrics import Cell, HistogramCell, Metrics
+from router.workers import Worker
+
+ROUTER = ("regular", "regular", "http")  # router_type, backend_type, connection_mode
+MAX_MODELS = 256  # names come from clients when a worker does not tell its models
+
+
+class StreamCells:
+    __slots__ = ("itl", "ttft")
+
+    def __init__(self, ttft: HistogramCell, itl: HistogramCell) -> None:
+        self.ttft = ttft
+        self.itl = itl
+
+
+class RouteCells:
+    """The cells of one (path, model, stream)."""
+
+    __slots__ = (
+        "completion_tokens", "duration", "http_duration", "http_requests", "ok", "prompt_tokens",
+        "requests", "stream", "upstream_ok",
+    )  # fmt: skip
+
+    def __init__(self, m: Metrics, path: str, model: str, stream: bool) -> None:
+        self.requests: Cell = m.requests.of(*ROUTER, model, path, "true" if stream else "false")
+        self.duration = m.duration.of(*ROUTER, model, path)
+        self.http_requests = m.http_requests.of("POST", path)
+        self.http_duration = m.http_duration.of("POST", path)
+        self.upstream_ok = m.upstream_responses.of("regular", "200", "")
+        self.ok = m.http_responses.of(path, "200", "")
+        self.prompt_tokens = m.tokens.of("regular", "regular", model, path, "prompt")
+        self.completion_tokens = m.tokens.of("regular", "regular", model, path, "completion")
+        self.stream = StreamCells(
+            m.ttft.of("regular", "regular", model, path), m.itl.of("regular", "regular", model, path)
+        )
+
+
+class Recorder:
+    """Turns events of the hot path into counts. Times in seconds of the event loop."""
+
+    def __init__(self, metrics: Metrics, policy: str) -> None:
+        self.metrics = metrics
+        self.policy = policy
+        self._routes: dict[tuple[str, str | None, bool], RouteCells] = {}
+        self._models: set[str] = set()
+        self.prompt_tokens = 0  # of answers that told their cached tokens
+        self.cached_tokens = 0
+
+    def model_label(self, model: str | None) -> str:
+        if model is None:
+            return "unknown"
+        if model not in self._models:
+            if len(self._models) >= MAX_MODELS:
+                return "other"
+            self._models.add(model)
+        return model
+
+    def cells(self, call: Call) -> RouteCells:
+        key = (call.path, call.model, call.stream)
+        cells = self._routes.get(key)
+        if cells is None:
+            cells = RouteCells(self.metrics, call.path, self.model_label(call.model), call.stream)
+            if len(self._routes) < 4 * MAX_MODELS:
+                self._routes[key] = cells
+        return cells
+
+    def stream_cells(self, call: Call) -> StreamCells:
+        return self.cells(call).stream
+
+    def placed(self, call: Call, worker: Worker) -> None:
+        m, model = self.metrics, self.model_label(call.model)
+        m.worker_requests.of(worker.url, model).value += 1
+        m.selection.of("regular", "http", model, self.policy).value += 1
+        m.decisions.of(self.policy, call.decision).value += 1
+
+    def finished(
+        self,
+        call: Call,
+        status: int,
+        started_s: float,
+        now_s: float,
+        prompt_tokens: int = 0,
+        completion_tokens: int = 0,
+        error: str = "",
+    ) -> None:
+        """An answer went out whole, or with `error`. Token counts as the worker reported them."""
+        cells = self.cells(call)
+        elapsed_s = now_s - started_s
+        cells.requests.value += 1
+        cells.duration.observe(elapsed_s)
+        cells.http_requests.value += 1
+        cells.http_duration.observe(elapsed_s)
+        if status == 200 and not error:
+            cells.ok.value += 1
+            cells.upstream_ok.value += 1
+            cells.prompt_tokens.value += prompt_tokens
+            cells.completion_tokens.value += completion_tokens
+            return
+        m = self.metrics
+        m.http_responses.of(call.path, str(status), error).add()
+        m.upstream_responses.of("regular", str(status), error).add()
+        if error:
+            m.errors.of(*ROUTER, self.model_label(call.model), call.path, error).add()
+
+    def refused(self, path: str, call: Call | None, error: RequestError, elapsed_s: float) -> None:
+        """The gateway itself answered with an error."""
+        m = self.metrics
+        # A model nobody serves is a client's invention, not a label.
+        model = "unknown" if call is None or error.code == "model_not_found" else call.model
+        m.errors.of(*ROUTER, self.model_label(model), path, error.code).add()
+        m.http_requests.of("POST", path).add()
+        m.http_responses.of(path, str(error.status), error.code).add()
+        m.http_duration.of("POST", path).observe(elapsed_s)
+
+    def cached(self, call: Call, worker: Worker, prompt_tokens: int, cached_tokens: int) -> None:
+        m = self.metrics
+        self.prompt_tokens += prompt_tokens
+        self.cached_tokens += cached_tokens
+        m.actual_tokens.of(worker.url).add(cached_tokens)
+        if call.predicted_tokens >= 0:
+            m.predicted_tokens.of(worker.url).add(call.predicted_tokens)
+            m.prediction_error.of().observe(abs(call.predicted_tokens - cached_tokens))
+
+    def outcome(self, worker: Worker, outcome: str) -> None:
+        self.metrics.cb_outcomes.of(worker.url, outcome).add()
+
+    def transport_error(self, kind: str) -> None:
+        self.metrics.worker_errors.of("regular", "http", kind).add()
+
+    def stream_broke(self, worker: Worker, outcome: str = "error_event") -> None:
+        self.metrics.stream_breaks.of(worker.url, outcome).add()
+
+    def client_left(self, path: str) -> None:
+        self.metrics.client_disconnects.of(path).add()
+
+    def admitted(self, result: str) -> None:
+        self.metrics.rate_limit.of(result).add()
+
+    def retried(self, path: str) -> None:
+        self.metrics.retries.of("regular", path).add()
+
+    def exhausted(self, path: str) -> None:
+        self.metrics.retries_exhausted.of("regular", path).add()
+
+    def pause(self, attempt: int, pause_s: float) -> None:
+        self.metrics.backoff.of(str(attempt)).observe(pause_s)

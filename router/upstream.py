@@ -1,0 +1,364 @@
+"""Pooled HTTP/1.1 connections to one worker: asyncio Protocols parsed by httptools (llhttp).
+
+Owns sockets, response parsing and read backpressure. Knows nothing of policies, retries or clients.
+One `Connection` carries one exchange at a time:
+
+    connection = await pool.connect()          # pooled or new
+    connection.send(head, body)
+    await connection.head()                    # .status, .headers
+    while data := await connection.read(): ...
+    connection.release()                       # back to the pool, or closed if it cannot be reused
+"""
+
+import asyncio
+import socket
+import ssl
+import time
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import httptools
+
+# A connection is not read while this many body bytes wait for the client. 256 KiB is a few thousand
+# events, far more than a client that keeps up ever has outstanding.
+HIGH_WATER_BYTES = 256 * 1024
+# uvicorn closes a connection after 5 idle seconds; reusing it just then costs a failed attempt.
+IDLE_LIMIT_S = 4.0
+MAX_IDLE = 1024
+
+
+class UpstreamError(Exception):
+    """The worker did not deliver a whole answer. `sent`: the request may have reached it."""
+
+    def __init__(self, reason: str, *, kind: str, sent: bool = True) -> None:
+        super().__init__(reason)
+        self.kind = kind  # connect, closed, protocol, timeout, ejected
+        self.sent = sent
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a worker listens, from its URL. Raises ValueError for anything but http(s)://host[:port]."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    @classmethod
+    def parse(cls, url: str) -> "Address":
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"worker URL {url!r} must be http://host[:port] or https://host[:port]")
+        if parts.query or parts.fragment or parts.username:
+            raise ValueError(f"worker URL {url!r} must have no query, fragment or user")
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        return cls(parts.scheme, parts.hostname, port, parts.path.rstrip("/"))
+
+    @property
+    def authority(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+class Connection(asyncio.Protocol):
+    """One connection to a worker. All methods run on the event loop's thread."""
+
+    def __init__(self, pool: "Pool") -> None:
+        self.pool = pool
+        self.transport: asyncio.Transport = None  # type: ignore[assignment]  # set by connection_made
+        self.parser = httptools.HttpResponseParser(self)
+        self.waiter: asyncio.Future | None = None
+        self.paused = False
+        self.closed = False
+        self.busy = False
+        self.idle_since = 0.0
+        self.endless = False  # it may run for longer than a request
+        self.sent_s = 0.0  # loop time of the running request
+        self._begin()
+
+    def _begin(self) -> None:
+        self.status = 0
+        self.reusable = False
+        self.until_close = False
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.parts: list[bytes] = []
+        self.buffered_bytes = 0
+        self.complete = False
+        self.got_bytes = False
+        self.error: UpstreamError | None = None
+
+    # ---- one exchange ----
+
+    def send(self, head: bytes, body: bytes | bytearray) -> None:
+        """Write one request. `head` ends with an empty line and states the length of `body`."""
+        self._begin()
+        self.busy = True
+        self.sent_s = self.pool.loop.time()
+        if len(body) < 65536:
+            self.transport.write(head + body)
+        else:
+            self.transport.writelines((head, body))
+
+    async def head(self) -> int:
+        """Wait for status and headers; returns the status. Raises UpstreamError."""
+        while not self.status:
+            if self.error is not None:
+                raise self.error
+            await self._wait()
+        return self.status
+
+    async def read(self) -> bytes:
+        """The body bytes that have come, at least one; b"" at the end. Raises UpstreamError on a break."""
+        while True:
+            parts = self.parts
+            if parts:
+                data = parts[0] if len(parts) == 1 else b"".join(parts)
+                self.parts = []
+                self.buffered_bytes = 0
+                if self.paused:
+                    self.paused = False
+                    self.transport.resume_reading()
+                return data
+            if self.complete:
+                return b""
+            if self.error is not None:
+                raise self.error
+            await self._wait()
+
+    async def body(self) -> bytes:
+        """The whole body. Raises UpstreamError when it does not come whole."""
+        while not self.complete:
+            if self.error is not None:
+                raise self.error
+            if self.paused:
+                self.paused = False
+                self.transport.resume_reading()
+            await self._wait()
+        data = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
+        self.parts = []
+        return data
+
+    async def _wait(self) -> None:
+        self.waiter = self.pool.loop.create_future()
+        try:
+            await self.waiter
+        finally:
+            self.waiter = None
+
+    def _wake(self) -> None:
+        waiter = self.waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def fail(self, error: UpstreamError) -> None:
+        """End the exchange: whoever waits gets `error`, and the connection is dropped at once."""
+        if self.error is None and not self.complete:
+            self.error = error
+        self.closed = True
+        self.transport.abort()
+        self._wake()
+
+    def release(self) -> None:
+        """The exchange is over: keep the connection if the answer was read whole, else drop it at once."""
+        if not self.busy:
+            return
+        self.busy = False
+        self.pool.active.discard(self)
+        if self.complete and not self.closed and self.reusable and len(self.pool.idle) < MAX_IDLE:
+            self.idle_since = time.monotonic()
+            self.pool.idle.append(self)
+        else:
+            self.closed = True
+            self.transport.abort()
+
+    # ---- asyncio.Protocol ----
+
+    def connection_made(self, transport) -> None:  # type: ignore[override]
+        self.transport = transport  # type: ignore[assignment]
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def data_received(self, data: bytes) -> None:
+        if not self.busy:  # a worker that speaks without being asked
+            self.closed = True
+            self.transport.abort()
+            return
+        self.got_bytes = True
+        self.pool.last_byte_s = self.pool.loop.time()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self.fail(UpstreamError(f"the worker's answer is not HTTP: {error}", kind="protocol"))
+            return
+        if self.buffered_bytes > HIGH_WATER_BYTES and not self.paused and not self.complete:
+            self.paused = True
+            self.transport.pause_reading()
+        self._wake()
+
+    def eof_received(self) -> None:
+        return None  # the transport closes itself
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+        if not self.busy:
+            return
+        if self.status and not self.complete and exc is None and self.until_close:
+            self.complete = True
+        elif not self.complete and self.error is None:
+            self.error = UpstreamError(
+                f"the worker closed the connection{f' ({exc})' if exc else ''}", kind="closed"
+            )
+        self._wake()
+
+    # ---- httptools callbacks ----
+
+    def on_message_begin(self) -> None:
+        if self.complete:
+            raise ValueError("a second answer to one request")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.status:  # else a trailer
+            self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        status = self.parser.get_status_code()
+        if status < 200:
+            self.headers.clear()
+            return
+        self.reusable = self.parser.should_keep_alive()
+        # Without a length or chunks the body ends with the connection.
+        self.until_close = not self.reusable and not any(
+            name == b"content-length" or name == b"transfer-encoding" for name, _ in self.headers
+        )
+        self.status = status
+
+    def on_body(self, body: bytes) -> None:
+        self.parts.append(body)
+        self.buffered_bytes += len(body)
+
+    def on_message_complete(self) -> None:
+        if self.status:
+            self.complete = True
+
+
+class Pool:
+    """The connections of one worker: `idle` (last in, first out) and `active`."""
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        connect_timeout_s: float = 2.0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self.address = address
+        self.connect_timeout_s = connect_timeout_s
+        self.tls = tls if tls is not None or address.scheme == "http" else ssl.create_default_context()
+        self.idle: list[Connection] = []
+        self.active: set[Connection] = set()
+        self.last_byte_s = 0.0  # loop time of the last byte of any answer
+        self.loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]  # set on first use
+
+    async def connect(self, *, fresh: bool = False) -> tuple[Connection, bool]:
+        """(connection, whether it was used before). Raises UpstreamError of kind connect."""
+        if self.idle and not fresh:
+            oldest = time.monotonic() - IDLE_LIMIT_S
+            while self.idle:
+                connection = self.idle.pop()
+                if connection.closed:
+                    continue
+                if connection.idle_since < oldest:
+                    self.drop_idle()  # those below are older still
+                    connection.transport.abort()
+                    break
+                self.active.add(connection)
+                return connection, True
+        if self.loop is None:
+            self.loop = asyncio.get_running_loop()
+        address = self.address
+        try:
+            async with asyncio.timeout(self.connect_timeout_s):
+                _, connection = await self.loop.create_connection(
+                    lambda: Connection(self),
+                    address.host,
+                    address.port,
+                    ssl=self.tls,
+                    server_hostname=address.host if self.tls else None,
+                )
+        except TimeoutError as error:
+            text = f"no connection to {address.authority} within {self.connect_timeout_s:g} s"
+            raise UpstreamError(text, kind="connect", sent=False) from error
+        except OSError as error:
+            text = f"cannot connect to {address.authority}: {error}"
+            raise UpstreamError(text, kind="connect", sent=False) from error
+        self.active.add(connection)
+        return connection, False
+
+    def fail_active(self, error: UpstreamError) -> None:
+        """End every running exchange with `error`."""
+        for connection in list(self.active):
+            connection.fail(error)
+
+    def fail_older(self, limit_s: float) -> None:
+        """End the exchanges that have run for longer than `limit_s`."""
+        horizon_s = self.loop.time() - limit_s if self.loop is not None else 0.0
+        for connection in list(self.active):
+            if connection.busy and not connection.endless and connection.sent_s < horizon_s:
+                connection.fail(UpstreamError(f"no end within {limit_s:g} s", kind="timeout"))
+
+    def drop_idle(self) -> None:
+        for connection in self.idle:
+            connection.closed = True
+            connection.transport.abort()
+        self.idle.clear()
+
+    def close(self) -> None:
+        """Drop everything."""
+        self.drop_idle()
+        self.fail_active(UpstreamError("the gateway is closing", kind="closed"))
+
+    async def fetch(
+        self,
+        method: str,
+        target: str,
+        *,
+        body: bytes = b"",
+        headers: tuple[tuple[str, str], ...] = (),
+        timeout_s: float = 5.0,
+        max_bytes: int = 16 << 20,
+    ) -> tuple[int, bytes]:
+        """One control exchange, on a connection of its own choice: (status, body). Raises UpstreamError."""
+        lines = [f"{method} {self.address.path}{target} HTTP/1.1", f"host: {self.address.authority}"]
+        lines += [f"{name}: {value}" for name, value in headers]
+        if body:
+            lines.append("content-type: application/json")
+        lines.append(f"content-length: {len(body)}\r\n\r\n")
+        head = "\r\n".join(lines).encode("latin-1")
+        try:
+            async with asyncio.timeout(timeout_s):
+                for attempt in (0, 1):
+                    connection, used = await self.connect(fresh=attempt > 0)
+                    try:
+                        connection.send(head, body)
+                        status = await connection.head()
+                        parts, size = [], 0
+                        while data := await connection.read():
+                            size += len(data)
+                            if size > max_bytes:
+                                raise UpstreamError(
+                                    f"{target} answered more than {max_bytes} bytes", kind="protocol"
+                                )
+                            parts.append(data)
+                        return status, b"".join(parts)
+                    except UpstreamError as error:
+                        if not (used and attempt == 0 and error.kind == "closed"):
+                            raise
+                    finally:
+                        connection.release()
+        except TimeoutError as error:
+            raise UpstreamError(
+                f"{method} {target}: no answer within {timeout_s:g} s", kind="timeout"
+            ) from error
+        raise AssertionError("unreachable")

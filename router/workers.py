@@ -1,0 +1,250 @@
+"""The workers: what each one is, what it is doing, and which may be chosen now.
+
+Pure state on one event loop, no I/O: `jobs` registers and drains, `health` ejects and returns.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from router.breaker import PROBE, STATE_NUMBER, Admission, Breaker
+from router.upstream import Pool
+
+if TYPE_CHECKING:
+    from router.kv_events import KvImage
+
+Status = Literal["pending", "ready", "unhealthy", "draining", "failed"]
+
+
+class WorkerSpec(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What `POST /workers` takes; unknown fields are ignored, as the Rust gateway does."""
+
+    url: str
+    model_id: str | None = None
+    worker_type: Literal["regular"] = "regular"
+    runtime: str | None = None
+    priority: int = 50
+    cost: float = 1.0
+    labels: dict[str, str] = {}
+    api_key: str | None = None
+
+
+class Load(msgspec.Struct):
+    """What a worker last said of itself. `at_s` is the loop time it was heard."""
+
+    running: int = 0
+    waiting: int = 0
+    queued_tokens: int = 0  # prompt tokens not yet computed
+    kv_usage: float = 0.0  # share of KV pages in use by running requests
+    at_s: float = 0.0
+
+
+class Worker:
+    """One worker, or one data-parallel rank of it. Mutated only on the event loop."""
+
+    def __init__(self, spec: WorkerSpec, breaker: Breaker, pool: Pool, *, dp_rank: int | None = None) -> None:
+        self.id = uuid7()
+        self.spec = spec
+        self.dp_rank = dp_rank
+        self.url = spec.url if dp_rank is None else f"{spec.url}@{dp_rank}"
+        self.pool = pool
+        self.breaker = breaker
+        self.status: Status = "pending"
+        self.models: tuple[str, ...] = (spec.model_id,) if spec.model_id else ()
+        self.source = "api"  # who registered it: flags, api, file, kubernetes
+        self.avoid_until_s = 0.0  # loop time until which it asked for a pause (429, 503); 0: it did not
+        self.pauses = 0  # in a row
+        self.suspected: asyncio.Event | None = None  # set: probe it now
+        self.idle_waiter: asyncio.Future | None = None  # done when in_flight reaches 0
+        self.in_flight = 0
+        self.total = 0  # requests ever sent
+        self.pending_tokens = 0  # prompt tokens sent whose first output token has not come
+        self.load: Load | None = None
+        self.foreign_requests = 0  # requests of other gateways, by its last load report
+        self.foreign_tokens = 0
+        self.kv: KvImage | None = None  # exact knowledge of its cache, when it publishes it
+        self.capacity_tokens: int | None = None
+        self.page_size: int | None = None
+        self.dp_size = 1
+        self.instance_id: str | None = None
+        self.info: dict[str, Any] = {}
+        self.resumes = False  # it can go on with another worker's stream
+        self.takes_ids = False  # prompts may be sent as token ids
+        self.failed_path: bytes | None = None  # route of the failure that opened the breaker
+        self.failed_model: str | None = None
+        self.failed_stream = False
+        self.path_prefix = pool.address.path.encode()
+        self.respec(spec)
+
+    def respec(self, spec: WorkerSpec) -> None:
+        """Take new labels, priority, cost or key; the URL stays."""
+        assert spec.url == self.spec.url, (spec.url, self.spec.url)
+        self.spec = spec
+        head = f"host: {self.pool.address.authority}\r\n"
+        if spec.api_key:
+            head += f"authorization: Bearer {spec.api_key}\r\n"
+        self.request_head = head.encode("latin-1")
+
+    def auth_headers(self) -> tuple[tuple[str, str], ...]:
+        """For the gateway's own requests to the worker."""
+        return (("authorization", f"Bearer {self.spec.api_key}"),) if self.spec.api_key else ()
+
+    async def wait_idle(self) -> None:
+        """Until no request of ours runs on it."""
+        while self.in_flight:
+            self.idle_waiter = asyncio.get_running_loop().create_future()
+            await self.idle_waiter
+
+    @property
+    def requests(self) -> int:
+        """In-flight requests, those of other gateways included."""
+        return self.in_flight + self.foreign_requests
+
+    @property
+    def healthy(self) -> bool:
+        return self.status == "ready" and self.breaker.closed
+
+    def report(self, load: Load) -> None:
+        """Take a load report: what exceeds our own share is the work of other gateways."""
+        self.load = load
+        self.foreign_requests = max(0, load.running + load.waiting - self.in_flight)
+        self.foreign_tokens = max(0, load.queued_tokens - self.pending_tokens)
+
+    def describe(self) -> dict[str, Any]:
+        """The public view in `GET /workers`."""
+        return {
+            "id": self.id,
+            "url": self.url,
+            "model_id": self.models[0] if self.models else "unknown",
+            "models": list(self.models),
+            "worker_type": self.spec.worker_type,
+            "connection_mode": "http",
+            "runtime_type": self.spec.runtime or self.info.get("runtime", "unknown"),
+            "labels": self.spec.labels,
+            "priority": self.spec.priority,
+            "cost": self.spec.cost,
+            "status": self.status,
+            "is_healthy": self.healthy,
+            "circuit_breaker": self.breaker.state,
+            "load": self.in_flight,
+            "requests_total": self.total,
+            "pending_tokens": self.pending_tokens,
+            "dp_rank": self.dp_rank,
+            "instance_id": self.instance_id,
+            "capacity_tokens": self.capacity_tokens,
+            "source": self.source,
+        }
+
+
+class Registry:
+    """All workers by id, and cached answers to "who may serve this model now"."""
+
+    def __init__(self, make_worker: Callable[[WorkerSpec, int | None], Worker]) -> None:
+        self.make_worker = make_worker
+        self.workers: dict[str, Worker] = {}
+        self.by_url: dict[str, Worker] = {}
+        self.on_removed: list[Callable[[Worker], None]] = []
+        self.version = 0  # grows with every change of who may be chosen
+        self._usable: dict[str | None, tuple[Worker, ...]] = {}
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(list(self.workers.values()))
+
+    def __len__(self) -> int:
+        return len(self.workers)
+
+    def of_process(self, url: str) -> list[Worker]:
+        """Every rank registered under one process's URL."""
+        return [w for w in self if w.spec.url == url]
+
+    def add(self, worker: Worker) -> None:
+        assert worker.url not in self.by_url, worker.url
+        self.workers[worker.id] = worker
+        self.by_url[worker.url] = worker
+        self.changed()
+
+    def remove(self, worker: Worker) -> None:
+        """Forget a worker and drop its connections. Removing twice is harmless."""
+        if self.workers.pop(worker.id, None) is None:
+            return
+        if self.by_url.get(worker.url) is worker:
+            del self.by_url[worker.url]
+        worker.pool.close()
+        self.changed()
+        for listener in self.on_removed:
+            listener(worker)
+
+    def set_status(self, worker: Worker, status: Status) -> None:
+        if worker.status != status:
+            worker.status = status
+            self.changed()
+
+    def changed(self) -> None:
+        """Call after anything that `usable` depends on."""
+        self.version += 1
+        self._usable.clear()
+
+    def pause(self, worker: Worker, loop: asyncio.AbstractEventLoop, pause_s: float) -> None:
+        """Choose `worker` for nothing else during the next `pause_s`; a longer pause already set stays."""
+        until_s = loop.time() + pause_s
+        if until_s <= worker.avoid_until_s:
+            return
+        worker.avoid_until_s = until_s
+        self.changed()
+
+        def resume() -> None:
+            if worker.avoid_until_s == until_s:
+                worker.avoid_until_s = 0.0
+                self.changed()
+
+        loop.call_at(until_s, resume)
+
+    def usable(self, model: str | None) -> tuple[Worker, ...]:
+        """Workers that are ready, closed, not asking for a pause, and serve `model` (None: any).
+
+        A worker whose models are unknown serves every model. `name:adapter` is served by `name`.
+        """
+        found = self._usable.get(model)
+        if found is None:
+            found = tuple(w for w in self.serving(model) if w.healthy and not w.avoid_until_s)
+            if len(self._usable) > 256:  # model names come from clients
+                self._usable.clear()
+            self._usable[model] = found
+        return found
+
+    def serving(self, model: str | None) -> list[Worker]:
+        """Every worker that serves `model`, whatever its state."""
+        if model is None:
+            return list(self.workers.values())
+        known = [w for w in self.workers.values() if model in w.models]
+        if not known and ":" in model:
+            known = [w for w in self.workers.values() if model.partition(":")[0] in w.models]
+        return known + [w for w in self.workers.values() if not w.models]
+
+    def probe_candidate(self, workers: Iterable[Worker]) -> tuple[Worker, Admission] | None:
+        """A ready worker whose breaker admits its one probe now."""
+        for worker in workers:
+            if worker.status == "ready" and not worker.breaker.closed:
+                admission = worker.breaker.admit()
+                if admission == PROBE:
+                    return worker, admission
+        return None
+
+
+def uuid7() -> str:
+    """A time-ordered UUID (RFC 9562, version 7)."""
+    milliseconds = time.time_ns() // 1_000_000
+    value = (milliseconds << 80) | secrets.randbits(80)
+    value = value & ~(0xF << 76) | (7 << 76)
+    value = value & ~(0x3 << 62) | (2 << 62)
+    text = f"{value:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def breaker_numbers(registry: Registry) -> dict[tuple[str, ...], float]:
+    """Breaker state by worker URL: 0 closed, 1 open, 2 half open."""
+    return {(w.url,): STATE_NUMBER[w.breaker.state] for w in registry}

@@ -1,0 +1,178 @@
+"""The two launchers as processes: flags, supervision, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from router.config import ConfigError
+from router.launch_server import make_parser, make_plan
+from router.replicas import free_ports
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+
+
+def plan_of(command: str):
+    return make_plan(make_parser(), command.split())
+
+
+def flag(replica, name: str) -> str:
+    return replica.command[replica.command.index(name) + 1]
+
+
+def test_dp_size_without_dp_attention_is_that_many_replicas_on_disjoint_devices():
+    plan = plan_of("--model-path m --tp 4 --dp-size 2 --host 0.0.0.0 --port 30000")
+    assert [flag(r, "--base-gpu-id") for r in plan.replicas] == ["0", "4"]
+    assert [flag(r, "--tp") for r in plan.replicas] == ["4", "4"]
+    assert [flag(r, "--dp-size") for r in plan.replicas] == ["1", "1"]
+    assert len({r.port for r in plan.replicas}) == 2
+    assert plan.config.worker_urls == tuple(r.url for r in plan.replicas)
+    assert (plan.config.host, plan.config.port, plan.config.policy) == ("0.0.0.0", 30000, "round_robin")
+
+
+def test_dp_attention_is_one_instance_that_is_routed_to_by_rank():
+    plan = plan_of("--model-path m --tp 8 --dp-size 8 --ep 8 --enable-dp-attention --moe-a2a-backend deepep")
+    (replica,) = plan.replicas
+    assert flag(replica, "--dp-size") == "8" and "--enable-dp-attention" in replica.command
+    assert flag(replica, "--moe-a2a-backend") == "deepep" and flag(replica, "--ep") == "8"
+    assert plan.config.dp_aware
+
+
+def test_router_flags_reach_the_gateway_and_all_others_the_engines():
+    plan = plan_of(
+        "--model-path m --tp 4 --dp-size 4 --router-policy cache_aware --router-prometheus-port 10001 "
+        "--router-health-check-interval-secs 30 --enable-two-batch-overlap"
+    )
+    config = plan.config
+    assert (config.policy, config.prometheus_port) == ("cache_aware", 10001)
+    assert config.health_check_interval_secs == 30
+    assert all("--enable-two-batch-overlap" in r.command for r in plan.replicas)
+    assert not any("--router" in part for r in plan.replicas for part in r.command)
+
+
+def test_engine_yaml_decides_the_number_of_replicas(tmp_path):
+    file = tmp_path / "engine.yaml"
+    file.write_text("model_path: m\ntensor-parallel-size: 2\ndp: 3\n")
+    plan = plan_of(f"--config {file} --base-gpu-id 2")
+    assert [flag(r, "--base-gpu-id") for r in plan.replicas] == ["2", "4", "6"]
+
+
+def test_key_of_the_engines_guards_the_gateway_too():
+    config = plan_of("--model-path m --api-key k").config
+    assert config.api_key == config.worker_api_key == "k"
+
+
+def test_several_hosts_are_refused_with_the_way_to_do_it():
+    with pytest.raises(ConfigError, match=r"nnodes=2.*router.launch_router"):
+        plan_of("--model-path m --nnodes 2")
+
+
+def test_free_ports_skip_the_taken_ones():
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert port not in free_ports(2, port)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{ROOT}:{HERE}"}
+
+
+def launch(*flags: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", *flags], env=environment(), stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(condition, timeout_s: float = 15):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            value = condition()
+            if value:
+                return value
+        except (httpx.HTTPError, OSError, ValueError):
+            pass
+        time.sleep(0.05)
+    raise AssertionError("waited in vain")
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_replicas_are_started_restarted_when_killed_and_ended_on_sigterm(tmp_path):
+    port = free_ports(1, 42000)[0]
+    process = launch(
+        "router.launch_server", "--engine-module", "fake_engine", "--note", str(tmp_path), "--dp-size", "2",
+        "--host", "127.0.0.1", "--port", str(port), "--router-dp-worker-base-port", "43000",
+        "--router-shutdown-grace-period-secs", "3",
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+
+    def ready(count: int) -> bool:
+        return httpx.get(url + "/readiness").json()["healthy_workers"] == count
+
+    try:
+        wait_for(lambda: ready(2))
+        notes = {file.name: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
+        assert sorted(n["gpu"] for n in notes.values()) == [0, 1]
+        name, victim = next(iter(notes.items()))
+        os.kill(victim["pid"], signal.SIGKILL)
+        body = {"model": "mock", "messages": [{"role": "user", "content": "x"}]}
+        for _ in range(20):
+            assert httpx.post(url + "/v1/chat/completions", json=body).status_code == 200
+        wait_for(lambda: json.loads((tmp_path / name).read_text())["pid"] != victim["pid"] and ready(2))
+        pids = [json.loads(file.read_text())["pid"] for file in tmp_path.glob("*.json")]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0
+        assert not any(alive(pid) for pid in pids)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_engine_that_refuses_its_flags_ends_the_launcher(tmp_path):
+    port = free_ports(1, 42100)[0]
+    process = launch(
+        "router.launch_server", "--engine-module", "fake_engine", "--note", str(tmp_path), "--refuse",
+        "--host", "127.0.0.1", "--port", str(port), "--router-shutdown-grace-period-secs", "1",
+    )  # fmt: skip
+    _, text = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "unknown flag --refuse" in text and "before it was ready" in text
+
+
+def test_router_drains_on_sigterm_and_ends_with_zero(tmp_path):
+    port = free_ports(1, 42200)[0]
+    process = launch("router.launch_router", "--host", "127.0.0.1", "--port", str(port), "--log-json")
+    try:
+        wait_for(lambda: httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200)
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: httpx.get(f"http://127.0.0.1:{port}/readiness").json().get("reason") == "draining")
+        assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+        assert process.wait(10) == 0
+        _, text = process.communicate()
+        assert all(json.loads(line)["level"] for line in text.splitlines())
+    finally:
+        process.kill()
+
+
+def test_wrong_flag_ends_with_usage_and_says_what_is_valid():
+    process = launch("router.launch_router", "--policy", "fastest")
+    _, text = process.communicate(timeout=20)
+    assert process.returncode == 2 and "cache_aware" in text

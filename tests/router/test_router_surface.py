@@ -1,0 +1,390 @@
+"""The HTTP surface: errors, limits, keys, health, models, loads, metrics; and input that means harm."""
+
+import asyncio
+import json
+
+import httpx
+from gateway_harness import CHAT, RawClient, asynchronous, running, until
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mock_worker import MockWorker
+
+from router.config import RouterConfig
+from router.launch_router import start_metrics_server
+from router.metrics import Metrics
+
+
+def error_of(response: httpx.Response) -> dict:
+    """The OpenAI error object, checked for its four fields."""
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "code", "param"} and error["message"]
+    return error
+
+
+# ---- errors ----
+
+
+@asynchronous
+async def test_unknown_path_is_404_with_an_openai_error():
+    async with running(0) as r:
+        response = await r.client.get("/add_worker")
+        assert response.status_code == 404 and error_of(response)["code"] == "unknown_url"
+
+
+@asynchronous
+async def test_wrong_method_is_405_and_names_the_right_one():
+    async with running(0) as r:
+        for path in ("/v1/chat/completions", "/workers/x/y", "/readiness"):
+            response = await r.client.put(path)
+            if path == "/workers/x/y":
+                assert response.status_code == 404
+                continue
+            assert response.status_code == 405 and error_of(response)["code"] == "method_not_allowed"
+            assert "allow" in response.headers
+
+
+@asynchronous
+async def test_malformed_json_is_400_and_reaches_no_worker():
+    async with running(1) as r:
+        for body in (b"", b"{", b"nul", b"\xff\xfe{}", b"[]", b'"x"', b"[" * 5000, b'{"a":' * 3000):
+            response = await r.client.post("/generate", content=body)
+            assert response.status_code == 400, body[:20]
+            assert error_of(response)["code"] == "invalid_json"
+        assert r.split() == [0]
+
+
+@asynchronous
+async def test_wrong_content_type_is_415():
+    async with running(1) as r:
+        response = await r.client.post("/generate", content=b"{}", headers={"content-type": "text/plain"})
+        assert response.status_code == 415 and error_of(response)["code"] == "unsupported_media_type"
+
+
+@asynchronous
+async def test_multipart_upload_passes_through():
+    async with running(1) as r:
+        files = {"file": ("a.wav", b"RIFF", "audio/wav")}
+        response = await r.client.post("/v1/audio/transcriptions", files=files, data={"model": "mock"})
+        assert response.status_code == 200
+        assert b"RIFF" in r.workers[0].seen[0].body
+
+
+@asynchronous
+async def test_body_over_the_limit_is_413_and_at_the_limit_passes():
+    async with running(1, max_payload_size=200) as r:
+        body = json.dumps({"text": "x"}).encode()
+        exactly = body + b" " * (200 - len(body))
+        assert (await r.client.post("/generate", content=exactly)).status_code == 200
+        response = await r.client.post("/generate", content=exactly + b" ")
+        assert response.status_code == 413 and error_of(response)["code"] == "payload_too_large"
+
+        async def chunks():
+            for _ in range(30):
+                yield b" " * 10
+
+        assert (await r.client.post("/generate", content=chunks())).status_code == 413
+
+
+@asynchronous
+async def test_unknown_model_is_404_and_adapter_names_reach_their_base():
+    async with running(1) as r:
+        response = await r.client.post("/v1/chat/completions", json={**CHAT, "model": "gpt-9"})
+        assert response.status_code == 404
+        assert error_of(response)["code"] == "model_not_found" and error_of(response)["param"] == "model"
+        response = await r.client.post("/v1/chat/completions", json={**CHAT, "model": "mock:adapter"})
+        assert response.status_code == 200
+
+
+@asynchronous
+async def test_no_worker_is_503_with_retry_after():
+    async with running(0) as r:
+        response = await r.chat()
+        assert response.status_code == 503 and response.headers["retry-after"] == "1"
+        assert error_of(response)["code"] == "no_available_workers"
+
+
+@asynchronous
+async def test_dead_workers_are_502_then_503_and_never_500():
+    async with running(2) as r:
+        for worker in r.workers:
+            await worker.kill()
+        statuses = [(await r.chat()).status_code for _ in range(5)]
+        assert set(statuses) <= {502, 503}
+
+
+@asynchronous
+async def test_request_that_is_not_http_gets_a_json_400():
+    async with running(1) as r:
+        client = await RawClient.connect(r.port)
+        client.writer.write(b"NONSENSE\r\n\r\n")
+        answer = await client.reader.read()
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400") and json.loads(body)["error"]["code"] == "bad_request"
+        assert (await r.chat()).status_code == 200
+
+
+# ---- limits ----
+
+
+@asynchronous
+async def test_requests_over_the_limit_wait_then_429_with_retry_after():
+    async with running(1, max_concurrent_requests=2, queue_size=1) as r:
+        r.workers[0].faults.delay_s = 0.3
+        tasks = [asyncio.create_task(r.chat()) for _ in range(6)]
+        responses = await asyncio.gather(*tasks)
+        statuses = sorted(x.status_code for x in responses)
+        assert statuses == [200, 200, 200, 429, 429, 429]
+        refused = next(x for x in responses if x.status_code == 429)
+        assert error_of(refused)["code"] == "admission_queue_full" and refused.headers["retry-after"]
+        assert error_of(refused)["type"] == "rate_limit_error"
+        assert r.gateway.proxy.concurrency.running == 0
+
+
+@asynchronous
+async def test_wait_longer_than_the_queue_timeout_is_408():
+    async with running(1, max_concurrent_requests=1, queue_timeout_secs=0.1) as r:
+        r.workers[0].faults.delay_s = 0.5
+        first = asyncio.create_task(r.chat())
+        await until(lambda: r.workers[0].running)
+        response = await r.chat()
+        assert response.status_code == 408 and error_of(response)["code"] == "admission_queue_timeout"
+        assert "retry-after" in response.headers
+        assert (await first).status_code == 200
+
+
+@asynchronous
+async def test_client_that_leaves_the_queue_takes_no_place():
+    async with running(1, max_concurrent_requests=1) as r:
+        r.workers[0].faults.delay_s = 0.4
+        first = asyncio.create_task(r.chat())
+        await until(lambda: r.workers[0].running)
+        client = await RawClient.connect(r.port)
+        client.post("/v1/chat/completions", CHAT)
+        await until(lambda: len(r.gateway.proxy.concurrency.queue) == 1)
+        client.leave()
+        await until(lambda: not r.gateway.proxy.concurrency.queue)
+        await first
+        assert r.gateway.proxy.concurrency.running == 0
+        assert r.split() == [1]
+
+
+@asynchronous
+async def test_place_is_given_back_when_a_streaming_client_leaves():
+    async with running(1, max_concurrent_requests=1) as r:
+        r.workers[0].faults.token_s = 0.01
+        client = await RawClient.connect(r.port)
+        client.post("/v1/chat/completions", {**CHAT, "stream": True, "max_tokens": 1000})
+        await client.read_until(b"tok1")
+        client.leave()
+        await until(lambda: r.gateway.proxy.concurrency.running == 0)
+        r.workers[0].faults.token_s = 0
+        assert (await r.chat()).status_code == 200
+
+
+@asynchronous
+async def test_token_rate_is_kept_for_each_key():
+    async with running(1, api_keys=["a:key-a", "b:key-b"], rate_limit_tokens_per_second=10) as r:
+
+        async def ask(key: str) -> httpx.Response:
+            body = {**CHAT, "messages": [{"role": "user", "content": "x" * 1000}]}
+            headers = {"authorization": f"Bearer {key}"}
+            return await r.client.post("/v1/chat/completions", json=body, headers=headers)
+
+        assert (await ask("key-a")).status_code == 200  # 250 tokens: into debt, once
+        refused = await ask("key-a")
+        assert refused.status_code == 429 and error_of(refused)["code"] == "token_rate_exceeded"
+        assert 10 <= int(refused.headers["retry-after"]) <= 20
+        assert (await ask("key-b")).status_code == 200
+
+
+@asynchronous
+async def test_api_key_guards_data_and_admin_but_not_health():
+    async with running(1, api_key="secret") as r:
+        for method, path in (("POST", "/generate"), ("GET", "/workers"), ("POST", "/flush_cache"),
+                             ("GET", "/get_loads"), ("GET", "/workers/x")):  # fmt: skip
+            response = await r.client.request(method, path, json={})
+            assert response.status_code == 401, path
+            assert error_of(response)["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"].startswith("Bearer")
+        for path in ("/health", "/liveness", "/readiness", "/v1/models"):
+            assert (await r.client.get(path)).status_code == 200, path
+        for headers in ({"authorization": "Bearer secret"}, {"x-api-key": "secret"}):
+            response = await r.client.post("/v1/chat/completions", json=CHAT, headers=headers)
+            assert response.status_code == 200
+        for wrong in ("Bearer nope", "Basic secret", "secret", "Bearer"):
+            response = await r.client.post("/generate", json={}, headers={"authorization": wrong})
+            assert response.status_code == 401
+
+
+# ---- control ----
+
+
+@asynchronous
+async def test_health_is_ok_and_readiness_counts_usable_workers():
+    async with running(2) as r:
+        for path in ("/health", "/liveness"):
+            response = await r.client.get(path)
+            assert (response.status_code, response.text) == (200, "OK")
+        response = await r.client.get("/readiness")
+        assert response.json() == {"status": "ready", "healthy_workers": 2, "total_workers": 2}
+        for worker in r.workers:
+            await worker.kill()
+        await r.chat()
+        response = await r.client.get("/readiness")
+        assert response.status_code == 503
+        assert response.json()["reason"] == "insufficient healthy workers"
+
+
+@asynchronous
+async def test_draining_gateway_is_not_ready_but_still_serves():
+    async with running(1) as r:
+        r.gateway.draining = True
+        response = await r.client.get("/readiness")
+        assert response.status_code == 503 and response.json()["reason"] == "draining"
+        assert (await r.client.get("/health")).status_code == 200
+        assert (await r.chat()).status_code == 200
+
+
+@asynchronous
+async def test_models_are_merged_once_each():
+    workers = [await MockWorker(model=m).start() for m in ("a", "b", "a")]
+    async with running(workers=workers) as r:
+        listed = (await r.client.get("/v1/models")).json()
+        assert listed["object"] == "list"
+        assert sorted(card["id"] for card in listed["data"]) == ["a", "b"]
+        response = await r.client.post("/v1/chat/completions", json={**CHAT, "model": "b"})
+        assert response.headers["x-smg-routed-worker-id"] == workers[1].url
+
+
+@asynchronous
+async def test_loads_name_every_worker():
+    async with running(2) as r:
+        body = (await r.client.get("/get_loads")).json()
+        assert {entry["worker"] for entry in body["loads"]} == {w.url for w in r.workers}
+        assert body["loads"][0]["token_usage"] == 0.25
+        assert body["aggregate"]["total_reqs"] == 0 and body["dp_rank_count"] == 2
+
+
+@asynchronous
+async def test_flush_reaches_every_worker_and_partial_success_is_206():
+    async with running(2) as r:
+        response = await r.client.post("/flush_cache")
+        body = response.json()
+        assert response.status_code == 200 and body["status"] == "success"
+        assert (body["workers_flushed"], body["total_http_workers"]) == (2, 2)
+        assert [w.flushes for w in r.workers] == [1, 1]
+        r.workers[1].faults.status = 500
+        response = await r.client.post("/flush_cache")
+        assert response.status_code == 206 and response.json()["workers_flushed"] == 1
+
+
+@asynchronous
+async def test_metrics_count_what_happened():
+    async with running(2, policy="cache_aware") as r:
+        for _ in range(3):
+            await r.chat("shared prefix " * 100)
+        await r.stream()
+        assert r.metric('smg_router_requests_total{router_type="regular",backend_type="regular",'
+                        'connection_mode="http",model="mock",endpoint="/v1/chat/completions",'
+                        'streaming="false"}') == 3  # fmt: skip
+        assert r.metric("smg_router_ttft_seconds_count") == 1
+        assert r.metric('router_policy_state{what="tree_nodes"}') > 0
+        assert r.metric('sglang_cache_hit_rate{source="device"}') > 0.5
+        home = max(r.workers, key=lambda w: len(w.seen))
+        assert r.metric(f'router_actual_cached_tokens_total{{worker="{home.url}"}}') > 300
+        assert r.metric(f'smg_worker_requests_active{{worker="{home.url}"}}') == 0
+        text = (await r.client.get("/metrics")).text
+        names = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
+        assert len(names) >= 40 and len([n for n in names if n.startswith("smg_")]) >= 30
+
+
+@asynchronous
+async def test_metrics_port_serves_the_same_text():
+    metrics = Metrics()
+    server = await start_metrics_server(metrics, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with httpx.AsyncClient() as client:
+        response = await client.get(f"http://127.0.0.1:{port}/metrics")
+    server.close()
+    assert response.text == metrics.text().decode()
+
+
+@asynchronous
+async def test_cors_answers_the_allowed_origin_only():
+    async with running(1, cors_allowed_origins=["https://app.example"]) as r:
+        headers = {"origin": "https://app.example"}
+        response = await r.client.post("/v1/chat/completions", json=CHAT, headers=headers)
+        assert response.headers["access-control-allow-origin"] == "https://app.example"
+        response = await r.client.post("/v1/chat/completions", json=CHAT, headers={"origin": "https://e"})
+        assert "access-control-allow-origin" not in response.headers
+
+
+@asynchronous
+async def test_worker_without_info_routes_serves_any_model():
+    class Bare(MockWorker):
+        def _control(self, path):
+            return None if path.startswith("/v1/chat") else (404, {"detail": "Not Found"})
+
+    worker = await Bare().start()
+    async with running(workers=[worker]) as r:
+        assert r.registered(worker).models == ()
+        response = await r.client.post("/v1/chat/completions", json={**CHAT, "model": "whatever"})
+        assert response.status_code == 200
+        assert (await r.client.get("/get_loads")).json()["loads"][0]["worker"] == worker.url
+
+
+# ---- configuration ----
+
+
+def test_guide_command_parses_with_its_values():
+    command = """--worker-urls http://worker1:8000 http://worker2:8000 --policy cache_aware
+        --cache-threshold 0.5 --balance-abs-threshold 32 --balance-rel-threshold 1.5
+        --eviction-interval-secs 120 --max-tree-size 67108864"""
+    config = RouterConfig.from_command_line(command.split())
+    assert config.worker_urls == ("http://worker1:8000", "http://worker2:8000")
+    assert config.effective_policy == "cache_aware_threshold"
+    assert (config.eviction_interval_secs, config.max_tree_size) == (120, 67108864)
+
+
+def test_policy_defaults_to_round_robin():
+    assert RouterConfig().policy == "round_robin" and RouterConfig().health_check_interval_secs is None
+
+
+# ---- harm ----
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(
+    ["model", "stream", "messages", "text", "prompt", "input_ids", "cache_salt", "routing_key",
+     "routed_dp_rank", "system", "lora_path"]
+)  # fmt: skip
+PATHS = ["/generate", "/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/embeddings",
+         "/workers", "/workers/0", "/flush_cache", "/v1/models", "/nowhere", "/%2e%2e",
+         "/a?b=%zz"]  # fmt: skip
+
+
+@given(
+    bodies=st.lists(
+        st.binary(max_size=60)
+        | st.dictionaries(FIELDS, JSON_VALUES, max_size=5).map(lambda d: json.dumps(d).encode()),
+        min_size=30,
+        max_size=60,
+    ),
+    seed=st.randoms(use_true_random=False),
+)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_no_input_causes_a_500(bodies, seed):
+    @asynchronous
+    async def scenario():
+        async with running(2, policy=seed.choice(["cache_aware", "cache_aware_threshold", "manual"])) as r:
+            for body in bodies:
+                method = seed.choice(["POST", "POST", "POST", "GET", "PUT", "DELETE", "PATCH"])
+                path = seed.choice(PATHS)
+                response = await r.client.request(method, path, content=body)
+                assert response.status_code not in (500, 502), (method, path, body, response.text)
+
+    scenario()

@@ -1,0 +1,161 @@
+"""The worker API, status by status, and draining."""
+
+import asyncio
+import uuid
+
+from gateway_harness import CHAT, asynchronous, running, until
+from mock_worker import MockWorker
+
+
+@asynchronous
+async def test_added_worker_is_accepted_then_ready():
+    async with running(0) as r:
+        worker = await MockWorker().start()
+        r.workers.append(worker)
+        response = await r.client.post("/workers", json={"url": worker.url, "labels": {"zone": "a"}})
+        body = response.json()
+        assert response.status_code == 202 and body["status"] == "accepted"
+        assert response.headers["location"] == body["location"] == f"/workers/{body['worker_id']}"
+        assert uuid.UUID(body["worker_id"]).version == 7
+        await until(lambda: r.gateway.registry.usable("mock"))
+        listed = (await r.client.get("/workers")).json()
+        assert listed["total"] == 1 and listed["stats"]["regular_count"] == 1
+        assert listed["workers"][0]["labels"] == {"zone": "a"}
+        assert listed["workers"][0]["models"] == ["mock"] and listed["workers"][0]["is_healthy"]
+        assert (await r.client.get("/workers?model=other")).json()["total"] == 0
+        assert (await r.chat()).status_code == 200
+
+
+@asynchronous
+async def test_url_that_is_known_is_refused_409():
+    async with running(1) as r:
+        response = await r.client.post("/workers", json={"url": r.workers[0].url + "/"})
+        assert response.status_code == 409
+        assert response.json()["code"] == "WORKER_ALREADY_EXISTS"
+
+
+@asynchronous
+async def test_bad_requests_are_400():
+    async with running(0) as r:
+        bad = [b"{", b"[]", b'{"url": 5}', b'{"url": "worker:80"}', b'{"url": "ftp://x"}', b"{}", b"\xff\xfe"]
+        for body in bad:
+            response = await r.client.post("/workers", content=body)
+            assert (response.status_code, response.json()["code"]) == (400, "BAD_REQUEST"), body
+        response = await r.client.get("/workers/not-an-id")
+        assert (response.status_code, response.json()["code"]) == (400, "BAD_REQUEST")
+
+
+@asynchronous
+async def test_unknown_id_is_404():
+    async with running(0) as r:
+        unknown = f"/workers/{uuid.uuid4()}"
+        for method in ("GET", "DELETE"):
+            response = await r.client.request(method, unknown)
+            assert (response.status_code, response.json()["code"]) == (404, "WORKER_NOT_FOUND")
+        response = await r.client.put(unknown, json={"url": "http://x"})
+        assert response.status_code == 404
+
+
+@asynchronous
+async def test_worker_that_is_not_up_yet_shows_its_job_and_serves_once_it_is():
+    async with running(0) as r:
+        worker = await MockWorker().start()
+        await worker.kill()
+        r.workers.append(worker)
+        made = (await r.client.post("/workers", json={"url": worker.url})).json()
+        view = (await r.client.get(made["location"])).json()
+        assert view["status"] == "pending"
+        assert view["job_status"]["job_type"] == "AddWorker"
+        assert view["job_status"]["status"] in ("pending", "processing")
+        assert (await r.client.get("/readiness")).status_code == 503
+        assert (await r.chat()).status_code == 503
+        await worker.start()
+        await until(lambda: r.gateway.registry.usable(None))
+        view = (await r.client.get(made["location"])).json()
+        assert view["status"] == "ready" and "job_status" not in view
+
+
+@asynchronous
+async def test_worker_that_never_comes_up_fails_and_can_still_be_looked_up():
+    async with running(0, worker_startup_timeout_secs=0.3) as r:
+        made = (await r.client.post("/workers", json={"url": "http://127.0.0.1:9"})).json()
+        await until(lambda: not len(r.gateway.registry))
+        view = (await r.client.get(made["location"])).json()
+        assert view["job_status"]["status"] == "failed"
+        assert "cannot connect" in view["job_status"]["message"]
+
+
+@asynchronous
+async def test_put_and_patch_change_everything_but_the_url():
+    async with running(1) as r:
+        worker = r.registered(r.workers[0])
+        path = f"/workers/{worker.id}"
+        response = await r.client.put(path, json={"url": worker.url, "priority": 7, "api_key": "secret"})
+        assert response.status_code == 202 and worker.spec.priority == 7
+        await r.chat()
+        assert r.workers[0].seen[-1].headers["authorization"] == "Bearer secret"
+        response = await r.client.patch(path, json={"labels": {"a": "b"}})
+        assert response.status_code == 202
+        assert worker.spec.labels == {"a": "b"} and worker.spec.priority == 7
+        response = await r.client.put(path, json={"url": "http://elsewhere:80"})
+        assert response.status_code == 400
+
+
+@asynchronous
+async def test_deleted_worker_finishes_what_runs_and_gets_nothing_new():
+    async with running(2) as r:
+        r.workers[0].faults.delay_s = 0.5
+        slow = asyncio.create_task(r.chat())
+        await until(lambda: r.workers[0].running == 1)
+        worker = r.registered(r.workers[0])
+        path = f"/workers/{worker.id}"
+        assert (await r.client.delete(path)).status_code == 202
+        assert (await r.client.get(path)).json()["status"] == "draining"
+        for _ in range(6):
+            assert (await r.chat()).headers["x-smg-routed-worker-id"] == r.workers[1].url
+        response = await r.client.put(path, json={"url": worker.url})
+        assert response.status_code == 409  # a late change must not bring it back
+        assert (await slow).status_code == 200
+        await until(lambda: worker.id not in r.gateway.registry.workers)
+        assert (await r.client.get(path)).status_code == 404
+        assert (await r.client.delete(path)).status_code == 404
+
+
+@asynchronous
+async def test_workers_come_and_go_under_load_without_a_lost_request():
+    async with running(2) as r:
+        stop = False
+        statuses: list[int] = []
+
+        async def load():
+            while not stop:
+                statuses.append((await r.chat()).status_code)
+
+        tasks = [asyncio.create_task(load()) for _ in range(4)]
+        for _ in range(5):
+            worker = r.registered(r.workers[0])
+            await r.client.delete(f"/workers/{worker.id}")
+            await until(lambda w=worker: w.id not in r.gateway.registry.workers)
+            await r.client.post("/workers", json={"url": r.workers[0].url})
+            await until(lambda: len(r.gateway.registry.usable(None)) == 2)
+        stop = True
+        await asyncio.gather(*tasks)
+        assert set(statuses) == {200}
+
+
+@asynchronous
+async def test_dp_aware_worker_is_one_worker_a_rank_and_the_rank_is_injected():
+    worker = await MockWorker(info={"dp_size": 2}).start()
+    async with running(workers=[worker], dp_aware=True) as r:
+        await until(lambda: len(r.gateway.registry.usable(None)) == 2)
+        for _ in range(4):
+            await r.chat()
+        ranks = [seen.json["routed_dp_rank"] for seen in worker.seen]
+        assert sorted(ranks) == [0, 0, 1, 1]
+        await r.client.post("/v1/chat/completions", json={**CHAT, "routed_dp_rank": 1})
+        assert worker.seen[-1].json["routed_dp_rank"] == 1
+        rank = r.gateway.registry.by_url[f"{worker.url}@0"]
+        response = await r.client.put(f"/workers/{rank.id}", json={"url": worker.url})
+        assert response.status_code == 400
+        await r.client.delete(f"/workers/{rank.id}")
+        await until(lambda: not len(r.gateway.registry))
