@@ -175,19 +175,23 @@ def choose_buckets(config: ServerConfig, num_slots: int, max_req_len: int, on_cp
     chunk = min(chunk, _power_of_two(max_req_len))
     if on_cpu:
         widths, prefills, block = {min(4, num_slots), num_slots}, {min(32, chunk), chunk}, 32
+        mixed = {num_slots}
     else:
         widths = {w for w in (8, 16, 32, 64, 128) if w < num_slots} | {num_slots}
-        prefills, block = {min(256, chunk), chunk}, 64
-    samples = sorted({min(8, num_slots), *(w for w in (64,) if w < num_slots), num_slots})
-    buckets = []
-    for width in sorted(widths):
-        num_samples = next(n for n in samples if n >= width)
-        buckets.append(Bucket(width, 0, 0, num_samples, block))
+        prefills, block = {min(256, chunk), chunk}, 128
+        mixed = {min(widths), num_slots}  # few rows beside a prompt are common, and cost less GEMM
     chunks = {p: min(num_slots, max(4, p // 64)) for p in prefills}
-    mixed_samples = num_slots + max(chunks.values())
-    for tokens in sorted(prefills):
-        buckets.append(Bucket(num_slots, tokens, chunks[tokens], mixed_samples, min(block, tokens)))
-    return buckets
+    samples = sorted({min(8, num_slots), min(64, num_slots), num_slots, num_slots + max(chunks.values())})
+
+    def bucket(width: int, tokens: int) -> Bucket:
+        count = chunks[tokens] if tokens else 0
+        num_samples = next(n for n in samples if n >= width + count)
+        return Bucket(width, tokens, count, num_samples, min(block, tokens or block))
+
+    return [
+        *(bucket(width, 0) for width in sorted(widths)),
+        *(bucket(width, tokens) for tokens in sorted(prefills) for width in sorted(mixed)),
+    ]
 
 
 def _power_of_two(least: int) -> int:
