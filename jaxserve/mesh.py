@@ -5,9 +5,10 @@ dense FFN are split over (`ep`, `tp`); experts over (`dp`, `ep`) and their FFN o
 ep = 1, expert FFN over all three axes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -47,7 +48,7 @@ def layout_of(config: ServerConfig) -> Layout:
     return Layout(num_devices=tp, dp=dp, ep=ep)
 
 
-def make_mesh(layout: Layout, devices: list[jax.Device]) -> Mesh:
+def make_mesh(layout: Layout, devices: Sequence[Any]) -> Mesh:
     """Raises ConfigError when there are fewer devices than the layout needs."""
     if len(devices) < layout.num_devices:
         raise ConfigError(

@@ -160,7 +160,8 @@ FromEngine = Outputs | Reply | Info | Progress | Fatal
 class EngineClient(Protocol):
     """How the HTTP layer and `jaxserve.Engine` reach an engine, in this process or another one."""
 
-    info: Info
+    @property
+    def info(self) -> Info: ...
 
     def generate(self, request: Generate) -> AsyncIterator[Output]:
         """Submit at once; yield the request's outputs up to and with the one that has `finish`.

@@ -34,7 +34,7 @@ class Replicas(EngineClient):
         self._clients = clients
         self._turn = count()
         infos = [client.info for client in clients]
-        self.info: Info = msgspec.structs.replace(
+        self._info = msgspec.structs.replace(
             infos[0],
             dp_size=len(clients),
             num_devices=sum(i.num_devices for i in infos),
@@ -43,6 +43,10 @@ class Replicas(EngineClient):
             weight_bytes=sum(i.weight_bytes for i in infos),
             kv_cache_bytes=sum(i.kv_cache_bytes for i in infos),
         )
+
+    @property
+    def info(self) -> Info:
+        return self._info
 
     def generate(self, request: Generate) -> AsyncIterator[Output]:
         number = next(self._turn) % len(self._clients) if request.dp_rank is None else request.dp_rank

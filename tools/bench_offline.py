@@ -97,7 +97,8 @@ class Bench:
         )
         seconds = time.perf_counter() - begin_s
         end = self.engine.stats()
-        for (_, out), reply in zip(requests, replies if isinstance(replies, list) else [replies]):
+        assert isinstance(replies, list)
+        for (_, out), reply in zip(requests, replies):
             assert len(reply["output_ids"]) == out, (name, out, reply["meta_info"]["finish_reason"])
         cached = sum(end["cached_tokens"]) - sum(begin["cached_tokens"])
         self.note(name, **figures(requests, seconds, end["steps"] - begin["steps"]), cached_tokens=cached)
@@ -124,7 +125,7 @@ def make_mix(count: int = 256) -> list[Request]:
     rng = np.random.default_rng(0)
     prompts, outs = _lengths(rng, 120, 1.1, count, 2048), _lengths(rng, 140, 0.9, count, 1024)
     rng.exponential(1.0, count)  # arrival times, which the HTTP benchmark uses; drawn to keep the ids equal
-    return [(_ids(rng, n), int(out)) for n, out in zip(prompts, outs)]
+    return [(_ids(rng, int(n)), int(out)) for n, out in zip(prompts, outs)]
 
 
 def make_shared(groups: int = 8, per_group: int = 16, prefix: int = 1024) -> list[Request]:
@@ -132,14 +133,14 @@ def make_shared(groups: int = 8, per_group: int = 16, prefix: int = 1024) -> lis
     rng = np.random.default_rng(1)
     prefixes = [_ids(rng, prefix) for _ in range(groups)]
     return [
-        (prefixes[group] + _ids(rng, rng.integers(32, 129)), 64)
+        (prefixes[group] + _ids(rng, int(rng.integers(32, 129))), 64)
         for _ in range(per_group)
         for group in range(groups)
     ]
 
 
 def _ids(rng: np.random.Generator, count: int) -> list[int]:
-    return rng.integers(LOWEST_ID, HIGHEST_ID, int(count)).tolist()
+    return rng.integers(LOWEST_ID, HIGHEST_ID, count).tolist()
 
 
 def _lengths(rng: np.random.Generator, median: float, sigma: float, count: int, most: int) -> np.ndarray:

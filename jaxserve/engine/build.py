@@ -295,7 +295,7 @@ def _count_compiles(stats: Stats) -> None:
     to another engine.
     """
 
-    def listen(event: str, _duration_s: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         in_loop = threading.get_ident() == stats.loop_thread
         if in_loop and event == "/jax/core/compile/backend_compile_duration":
             stats.compiles_after_ready += 1

@@ -38,7 +38,7 @@ class ModelFunction:
         return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, leaves))
 
 
-def per_rank(mesh: Mesh | None, function: Callable, *args: jax.Array) -> Any:
+def per_rank(mesh: Mesh | None, function: Callable, *args: Any) -> Any:
     """Run `function` on each dp rank's part (axis 0) of every argument and result."""
     if mesh is None:
         return function(*args)

@@ -279,8 +279,8 @@ def compiler_options(program: Any) -> dict[str, Any]:
             rows = program.rows + program.prefill_tokens
         case ("score", _):
             rows = programs.SCORE_ROWS
-        case (int(), Variant()):
-            rows = program[0]
+        case (int(num_samples), Variant()):
+            rows = num_samples
         case _:
             rows = 0
     return {"xla_gpu_memory_limit_slop_factor": 300, "xla_gpu_enable_triton_gemm": rows < 64}
