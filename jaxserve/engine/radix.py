@@ -17,7 +17,7 @@ Chunk = tuple[int, ...]  # the tokens of one page
 class Node:
     """An edge of the tree: `chunks[i]` are the tokens of `pages[i]`. The root of a salt has none."""
 
-    __slots__ = ("children", "chunks", "last_use", "locks", "pages", "parent")
+    __slots__ = ("children", "chunks", "in_heap", "last_use", "locks", "pages", "parent")
 
     def __init__(self, parent: "Node | None", chunks: list[Chunk], pages: list[int]):
         self.parent = parent
@@ -26,6 +26,7 @@ class Node:
         self.children: dict[Chunk, Node] = {}
         self.locks = 0
         self.last_use = 0
+        self.in_heap = False
 
 
 class RadixTree:
@@ -39,6 +40,9 @@ class RadixTree:
         self.num_evictable = 0  # in nodes without a lock
         self._roots: dict[str, Node] = {}
         self._clock = count(1)
+        # Leaves that may be evicted, by last use. An entry may be out of date: `evict` looks again.
+        self._heap: list[tuple[int, int, Node]] = []
+        self._serial = count()
 
     def match(self, tokens: Sequence[int], salt: str = "") -> tuple[Node, list[int]]:
         """The deepest node whose path is a prefix of `tokens`, and the pages along that path.
@@ -86,6 +90,7 @@ class RadixTree:
                 self._roots[salt] = node
             self.num_pages += len(leaf.pages)
             self.num_evictable += len(leaf.pages)
+            self._offer(leaf)
             node = leaf
         return node, held + pages[have:], spare
 
@@ -105,6 +110,7 @@ class RadixTree:
             at.locks -= 1
             if at.locks == 0:
                 self.num_evictable += len(at.pages)
+                self._offer(at)
             at = at.parent
 
     def evict(self, num_pages: int) -> int:
@@ -112,12 +118,15 @@ class RadixTree:
 
         Only as many pages of a leaf go as are needed, from its end.
         """
-        order = [(leaf.last_use, i, leaf) for i, leaf in enumerate(self._evictable_leaves())]
-        heapq.heapify(order)
-        serial = count(len(order))
         freed = 0
-        while freed < num_pages and order:
-            _, _, leaf = heapq.heappop(order)
+        while freed < num_pages and self._heap:
+            last_use, _, leaf = heapq.heappop(self._heap)
+            leaf.in_heap = False
+            if last_use < leaf.last_use:
+                self._offer(leaf)
+                continue
+            if leaf.locks or leaf.children:
+                continue  # unlocking it, or evicting its last child, offers it again
             take = min(len(leaf.pages), num_pages - freed)
             self.pool.free(leaf.pages[-take:])
             freed += take
@@ -125,14 +134,20 @@ class RadixTree:
             self.num_evictable -= take
             if take < len(leaf.pages):
                 del leaf.pages[-take:], leaf.chunks[-take:]
+                self._offer(leaf)
                 break
             parent = leaf.parent
             assert parent is not None
             del parent.children[leaf.chunks[0]]
-            if parent.parent is not None and not parent.children and parent.locks == 0:
-                heapq.heappush(order, (parent.last_use, next(serial), parent))
+            self._offer(parent)
         self._roots = {salt: root for salt, root in self._roots.items() if root.children}
         return freed
+
+    def _offer(self, node: Node) -> None:
+        """Let `evict` consider a node, once, if it is a leaf with pages and without locks."""
+        if node.parent is not None and not node.children and node.locks == 0 and not node.in_heap:
+            node.in_heap = True
+            heapq.heappush(self._heap, (node.last_use, next(self._serial), node))
 
     def clear(self) -> int:
         """Forget every unlocked prefix; returns the pages freed."""
@@ -149,6 +164,7 @@ class RadixTree:
         assert self.num_evictable == sum(len(n.pages) for n in nodes if n.locks == 0)
         for node in nodes:
             assert len(node.chunks) == len(node.pages) and (node.pages or node.parent is None)
+            assert node.children or node.locks or node.parent is None or node.in_heap, "never evicted"
             for first, child in node.children.items():
                 assert child.parent is node and child.chunks[0] == first and child.locks <= node.locks
 
@@ -178,9 +194,6 @@ class RadixTree:
             found.append(node)
             stack.extend(node.children.values())
         return found
-
-    def _evictable_leaves(self) -> list[Node]:
-        return [n for n in self._nodes() if n.parent is not None and not n.children and n.locks == 0]
 
 
 def _common(edge: list[Chunk], chunks: list[Chunk], at: int) -> int:
