@@ -61,8 +61,11 @@ def read_documents() -> Iterator[str]:
             tree = ast.parse(file.read_text("utf-8"))
         except (SyntaxError, UnicodeDecodeError):
             continue
-        kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        strings = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+        strings = [
+            ast.get_docstring(node)
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        ]
         text = "\n\n".join(s for s in strings if s)
         if len(text) > 200:
             yield text
