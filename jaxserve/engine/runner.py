@@ -4,7 +4,9 @@ Everything is compiled before the first request: `compile_all` goes through ever
 bucket, in parallel threads, into the persistent cache. `launch` only picks, packs and calls.
 """
 
+import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from jaxserve.engine.batch import Bucket
 from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.programs import FULL, GREEDY, LOGPROBS, RANDOM, VARIANTS, ModelFunction, Variant
 from jaxserve.engine.request import Request
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -181,7 +185,8 @@ class Runner:
         progress(0, len(tasks))
         with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
             futures = {
-                pool.submit(_compile, *task, compiler_options(key)): key for key, task in tasks.items()
+                pool.submit(_compile, *task, compiler_options(key), str(key)): key
+                for key, task in tasks.items()
             }
             for done, future in enumerate(as_completed(futures), 1):
                 self._programs[futures[future]] = future.result()
@@ -292,8 +297,16 @@ def _compile(
     donated: tuple[int, ...],
     shardings: Any,
     options: dict[str, Any],
+    name: str,
 ) -> Callable:
     jitted = jax.jit(
         function, donate_argnums=donated, out_shardings=shardings, compiler_options=options or None
     )
-    return jitted.lower(*args).compile()
+    begin_s = time.monotonic()
+    lowered = jitted.lower(*args)
+    lowered_s = time.monotonic()
+    compiled = lowered.compile()
+    logger.debug(
+        "traced in %.1f s, compiled in %.1f s: %s", lowered_s - begin_s, time.monotonic() - lowered_s, name
+    )
+    return compiled
