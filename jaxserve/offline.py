@@ -108,6 +108,10 @@ class Engine:
         """Forget every cached prefix. Raises EngineRefusal while requests run."""
         self._run(self._connection.call("flush_cache"))
 
+    def abort(self) -> None:
+        """End every running request; their callers get replies with an abort finish."""
+        self._run(self._connection.abort([], all=True))
+
     def shutdown(self) -> None:
         """End running requests and the engine. Idempotent."""
         if len(self._threads) > 1 and self._threads[1].is_alive():

@@ -1,7 +1,7 @@
 """`python -m tools.profile_step --model-path M --batch B`: where a decode step's time goes on the device.
 
-Runs B requests under jax's profiler and prints, a step: the time from step to step, the time the
-device was busy, and the kernels that took most, with their counts.
+Runs B requests until all of them decode, traces a while with jax's profiler, and prints, a step: the
+time from step to step, the time the device was busy, and the kernels that took most, with their counts.
 """
 
 import argparse
@@ -11,8 +11,10 @@ import json
 import re
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,37 +31,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--batch", default="1,64", help="batch sizes (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=48, help="decode steps to trace (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.4, help="to trace (default %(default)s)")
     parser.add_argument("--top", type=int, default=16, help="kernels to print (default %(default)s)")
     add_flags(parser, ServerConfig)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    batches, tokens, top = (
-        [int(b) for b in given.pop("batch").split(",")],
-        given.pop("tokens"),
-        given.pop("top"),
-    )
+    batches = [int(b) for b in given.pop("batch").split(",")]
+    seconds, top = given.pop("seconds"), given.pop("top")
     with Engine(**given, skip_tokenizer_init=True) as engine:
         for batch in batches:
-            requests = [(prompt, tokens) for prompt, _ in make_decode(batch)]
-            run(engine, requests)
-            steps = -engine.stats()["steps"]
-            with tempfile.TemporaryDirectory() as folder:
-                begin_s = time.perf_counter()
+            with decoding(engine, batch), tempfile.TemporaryDirectory() as folder:
                 with jax.profiler.trace(folder, create_perfetto_trace=True):
-                    run(engine, requests)
-                    seconds = time.perf_counter() - begin_s
-                steps += engine.stats()["steps"]
+                    steps, begin_s = -engine.stats()["steps"], time.perf_counter()
+                    time.sleep(seconds)
+                    steps += engine.stats()["steps"]
+                    traced_s = time.perf_counter() - begin_s
                 kernels = read_kernels(Path(folder))
-            report(f"batch {batch}", kernels, steps, seconds, top)
+            report(f"batch {batch}", kernels, steps, traced_s, top)
     return 0
 
 
-def run(engine: Engine, requests: list[tuple[list[int], int]]) -> None:
+@contextmanager
+def decoding(engine: Engine, batch: int) -> Iterator[None]:
+    """B requests that decode for as long as the block runs."""
+    prompts = [prompt for prompt, _ in make_decode(batch)]
+    length = min(8192, engine.info.max_total_num_tokens // batch, engine.info.max_req_len) - 130
+    params = {"temperature": 0, "max_new_tokens": length, "ignore_eos": True}
     engine.flush_cache()
-    engine.generate(
-        input_ids=[prompt for prompt, _ in requests],
-        sampling_params=[{"temperature": 0, "max_new_tokens": n, "ignore_eos": True} for _, n in requests],
+    thread = threading.Thread(
+        target=engine.generate, kwargs={"input_ids": prompts, "sampling_params": params, "rid": "profile"}
     )
+    thread.start()
+    done = engine.stats()["generation_tokens"][0]
+    while engine.stats()["generation_tokens"][0] - done < 8 * batch:
+        assert thread.is_alive(), "the requests ended before they could be traced"
+        time.sleep(0.05)
+    try:
+        yield
+    finally:
+        engine.abort()
+        thread.join()
 
 
 def read_kernels(folder: Path) -> list[tuple[str, float, float]]:
