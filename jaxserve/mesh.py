@@ -62,12 +62,22 @@ def make_mesh(layout: Layout, devices: Sequence[Any]) -> Mesh:
 Rules = dict[str, tuple[str, ...]]
 
 
-def rules(layout: Layout, *, num_q_heads: int, num_kv_heads: int, vocab_size: int) -> Rules:
-    """Logical axis -> mesh axes, for a model on a layout.
+def rules(
+    layout: Layout, *, num_q_heads: int, num_kv_heads: int, vocab_size: int, num_experts: int | None = None
+) -> Rules:
+    """Logical axis -> mesh axes, for a model on a layout. `num_experts` is None for a dense model.
 
     KV heads are replicated when the group does not divide them. Raises ConfigError for query heads
-    that do not divide.
+    or experts that do not divide.
     """
+    if layout.ep > 1 and num_experts is None:
+        raise ConfigError(f"ep={layout.ep}: this model has no experts; use ep 1")
+    if num_experts is not None and num_experts % layout.ep:
+        valid = [e for e in range(1, layout.num_devices + 1) if layout.num_devices % e == 0]
+        valid = [e for e in valid if num_experts % e == 0 and (e == 1 or e % layout.dp == 0)]
+        raise ConfigError(
+            f"{num_experts} experts do not divide over ep={layout.ep}; use ep {', '.join(map(str, valid))}"
+        )
     if num_q_heads % layout.group:
         valid = [d for d in range(1, layout.num_devices + 1) if num_q_heads % d == 0]
         raise ConfigError(

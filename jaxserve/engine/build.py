@@ -7,6 +7,7 @@ touches a backend.
 import contextlib
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -17,10 +18,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import psutil
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve import mesh as meshes
 from jaxserve.config import ConfigError, ServerConfig
@@ -29,10 +29,11 @@ from jaxserve.engine.programs import ModelFunction
 from jaxserve.engine.runner import Runner, Sizes
 from jaxserve.engine.scheduler import Limits, Scheduler
 from jaxserve.engine.stats import Stats
-from jaxserve.layers.attention import pool_layout
+from jaxserve.layers.kv import pool_layouts
 from jaxserve.layers.linear import Projections
 from jaxserve.messages import Info, Progress
 from jaxserve.models import resolve
+from jaxserve.parallel.dispatch import choose_backend
 from jaxserve.weights import CheckpointError, load, load_dummy, open_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -84,9 +85,19 @@ def build(config: ServerConfig, report: Report) -> tuple[Scheduler, Runner, Info
     on_cpu = devices[0].platform == "cpu"
     dtype = _dtype(config.dtype, hf_config, on_cpu)
     model = resolve(hf_config)(hf_config, dtype)
+    experts = getattr(model, "experts", None)
     table = meshes.rules(
-        layout, num_q_heads=model.num_q_heads, num_kv_heads=model.kv.num_kv_heads, vocab_size=model.vocab_size
+        layout,
+        num_q_heads=model.num_q_heads,
+        num_kv_heads=model.kv.num_kv_heads,
+        vocab_size=model.vocab_size,
+        num_experts=experts.num_experts if experts else None,
     )
+    expert_backend = choose_backend(config.moe_a2a_backend, layout.ep)
+    if config.moe_runner_backend is not None:
+        logger.info(
+            "moe_runner_backend=%s: experts run in this engine's grouped GEMM", config.moe_runner_backend
+        )
 
     def sharding(param: nnx.Param) -> NamedSharding:
         return meshes.weight_sharding(mesh, table, param)
@@ -122,7 +133,8 @@ def build(config: ServerConfig, report: Report) -> tuple[Scheduler, Runner, Info
     )
     buckets = choose_buckets(config, num_slots, max_req_len, on_cpu)
     pools = _make_pools(model, mesh, sizes, dtype)
-    runner = Runner(ModelFunction(graph, treedef), leaves, pools, mesh, sizes, buckets)
+    function = ModelFunction(graph, treedef, experts, expert_backend)
+    runner = Runner(function, leaves, pools, mesh, sizes, buckets)
     compile_s = time.monotonic()
     runner.compile_all(lambda done, total: report(Progress("compiling", done, total)))
     compile_s = time.monotonic() - compile_s
@@ -205,8 +217,6 @@ def _refuse_unbuilt(config: ServerConfig) -> None:
             raise ConfigError(f"{name} is not available in this version")
     if config.nnodes > 1:
         raise ConfigError(f"nnodes={config.nnodes}: several hosts are not available in this version; use 1")
-    if config.ep > 1:
-        raise ConfigError(f"ep={config.ep}: expert parallelism is not available in this version; use 1")
 
 
 def _read_dummy_config(path: str) -> tuple[dict[str, Any], dict[str, Any], str]:
@@ -251,10 +261,11 @@ def _pool_size(
     config: ServerConfig, model: Any, mesh: Mesh, dtype: Any, on_cpu: bool, num_slots: int, context_len: int
 ) -> tuple[int, int]:
     """(bytes of a page over all layers on one dp rank, pages of one dp rank)."""
-    shape, _ = pool_layout(model.kv, model.num_q_heads, num_pages=1, page_size=config.page_size, mesh=mesh)
-    dp = mesh.shape["dp"]
-    page_bytes = 2 * int(np.prod(shape)) // dp * jnp.dtype(dtype).itemsize
-    per_device = page_bytes // (mesh.size // dp)
+    layouts = pool_layouts(model.kv, model.num_q_heads, num_pages=1, page_size=config.page_size, mesh=mesh)
+    dp, itemsize = mesh.shape["dp"], jnp.dtype(dtype).itemsize
+    page_bytes = sum(math.prod(shape) // dp * itemsize for shape, _ in layouts)
+    shards = [NamedSharding(mesh, spec).shard_shape(shape) for shape, spec in layouts]
+    per_device = sum(math.prod(shard) * itemsize for shard in shards)
     device = mesh.devices.flat[0]
     if on_cpu:
         total = psutil.virtual_memory().total // mesh.size
@@ -281,11 +292,15 @@ def _pool_size(
 
 
 def _make_pools(model: Any, mesh: Mesh, sizes: Sizes, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    shape, spec = pool_layout(
+    layouts = pool_layouts(
         model.kv, model.num_q_heads, num_pages=sizes.num_pages, page_size=sizes.page_size, mesh=mesh
     )
-    make = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=NamedSharding(mesh, spec))
-    return make(), make()
+
+    def make(shape: tuple[int, ...], spec: PartitionSpec) -> jax.Array:
+        return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=NamedSharding(mesh, spec))()
+
+    first, second = layouts
+    return make(*first), make(*second)
 
 
 def _count_compiles(stats: Stats) -> None:

@@ -22,17 +22,24 @@ from jaxserve.engine.batch import (
     Packing,
 )
 from jaxserve.layers.attention import StepContext
+from jaxserve.layers.moe import ExpertSpec
 from jaxserve.ops import sampling
+from jaxserve.parallel.dispatch import Backend
 
 SCORE_ROWS = 128  # prompt tokens whose logits exist at a time
 
 
 @dataclass(frozen=True)
 class ModelFunction:
-    """A model's structure, apart from its weights: `call(leaves)` is the model inside jit."""
+    """A model's structure, apart from its weights: `call(leaves)` is the model inside jit.
+
+    `experts` is the model's ExpertSpec when it has any; `expert_backend` says how tokens reach them.
+    """
 
     graph: Any
     treedef: Any
+    experts: ExpertSpec | None = None
+    expert_backend: Backend = "none"
 
     def call(self, leaves: list[jax.Array]) -> Any:
         return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, leaves))
@@ -59,13 +66,15 @@ def forward(
     key_pages: jax.Array,
     value_pages: jax.Array,
     table_SN: jax.Array,
+    expert_load: tuple[jax.Array, ...],
     last_token_S: jax.Array,
     packed_RM: jax.Array,
-) -> tuple[jax.Array, ...]:
+) -> tuple[Any, ...]:
     """One step without sampling.
 
-    Returns the pools, the page table, the hidden states of the sample rows and, when the bucket has
-    any, those of the prefill tokens (for prompt logprobs).
+    Returns the pools, the page table, the experts' load, the hidden states of the sample rows and,
+    when the bucket has any, those of the prefill tokens (for prompt logprobs). `expert_load` is
+    empty for a dense model, else (uint32 [ranks * L, E],): how often each expert was chosen.
     """
     f = packing.unpack(packed_RM)
     table_SN = per_rank(mesh, _set_entries, table_SN, f["update_slot"], f["update_index"], f["update_page"])
@@ -93,10 +102,14 @@ def forward(
         num_pages=sizes[0],
         page_size=sizes[1],
         mesh=mesh,
+        expert_backend=model.expert_backend,
     )
     hidden_TD = model.call(leaves)(token_T, step)
     samples_SD = per_rank(mesh, lambda hidden, index: hidden[index], hidden_TD, f["sample_index"])
-    out = step.key_pages, step.value_pages, table_SN, samples_SD
+    if model.experts is not None:
+        (load_LE,) = expert_load
+        expert_load = (load_LE + step.expert_load(model.experts.num_experts),)
+    out = step.key_pages, step.value_pages, table_SN, expert_load, samples_SD
     if not bucket.prefill_tokens:
         return out
     return *out, per_rank(mesh, lambda hidden: hidden[bucket.rows :], hidden_TD)

@@ -64,7 +64,7 @@ class Runner:
     """One model instance on its mesh.
 
     Args:
-        pools: (key_pages, value_pages), see `jaxserve.layers.attention.pool_layout`.
+        pools: (key_pages, value_pages), see `jaxserve.layers.kv.pool_layouts`.
         mesh: of shape (dp, ep, tp); its arrays' placement is fixed here.
     """
 
@@ -94,6 +94,12 @@ class Runner:
             "bias_id": self._zeros((rows, batch.NUM_BIASES), np.int32),
             "bias_value": self._zeros((rows, batch.NUM_BIASES), np.float32),
         }
+        self._expert_load: tuple[jax.Array, ...] = ()
+        if (experts := model.experts) is not None:
+            shape = (sizes.num_ranks * experts.num_layers, experts.num_experts)
+            self._expert_load = (self._zeros(shape, np.uint32),)
+            self._load_seen = np.zeros(shape, np.uint32)
+            self._load_total = np.zeros((experts.num_layers, experts.num_experts), np.uint64)
         self._forward_packing = {b: batch.forward_packing(b) for b in self.buckets}
         self._score_packing = {b: batch.score_packing(b) for b in self.buckets if b.prefill_tokens}
         self._sample_packing = {
@@ -115,8 +121,16 @@ class Runner:
                 if batch.needs_slot_state(request):
                     self._prepare(request)
         packed = batch.pack_forward(bucket, self._forward_packing[bucket], plan.ranks)
-        self._key_pages, self._value_pages, self._table, samples, *prefill = self._programs[bucket](
-            self._leaves, self._key_pages, self._value_pages, self._table, self._last_token, self._put(packed)
+        self._key_pages, self._value_pages, self._table, self._expert_load, samples, *prefill = (
+            self._programs[bucket](
+                self._leaves,
+                self._key_pages,
+                self._value_pages,
+                self._table,
+                self._expert_load,
+                self._last_token,
+                self._put(packed),
+            )
         )
         requests = [request for rank in plan.ranks for request in rank.sampled]
         sampled = self._sample(plan, bucket, choose_variant(requests), samples) if requests else {}
@@ -162,6 +176,19 @@ class Runner:
             scored=scored,
         )
 
+    def expert_load(self) -> np.ndarray:
+        """Tokens that chose each expert since the start, uint64 [layers with experts, E].
+
+        Waits for the launched steps. The device's counters wrap at 2**32; what is added here are
+        differences, so a read within every 2**32 tokens keeps the totals right.
+        """
+        assert self._expert_load, "a dense model has no experts"
+        now = np.asarray(self._expert_load[0])
+        new = (now - self._load_seen).reshape(self.sizes.num_ranks, *self._load_total.shape)
+        self._load_seen = now
+        self._load_total = self._load_total + new.sum(axis=0, dtype=np.uint64)
+        return self._load_total
+
     def _choose_bucket(self, plan: StepPlan) -> Bucket:
         rows = max(len(rank.decode) for rank in plan.ranks)
         tokens = max(rank.num_prefill_tokens for rank in plan.ranks)
@@ -200,6 +227,7 @@ class Runner:
         keys, values, table, last = map(
             _abstract, (self._key_pages, self._value_pages, self._table, self._last_token)
         )
+        load = tuple(_abstract(x) for x in self._expert_load)
         slots = {name: _abstract(x) for name, x in self._slots.items()}
 
         def packed(packing: batch.Packing) -> jax.ShapeDtypeStruct:
@@ -221,15 +249,11 @@ class Runner:
                 (self.sizes.num_pages, self.sizes.page_size),
                 self._map_mesh,
             )
-            args = (leaves, keys, values, table, last, packed(packing))
-            pool = keys.sharding
-            tasks[b] = (
-                function,
-                args,
-                (1, 2, 3),
-                (pool, pool, rank, rank, *([rank] if b.prefill_tokens else [])),
-            )
-            width = width or jax.eval_shape(function, *args)[3]
+            args = (leaves, keys, values, table, load, last, packed(packing))
+            hidden_parts = [rank, rank] if b.prefill_tokens else [rank]
+            shardings = (keys.sharding, values.sharding, rank, rank, *hidden_parts)
+            tasks[b] = (function, args, (1, 2, 3, 4), shardings)
+            width = width or jax.eval_shape(function, *args)[4]
             if b.prefill_tokens:
                 packing = self._score_packing[b]
                 function = partial(programs.score, self._model, packing, self._map_mesh)

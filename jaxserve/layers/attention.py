@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxserve.layers.kv import HeadSplit, KVSpec, pool_layout
+from jaxserve.layers.kv import HeadSplit, KVSpec, LatentSpec, pool_layout, pool_layouts
 from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.rope import Rope, RopeTable
@@ -23,7 +23,7 @@ from jaxserve.ops import paged_attention
 from jaxserve.ops.grouped_gemm import Activation, ExpertWeights
 from jaxserve.parallel.dispatch import Backend, Dispatch
 
-__all__ = ["Attention", "KVSpec", "StepContext", "pool_layout"]
+__all__ = ["Attention", "KVSpec", "LatentSpec", "StepContext", "pool_layout", "pool_layouts"]
 
 
 class StepContext:

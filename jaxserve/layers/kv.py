@@ -19,6 +19,20 @@ class KVSpec:
 
 
 @dataclass(frozen=True)
+class LatentSpec:
+    """What a model with latent attention (MLA) keeps of every token: one latent for all heads, and
+    the rotated part of the key beside it."""
+
+    num_layers: int
+    latent_dim: int
+    rope_dim: int
+
+    @property
+    def num_kv_heads(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
 class HeadSplit:
     """How heads are divided over the devices of one attention group.
 
@@ -63,3 +77,21 @@ def pool_layout(
     heads = group * HeadSplit(num_q_heads, kv.num_kv_heads, group).num_kv
     shape = (dp * kv.num_layers * num_pages, page_size, heads, kv.head_dim)
     return shape, PartitionSpec("dp", None, GROUP, None)
+
+
+PoolLayout = tuple[tuple[int, ...], PartitionSpec]
+
+
+def pool_layouts(
+    kv: KVSpec | LatentSpec, num_q_heads: int, *, num_pages: int, page_size: int, mesh: Mesh | None = None
+) -> tuple[PoolLayout, PoolLayout]:
+    """Global shape and sharding of both pools: keys and values, or latents and rope parts.
+
+    A latent is read by every query head, so each device of a group keeps all of its rank's.
+    """
+    if isinstance(kv, KVSpec):
+        both = pool_layout(kv, num_q_heads, num_pages=num_pages, page_size=page_size, mesh=mesh)
+        return both, both
+    pages = (1 if mesh is None else mesh.shape["dp"]) * kv.num_layers * num_pages
+    spec = PartitionSpec("dp", None, None)
+    return ((pages, page_size, kv.latent_dim), spec), ((pages, page_size, kv.rope_dim), spec)

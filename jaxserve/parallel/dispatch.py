@@ -7,21 +7,52 @@ under `none`, every device has a share of the FFN of all experts.
 All backends give the same sums in another order, and none ever drops a token.
 """
 
+import logging
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxserve.config import ConfigError
 from jaxserve.mesh import AXES, GROUP
 from jaxserve.ops.grouped_gemm import Activation, ExpertWeights, feed_forward
 
+logger = logging.getLogger(__name__)
+
 Backend = Literal["none", "allgather", "all_to_all", "auto"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
 EXPERT_AXES = ("dp", "ep")
+
+
+def choose_backend(asked: str | None, ep: int) -> Backend:
+    """The backend for a configuration's `moe_a2a_backend`, with a log line where it is another name's.
+
+    Raises: ConfigError for `ragged`.
+    """
+    if asked == "ragged":
+        raise ConfigError(
+            "moe_a2a_backend='ragged' is not available in this version (XLA has no ragged all-to-all on "
+            "CPU, and reported it slow or wrong on GPU); use 'all_to_all' or 'allgather'"
+        )
+    if ep == 1:
+        if asked not in (None, "none"):
+            logger.info("moe_a2a_backend=%s needs ep > 1; at ep 1 every device has all experts: none", asked)
+        return "none"
+    match asked:
+        case None:
+            return "auto"
+        case "none":
+            logger.info("moe_a2a_backend=none with ep=%d means allgather", ep)
+            return "allgather"
+        case "deepep":
+            logger.info("moe_a2a_backend=deepep means all_to_all here")
+            return "all_to_all"
+        case "allgather" | "all_to_all":
+            return asked
+    raise AssertionError(f"moe_a2a_backend={asked!r}")
 
 
 @dataclass(frozen=True)
