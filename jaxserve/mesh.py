@@ -70,8 +70,6 @@ def rules(
     KV heads are replicated when the group does not divide them. Raises ConfigError for query heads
     or experts that do not divide.
     """
-    if layout.ep > 1 and num_experts is None:
-        raise ConfigError(f"ep={layout.ep}: this model has no experts; use ep 1")
     if num_experts is not None and num_experts % layout.ep:
         valid = [e for e in range(1, layout.num_devices + 1) if layout.num_devices % e == 0]
         valid = [e for e in valid if num_experts % e == 0 and (e == 1 or e % layout.dp == 0)]

@@ -86,6 +86,8 @@ def build(config: ServerConfig, report: Report) -> tuple[Scheduler, Runner, Info
     dtype = _dtype(config.dtype, hf_config, on_cpu)
     model = resolve(hf_config)(hf_config, dtype)
     experts = getattr(model, "experts", None)
+    if layout.ep > 1 and experts is None:
+        raise ConfigError(f"ep={layout.ep}: this model has no experts; use ep 1")
     table = meshes.rules(
         layout,
         num_q_heads=model.num_q_heads,
