@@ -6,7 +6,7 @@ cached prefix and survives a dead replica, and is what to use in production.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from jaxserve.config import ServerConfig
-from jaxserve.messages import EngineClient, Generate, Info, Output
+from jaxserve.messages import CacheEvent, EngineClient, Generate, Info, Output, RankLoad
 
 
 def replica_configs(config: ServerConfig) -> list[ServerConfig]:
@@ -48,6 +48,10 @@ class Replicas(EngineClient):
     def info(self) -> Info:
         return self._info
 
+    @property
+    def loads(self) -> list[RankLoad]:
+        return [load for client in self._clients for load in client.loads]
+
     def generate(self, request: Generate) -> AsyncIterator[Output]:
         number = next(self._turn) % len(self._clients) if request.dp_rank is None else request.dp_rank
         stream = self._clients[number].generate(msgspec.structs.replace(request, dp_rank=None))
@@ -64,6 +68,12 @@ class Replicas(EngineClient):
             # Lists have one entry a dp rank, numbers are totals: both add up.
             return {name: sum((a[name] for a in answers[1:]), answers[0][name]) for name in answers[0]}
         return answers
+
+    async def watch_cache(self, take: Callable[[list[CacheEvent]], None]) -> None:
+        def numbered(number: int) -> Callable[[list[CacheEvent]], None]:
+            return lambda events: take([msgspec.structs.replace(e, rank=number) for e in events])
+
+        await asyncio.gather(*(c.watch_cache(numbered(i)) for i, c in enumerate(self._clients)))
 
 
 class _Numbered(AsyncIterator[Output]):

@@ -16,6 +16,8 @@ import zmq.asyncio
 
 from jaxserve.messages import (
     Abort,
+    CacheEvent,
+    CacheEvents,
     Call,
     EngineDeadError,
     EngineRefusal,
@@ -26,6 +28,7 @@ from jaxserve.messages import (
     Output,
     Outputs,
     Progress,
+    RankLoad,
     Reply,
     ToEngine,
 )
@@ -108,6 +111,8 @@ class Connection:
         self._left: dict[str, int] = {}  # rid -> how many streams were left whose finish is still to come
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._next_call = 0
+        self._take_cache_events: Callable[[list[CacheEvent]], None] | None = None
+        self._loads: list[RankLoad] = []
         self.closed: EngineDeadError | None = None
         self.last_heard_s = time.monotonic()
 
@@ -118,6 +123,10 @@ class Connection:
     @property
     def info(self) -> Info:
         return self._ready.result()
+
+    @property
+    def loads(self) -> list[RankLoad]:
+        return self._loads or [RankLoad(0, 0, 0, 0.0)] * self.info.dp_size
 
     @property
     def waits(self) -> bool:
@@ -148,13 +157,22 @@ class Connection:
         finally:
             del self._calls[self._next_call]
 
+    async def watch_cache(self, take: Callable[[list[CacheEvent]], None]) -> None:
+        self._take_cache_events = take
+        await self.call("watch_cache")
+
     def deliver(self, message: FromEngine) -> None:
         """Take one message from the engine; call it in the connection's loop."""
         self.last_heard_s = time.monotonic()
         match message:
-            case Outputs(items):
+            case Outputs(items, loads):
+                if loads:
+                    self._loads = loads
                 for output in items:
                     self._deliver_output(output)
+            case CacheEvents(changes):
+                if self._take_cache_events:
+                    self._take_cache_events(changes)
             case Reply(call_id, ok, value, text):
                 future = self._calls.get(call_id)
                 if future and not future.done():

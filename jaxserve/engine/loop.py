@@ -13,12 +13,14 @@ from typing import Protocol
 import numpy as np
 
 from jaxserve.engine import batch
+from jaxserve.engine.cache_watch import CacheWatch
 from jaxserve.engine.request import Request
 from jaxserve.engine.runner import Runner, Step, StepResult
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.stats import Stats
 from jaxserve.messages import (
     Abort,
+    CacheEvents,
     Call,
     Drain,
     Finish,
@@ -28,11 +30,14 @@ from jaxserve.messages import (
     Logprobs,
     Output,
     Outputs,
+    RankLoad,
     Reply,
     ToEngine,
 )
 
 logger = logging.getLogger(__name__)
+
+LOAD_INTERVAL_S = 0.02  # between two reports of the load; one costs a walk over the waiting requests
 
 
 class Endpoint(Protocol):
@@ -66,6 +71,8 @@ class EngineLoop:
         self._in_flight: Step | None = None
         self._drain_until_s: float | None = None
         self._prompt_logprobs: dict[str, list[Logprobs]] = {}
+        self._cache_watch = CacheWatch([rank.tree for rank in scheduler.ranks])
+        self._load_told_s = 0.0
 
     def run(self) -> None:
         """Serve until a Drain is done."""
@@ -104,7 +111,7 @@ class EngineLoop:
 
     def _refusal(self, spec: Generate) -> str | None:
         """Why a request cannot be taken; the HTTP process checks most of it before."""
-        length, limit = len(spec.input_ids), self.info.max_req_len
+        length, done, limit = len(spec.input_ids), len(spec.output_ids), self.info.max_req_len
         sampling = spec.sampling
         if not length:
             return "input_ids is empty"
@@ -117,9 +124,11 @@ class EngineLoop:
             )
         if sampling.max_new_tokens < 1:
             return f"max_new_tokens={sampling.max_new_tokens} must be at least 1"
+        if done >= sampling.max_new_tokens:
+            return f"output_ids has {done} tokens already; max_new_tokens is {sampling.max_new_tokens}"
         bad = [
             t
-            for t in (*spec.input_ids, *sampling.logit_bias, *spec.token_ids_logprob)
+            for t in (*spec.input_ids, *spec.output_ids, *sampling.logit_bias, *spec.token_ids_logprob)
             if not 0 <= t < self.info.vocab_size
         ]
         if bad:
@@ -141,7 +150,8 @@ class EngineLoop:
         ended = [r for rid in rids if (r := self.scheduler.abort(rid, finish))]
         self.stats.aborted += len(ended)
         if ended:
-            self._endpoint.send(Outputs([self._output(r, []) for r in ended]))
+            self._tell_cache_events()
+            self._endpoint.send(Outputs([self._output(r, []) for r in ended], self._due_loads()))
         for request in ended:
             self._prompt_logprobs.pop(request.spec.rid, None)
 
@@ -151,11 +161,17 @@ class EngineLoop:
                 if self._in_flight is not None or self.scheduler.has_work:
                     running = len(self.scheduler.requests)
                     return Reply(call.call_id, False, message=f"not flushed: {running} requests are pending")
-                return Reply(call.call_id, True, self.scheduler.flush())
+                pages = self.scheduler.flush()
+                self._tell_cache_events()
+                return Reply(call.call_id, True, pages)
             case "loads":
                 return Reply(call.call_id, True, self.stats.loads(self.scheduler, self.info))
             case "stats":
                 return Reply(call.call_id, True, self.stats.snapshot(self.scheduler))
+            case "watch_cache":
+                self._cache_watch.start()
+                self._tell_cache_events()
+                return Reply(call.call_id, True)
 
     def _drained(self) -> bool:
         if self._drain_until_s is None:
@@ -169,6 +185,7 @@ class EngineLoop:
     def _step(self) -> None:
         plan = self.scheduler.plan()
         step = self.runner.launch(plan) if plan is not None else None
+        self._tell_cache_events()
         if self._in_flight is not None:
             self._publish(self._in_flight)
         elif step is None and self.scheduler.has_work:
@@ -192,7 +209,20 @@ class EngineLoop:
             outputs.append(self._output(request, [token], logprobs))
         self.stats.record_step(step.plan, outputs, self._clock())
         if outputs:
-            self._endpoint.send(Outputs(outputs))
+            self._tell_cache_events()
+            self._endpoint.send(Outputs(outputs, self._due_loads()))
+
+    def _tell_cache_events(self) -> None:
+        if events := self._cache_watch.take():
+            self._endpoint.send(CacheEvents(events))
+
+    def _due_loads(self) -> list[RankLoad]:
+        """The ranks' loads when some time has passed since they were told, or when nothing is left to do."""
+        now_s = self._clock()
+        if now_s - self._load_told_s < LOAD_INTERVAL_S and self.scheduler.has_work:
+            return []
+        self._load_told_s = now_s
+        return self.stats.brief_loads(self.scheduler)
 
     def _output(self, request: Request, tokens: list[int], logprobs: Logprobs | None = None) -> Output:
         first = not request.first_output_sent

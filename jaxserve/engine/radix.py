@@ -3,26 +3,51 @@
 An edge holds whole pages only: `page_size` tokens a page, one page id each. A node that a running
 request reads is locked, with all its ancestors; unlocked leaves are evicted least recently used
 first. Sequences with different salts never share.
+
+A tree that is watched tells its watcher of every page that comes and goes, by hash (page_hash.py);
+one that is not computes no hashes.
 """
 
 import heapq
 from collections.abc import Sequence
 from itertools import count
+from typing import Protocol
 
+from jaxserve.engine.page_hash import chain_hashes, root_hash
 from jaxserve.engine.pages import PagePool
 
 Chunk = tuple[int, ...]  # the tokens of one page
 
 
-class Node:
-    """An edge of the tree: `chunks[i]` are the tokens of `pages[i]`. The root of a salt has none."""
+class Watcher(Protocol):
+    """Is told of a tree's changes as they happen: pages come below their parents and go before them."""
 
-    __slots__ = ("children", "chunks", "in_heap", "last_use", "locks", "pages", "parent")
+    def stored(self, parent: int | None, hashes: list[int]) -> None:
+        """A chain below `parent` (None: it starts a sequence) is found by the next match."""
+        ...
+
+    def removed(self, hashes: list[int]) -> None:
+        """The end of an edge is gone; `hashes` in the order of its tokens."""
+        ...
+
+    def cleared(self) -> None:
+        """Nothing is left."""
+        ...
+
+
+class Node:
+    """An edge of the tree: `chunks[i]` are the tokens of `pages[i]`. The root of a salt has none.
+
+    In a watched tree `hashes[i]` is the hash of `pages[i]`; otherwise there are none.
+    """
+
+    __slots__ = ("children", "chunks", "hashes", "in_heap", "last_use", "locks", "pages", "parent")
 
     def __init__(self, parent: "Node | None", chunks: list[Chunk], pages: list[int]):
         self.parent = parent
         self.chunks = chunks
         self.pages = pages
+        self.hashes: list[int] = []
         self.children: dict[Chunk, Node] = {}
         self.locks = 0
         self.last_use = 0
@@ -38,6 +63,7 @@ class RadixTree:
         self.enabled = enabled
         self.num_pages = 0  # in the tree, locked or not
         self.num_evictable = 0  # in nodes without a lock
+        self._watcher: Watcher | None = None
         self._roots: dict[str, Node] = {}
         self._clock = count(1)
         # Leaves that may be evicted, by last use. An entry may be out of date: `evict` looks again.
@@ -91,6 +117,8 @@ class RadixTree:
             self.num_pages += len(leaf.pages)
             self.num_evictable += len(leaf.pages)
             self._offer(leaf)
+            if self._watcher is not None:
+                self._tell_stored(leaf, salt)
             node = leaf
         return node, held + pages[have:], spare
 
@@ -132,8 +160,10 @@ class RadixTree:
             freed += take
             self.num_pages -= take
             self.num_evictable -= take
+            if self._watcher is not None:
+                self._watcher.removed(leaf.hashes[-take:])
             if take < len(leaf.pages):
-                del leaf.pages[-take:], leaf.chunks[-take:]
+                del leaf.pages[-take:], leaf.chunks[-take:], leaf.hashes[-take:]
                 self._offer(leaf)
                 break
             parent = leaf.parent
@@ -151,7 +181,32 @@ class RadixTree:
 
     def clear(self) -> int:
         """Forget every unlocked prefix; returns the pages freed."""
-        return self.evict(self.num_evictable)
+        watcher = self._watcher
+        if watcher is None or self.num_evictable < self.num_pages:
+            return self.evict(self.num_evictable)
+        self._watcher = None  # one word for all
+        freed = self.evict(self.num_evictable)
+        self._watcher = watcher
+        if freed:
+            watcher.cleared()
+        return freed
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell `watcher` what is here, then of every change. About a microsecond a page that is here."""
+        assert self._watcher is None, "a tree has one watcher"
+        self._watcher = watcher
+        stack = [(salt, child) for salt, root in self._roots.items() for child in root.children.values()]
+        while stack:
+            salt, node = stack.pop()
+            self._tell_stored(node, salt)
+            stack.extend((salt, child) for child in node.children.values())
+
+    def _tell_stored(self, node: Node, salt: str) -> None:
+        """Hash a new edge, whose parent is hashed, and tell of it."""
+        assert self._watcher is not None and node.parent is not None
+        above = node.parent.hashes
+        node.hashes = chain_hashes(above[-1] if above else root_hash("", salt), node.chunks)
+        self._watcher.stored(above[-1] if above else None, node.hashes)
 
     def pages(self) -> list[int]:
         """Every page in the tree, for the pool's audit."""
@@ -164,6 +219,7 @@ class RadixTree:
         assert self.num_evictable == sum(len(n.pages) for n in nodes if n.locks == 0)
         for node in nodes:
             assert len(node.chunks) == len(node.pages) and (node.pages or node.parent is None)
+            assert len(node.hashes) == (len(node.pages) if self._watcher is not None else 0)
             assert node.children or node.locks or node.parent is None or node.in_heap, "never evicted"
             for first, child in node.children.items():
                 assert child.parent is node and child.chunks[0] == first and child.locks <= node.locks
@@ -184,6 +240,7 @@ class RadixTree:
         upper.locks, upper.last_use = node.locks, node.last_use
         upper.children[node.chunks[at]] = node
         parent.children[upper.chunks[0]] = upper
+        upper.hashes, node.hashes = node.hashes[:at], node.hashes[at:]
         node.parent, node.chunks, node.pages = upper, node.chunks[at:], node.pages[at:]
         return upper
 

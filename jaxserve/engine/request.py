@@ -10,9 +10,9 @@ from jaxserve.messages import Finish, Generate
 class Request:
     """Mutable state of a sequence, owned by the scheduler.
 
-    `tokens` are the prompt and every sampled token that has been read back; `pending` more were
-    sampled by launched steps and are still on the device. `computed` positions have their KV written
-    by launched steps.
+    `tokens` are the prompt, the output that came with the request, and every sampled token that has
+    been read back; `pending` more were sampled by launched steps and are still on the device.
+    `computed` positions have their KV written by launched steps.
     """
 
     spec: Generate
@@ -45,7 +45,7 @@ class Request:
 
     @property
     def num_outputs(self) -> int:
-        """Sampled tokens, those still on the device included."""
+        """Output tokens, those still on the device included."""
         return len(self.tokens) + self.pending - self.prompt_len
 
     @property

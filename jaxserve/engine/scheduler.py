@@ -110,7 +110,7 @@ class Rank:
         request.pages = shared + self.pool.allocate(needed)
         request.computed = len(shared) * self.limits.page_size
         if request.cached_tokens < 0:
-            request.cached_tokens = request.computed
+            request.cached_tokens = min(request.computed, request.prompt_len)
             request.admitted_s = now_s
         self.updates.extend((request.slot, i, page) for i, page in enumerate(request.pages))
         self.running.append(request)
@@ -192,6 +192,12 @@ class Rank:
         return sum(len(r.tokens) for _, r in self.waiting)
 
     @property
+    def num_queued_tokens(self) -> int:
+        """Known tokens that no launched step has computed."""
+        in_prefill = sum(len(r.tokens) - r.computed for r in self.running if r.in_prefill)
+        return in_prefill + self.num_waiting_tokens
+
+    @property
     def num_used_tokens(self) -> int:
         """Tokens of pages that are neither free nor evictable."""
         used = self.limits.num_pages - self.pool.num_free - self.tree.num_evictable
@@ -240,7 +246,7 @@ class Scheduler:
             seed=self._seeds.getrandbits(31) if seed is None else seed & 0x7FFFFFFF,
             arrival=self._arrivals,
             arrival_s=self._clock(),
-            tokens=list(spec.input_ids),
+            tokens=[*spec.input_ids, *spec.output_ids],
         )
         self._arrivals += 1
         self.requests[spec.rid] = request
@@ -310,12 +316,11 @@ class Scheduler:
         if len(self.ranks) == 1:
             return self.ranks[0]
 
+        known = [*spec.input_ids, *spec.output_ids]
+
         def cost(rank: Rank) -> tuple[int, int]:
-            shared = len(rank.tree.match(spec.input_ids, spec.cache_salt)[1]) * self.limits.page_size
-            left = sum(len(r.tokens) - r.computed for r in rank.running if r.in_prefill)
+            shared = len(rank.tree.match(known, spec.cache_salt)[1]) * self.limits.page_size
             # A running row costs each step about as much as a few prompt tokens.
-            return len(spec.input_ids) - shared + left + rank.num_waiting_tokens + 16 * len(
-                rank.running
-            ), rank.index
+            return len(known) - shared + rank.num_queued_tokens + 16 * len(rank.running), rank.index
 
         return min(self.ranks, key=cost)

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.scheduler import Scheduler
-from jaxserve.messages import Info, Output
+from jaxserve.messages import Info, Output, RankLoad
 
 WINDOW_S = 5.0  # over which throughput is averaged
 
@@ -51,6 +51,18 @@ class Stats:
             return 0.0
         span = self._recent[-1][0] - self._recent[0][0]
         return sum(new[rank] for _, new in list(self._recent)[1:]) / span if span > 0 else 0.0
+
+    def brief_loads(self, scheduler: Scheduler) -> list[RankLoad]:
+        """What rides on the outputs."""
+        return [
+            RankLoad(
+                len(rank.running),
+                len(rank.waiting),
+                rank.num_queued_tokens,
+                round(rank.num_used_tokens / (rank.limits.num_pages * rank.limits.page_size), 4),
+            )
+            for rank in scheduler.ranks
+        ]
 
     def loads(self, scheduler: Scheduler, info: Info) -> list[dict[str, Any]]:
         """One dict a dp rank, with the keys of `/v1/loads`."""
