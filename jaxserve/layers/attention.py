@@ -4,6 +4,7 @@ Model code sees one device: tokens [T], heads [H]. `StepContext` alone knows pag
 blocks and the mesh.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -78,6 +79,7 @@ class StepContext:
         self.dispatch = Dispatch(mesh, expert_backend)
         self._chosen: dict[int, jax.Array] = {}
         self._rope_tables: dict[Rope, RopeTable] = {}
+        self._attentions: dict[Any, Callable[..., Any]] = {}
 
     def rope(self, rope: Rope) -> RopeTable:
         """The rotation of this step's positions, computed once for all layers that share `rope`."""
@@ -103,15 +105,47 @@ class StepContext:
         assert self.key_pages.shape[2] == group * split.num_kv, (
             f"pool has {self.key_pages.shape[2]} heads, the layout {group} x {split.num_kv}; see pool_layout"
         )
+        out_THK, (self.key_pages, self.value_pages) = self._attention(split, scale, window, softcap)(
+            jnp.int32(layer * self.num_pages),
+            (self.key_pages, self.value_pages),
+            query_THK,
+            key_TGK,
+            value_TGK,
+            sinks_H,
+            self.page_table_SN,
+            self.position_T,
+            self.slot_T,
+            self.context_len_R,
+            self.blocks,
+        )
+        return out_THK
+
+    def _attention(
+        self, split: HeadSplit, scale: float, window: int | None, softcap: float | None
+    ) -> Callable[..., Any]:
+        """`attend` on each device. Layers that differ only in weights share one, which jax traces once:
+        tracing the kernels in each of 32 layers took most of an engine's start."""
+        cut = (split, scale, window, softcap)
+        if cut in self._attentions:
+            return self._attentions[cut]
 
         def on_device(
-            pools, query_ThK, key_TgK, value_TgK, sinks_h, table_SN, position_T, slot_T, context_len_R, blocks
+            page_offset,
+            pools,
+            query_ThK,
+            key_TgK,
+            value_TgK,
+            sinks_h,
+            table_SN,
+            position_T,
+            slot_T,
+            context_len_R,
+            blocks,
         ):
             if not split.divides:
                 mine = split.heads_of(jax.lax.axis_index(GROUP))
                 key_TgK, value_TgK = (jnp.take(x, mine, axis=1) for x in (key_TgK, value_TgK))
             key_pages, value_pages = pools
-            page_offset = layer * self.num_pages
             at_T = _write_address(
                 table_SN, position_T, slot_T, page_offset, self.page_size, key_pages.shape[0]
             )
@@ -150,23 +184,12 @@ class StepContext:
             attend = jax.shard_map(
                 on_device,
                 mesh=self.mesh,
-                in_specs=(pool, heads, kv, kv, P(GROUP), rank, rank, rank, rank, rank),
+                in_specs=(P(), pool, heads, kv, kv, P(GROUP), rank, rank, rank, rank, rank),
                 out_specs=(heads, pool),
                 check_vma=False,  # the kernels' outputs carry no replication types
             )
-        out_THK, (self.key_pages, self.value_pages) = attend(
-            (self.key_pages, self.value_pages),
-            query_THK,
-            key_TGK,
-            value_TGK,
-            sinks_H,
-            self.page_table_SN,
-            self.position_T,
-            self.slot_T,
-            self.context_len_R,
-            self.blocks,
-        )
-        return out_THK
+        self._attentions[cut] = jax.jit(attend)
+        return self._attentions[cut]
 
     def feed_experts(
         self,
@@ -211,7 +234,7 @@ def _write_address(
     table_SN: jax.Array,
     position_T: jax.Array,
     slot_T: jax.Array,
-    page_offset: int,
+    page_offset: jax.Array,
     page_size: int,
     pool_pages: int,
 ) -> tuple[jax.Array, jax.Array]:

@@ -82,7 +82,7 @@ def decode(
     slot_R,
     context_len_R,
     *,
-    page_offset: int,
+    page_offset: int | jax.Array,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -103,7 +103,6 @@ def decode(
         tile=tile,
         splits=splits,
         group=H // G,
-        page_offset=page_offset,
         score=_score(scale, softcap),
         window=window,
     )
@@ -126,6 +125,7 @@ def decode(
         slot_R,
         context_len_R,
         _sinks(sinks_H, H),
+        _scalar(page_offset),
     )
     if single:
         return out_RZHK[:, 0]
@@ -150,7 +150,7 @@ def prefill(
     block_pos_B,
     *,
     block_size: int,
-    page_offset: int,
+    page_offset: int | jax.Array,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -171,7 +171,6 @@ def prefill(
         tile=tile,
         parts=parts,
         group=H // G,
-        page_offset=page_offset,
         score=_score(scale, softcap),
         window=window,
     )
@@ -185,6 +184,7 @@ def prefill(
         block_len_B,
         block_pos_B,
         _sinks(sinks_H, H),
+        _scalar(page_offset),
         jnp.zeros_like(query_PHK),  # becomes the output: tokens of no block stay 0
     )
     return pl.pallas_call(
@@ -209,13 +209,13 @@ def _decode_kernel(
     slot_ref,
     len_ref,
     sink_ref,
+    offset_ref,
     out_ref,
     lse_ref,
     *,
     tile,
     splits,
     group,
-    page_offset,
     score,
     window,
 ):
@@ -231,7 +231,7 @@ def _decode_kernel(
     row = jnp.arange(max(16, _power_of_two(group)))  # a matrix product has at least 16 rows
     head, is_head = g * group + row, row < group
     query = _load_heads(query_ref, (r, head[:, None]), K, is_head)
-    pages = _PageTable(table_ref, slot_ref[r], key_ref.shape[1], page_offset)
+    pages = _PageTable(table_ref, slot_ref[r], key_ref.shape[1], offset_ref[0])
 
     def attend_block(block, state):
         position = block * tile.keys + jnp.arange(tile.keys)
@@ -278,13 +278,13 @@ def _prefill_kernel(
     len_ref,
     pos_ref,
     sink_ref,
+    offset_ref,
     zeros_ref,
     out_ref,
     *,
     tile,
     parts,
     group,
-    page_offset,
     score,
     window,
 ):
@@ -300,7 +300,7 @@ def _prefill_kernel(
     row = jnp.arange(tile.rows)
     is_token = row < length
     query = _load_heads(query_ref, ((start + row)[:, None], h), K, is_token)
-    pages = _PageTable(table_ref, slot_ref[block], key_ref.shape[1], page_offset)
+    pages = _PageTable(table_ref, slot_ref[block], key_ref.shape[1], offset_ref[0])
 
     def attend_block(block, state, *, masked):
         position = block * tile.keys + jnp.arange(tile.keys)
@@ -343,7 +343,7 @@ class _PageTable(NamedTuple):
     table_ref: Any
     slot: jax.Array
     page_size: int
-    page_offset: int
+    page_offset: jax.Array
 
     def locate(self, position, seen):
         """Pool page and offset of each position; unseen ones read nothing from the table."""
@@ -407,6 +407,11 @@ def _finish(state):
 
 
 # ---- outside the kernels ----
+
+
+def _scalar(value):
+    """One number as a kernel's operand. As a constant it would make every layer a kernel of its own."""
+    return jnp.full((1,), value, jnp.int32)
 
 
 def _sinks(sinks_H, H):

@@ -4,6 +4,7 @@ Both functions walk the keys in blocks of whole pages with an online softmax in 
 is bounded by one block and work follows the longest context present, not the page table's width.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -18,7 +19,7 @@ def decode(
     slot_R,
     context_len_R,
     *,
-    page_offset: int,
+    page_offset: int | jax.Array,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -66,7 +67,7 @@ def prefill(
     block_pos_B,
     *,
     block_size: int,
-    page_offset: int,
+    page_offset: int | jax.Array,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
