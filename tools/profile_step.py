@@ -39,12 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds, top = given.pop("seconds"), given.pop("top")
     with Engine(**given, skip_tokenizer_init=True) as engine:
         for batch in batches:
-            with decoding(engine, batch), tempfile.TemporaryDirectory() as folder:
-                with jax.profiler.trace(folder, create_perfetto_trace=True):
+            with tempfile.TemporaryDirectory() as folder:
+                with decoding(engine, batch):
+                    jax.profiler.start_trace(folder, create_perfetto_trace=True)
                     steps, begin_s = -engine.stats()["steps"], time.perf_counter()
                     time.sleep(seconds)
-                    steps += engine.stats()["steps"]
-                    traced_s = time.perf_counter() - begin_s
+                # The profiler must not be taken away from a working GPU: that can kill the context.
+                steps += engine.stats()["steps"]
+                traced_s = time.perf_counter() - begin_s
+                jax.profiler.stop_trace()
                 kernels = read_kernels(Path(folder))
             report(f"batch {batch}", kernels, steps, traced_s, top)
     return 0
