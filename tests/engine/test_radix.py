@@ -1,5 +1,6 @@
 """The prefix tree against a plain dictionary: what it holds, what it may forget, and in which order."""
 
+import random
 from dataclasses import dataclass, field
 
 import pytest
@@ -137,27 +138,34 @@ class Both:
         self.pool.check(self.tree.pages())
 
 
-salts = st.sampled_from(["", "a"])
-sequences = st.lists(st.integers(0, 1), max_size=9)
-actions = st.one_of(
-    st.tuples(st.just("match"), salts, sequences),
-    st.tuples(st.just("insert"), salts, sequences),
-    st.tuples(st.just("insert_again"), salts, sequences),
-    st.tuples(st.just("lock"), salts, sequences),
-    st.tuples(st.just("unlock"), st.integers(0, 5)),
-    st.tuples(st.just("evict"), st.integers(0, 4)),
-)
+SALTS = ("", "a")
+NAMES = ("match", "insert", "insert", "insert", "insert_again", "lock", "unlock", "evict")
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(actions, max_size=40))
-def test_tree_holds_and_forgets_what_a_dictionary_does(sequence):
-    both = Both()
-    for name, *arguments in sequence:
-        getattr(both, name)(*arguments)
-        both.check()
-    for node, _ in both.held:
+def act(both: Both, draw: random.Random) -> None:
+    """One random action. Prompts are few and alike, so that they meet, split and push each other out."""
+    name = draw.choice(NAMES)
+    if name == "unlock":
+        both.unlock(draw.randrange(4))
+    elif name == "evict":
+        both.evict(draw.randint(1, 4))
+    else:
+        chunks = [(0, draw.randrange(2)) for _ in range(draw.randint(0, 4))]
+        tail = [0] * draw.randrange(PAGE)
+        getattr(both, name)(draw.choice(SALTS), [token for chunk in chunks for token in chunk] + tail)
+    both.check()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 80))
+def test_tree_holds_and_forgets_what_a_dictionary_does(seed, num_actions):
+    both, draw = Both(), random.Random(seed)
+    for _ in range(num_actions):
+        act(both, draw)
+    for node, path in both.held:
         both.tree.unlock(node)
+        both.plain.lock(path, -1)
+        both.check()
     assert both.tree.clear() == len(both.plain.page)
     both.pool.check([])
 

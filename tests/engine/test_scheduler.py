@@ -67,6 +67,16 @@ def expected(request: Generate) -> list[int]:
     return tokens[len(request.input_ids) :]
 
 
+def prompt_of(family: int, length: int) -> list[int]:
+    """Prompts of a family share a prefix; the odd families' go on as the model's own outputs do."""
+    if family % 2 == 0:
+        return [(family * 7 + p) % 50 for p in range(length)]
+    tokens = [family * 7]
+    while len(tokens) < length:
+        tokens.append(next_token(tokens))
+    return tokens
+
+
 requests = st.lists(
     st.tuples(
         st.integers(0, 3),  # which shared prefix
@@ -119,7 +129,7 @@ def serve(mix, num_pages, num_slots, num_ranks, share):
     device = Device(scheduler, limits)
     specs, aborts, arrivals = {}, {}, {}
     for i, (family, length, new, stops, abort, priority, salt, arrival) in enumerate(mix):
-        prompt = [(family * 7 + p) % 50 for p in range(length)]
+        prompt = prompt_of(family, length)
         sampling = Sampling(max_new_tokens=new, stop_token_ids=(3, 11, 29) if stops else ())
         spec = Generate(rid=str(i), input_ids=prompt, sampling=sampling, priority=priority, cache_salt=salt)
         specs[spec.rid] = spec
