@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.config import ConfigError, ServerConfig
 
@@ -96,7 +96,7 @@ def rules(
     }
 
 
-def weight_sharding(mesh: Mesh, table: Rules, param: nnx.Param) -> NamedSharding:
+def weight_sharding(mesh: Mesh | AbstractMesh, table: Rules, param: nnx.Param) -> NamedSharding:
     """The sharding of a declared weight. Raises ConfigError when a dimension does not divide."""
     spec = []
     for size, axis in zip(param.get_value().shape, param.logical, strict=True):

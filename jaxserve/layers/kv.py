@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxserve.mesh import GROUP
 
@@ -70,7 +70,7 @@ class HeadSplit:
 
 
 def pool_layout(
-    kv: KVSpec, num_q_heads: int, *, num_pages: int, page_size: int, mesh: Mesh | None = None
+    kv: KVSpec, num_q_heads: int, *, num_pages: int, page_size: int, mesh: Mesh | AbstractMesh | None = None
 ) -> tuple[tuple[int, int, int, int], PartitionSpec]:
     """Global shape and sharding of `key_pages` (and `value_pages`), `num_pages` a layer and dp rank."""
     dp, group = (1, 1) if mesh is None else (mesh.shape["dp"], mesh.shape["ep"] * mesh.shape["tp"])
@@ -83,7 +83,12 @@ PoolLayout = tuple[tuple[int, ...], PartitionSpec]
 
 
 def pool_layouts(
-    kv: KVSpec | LatentSpec, num_q_heads: int, *, num_pages: int, page_size: int, mesh: Mesh | None = None
+    kv: KVSpec | LatentSpec,
+    num_q_heads: int,
+    *,
+    num_pages: int,
+    page_size: int,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> tuple[PoolLayout, PoolLayout]:
     """Global shape and sharding of both pools: keys and values, or latents and rope parts.
 
