@@ -4,8 +4,8 @@ Arrays of all dp ranks are joined on axis 0. What is indexed by a rank's own slo
 under `shard_map`; the rest is partitioned by XLA.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -34,15 +34,30 @@ class ModelFunction:
     """A model's structure, apart from its weights: `call(leaves)` is the model inside jit.
 
     `experts` is the model's ExpertSpec when it has any; `expert_backend` says how tokens reach them.
+    `kept` says which of the leaves are given, when not all: every argument costs the host time.
     """
 
     graph: Any
     treedef: Any
     experts: ExpertSpec | None = None
     expert_backend: Backend = "none"
+    kept: tuple[int, ...] | None = None
 
-    def call(self, leaves: list[jax.Array]) -> Any:
-        return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, leaves))
+    def call(self, leaves: Sequence[jax.Array]) -> Any:
+        whole: Sequence[jax.Array | None] = leaves
+        if self.kept is not None:
+            given = dict(zip(self.kept, leaves, strict=True))
+            whole = [given.get(i) for i in range(self.treedef.num_leaves)]
+        return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, whole))
+
+    def head(
+        self, leaves: Sequence[jax.ShapeDtypeStruct], hidden_RD: jax.ShapeDtypeStruct
+    ) -> "ModelFunction":
+        """The same model, given only what makes logits of hidden states."""
+        traced = jax.make_jaxpr(lambda leaves, hidden: self.call(leaves).logits(hidden))(leaves, hidden_RD)
+        used = {id(variable) for eqn in traced.jaxpr.eqns for variable in eqn.invars}
+        kept = tuple(i for i in range(len(leaves)) if id(traced.jaxpr.invars[i]) in used)
+        return replace(self, kept=kept)
 
 
 def per_rank(mesh: Mesh | None, function: Callable, *args: Any) -> Any:

@@ -81,6 +81,7 @@ class Runner:
         self.buckets = sorted(buckets, key=lambda b: (b.prefill_tokens, b.rows))
         self._model = model
         self._leaves = leaves
+        self._head_leaves: list[jax.Array] = []  # what makes logits; known once programs are traced
         self._mesh = mesh
         self._map_mesh = mesh if mesh.size > 1 else None  # on one device nothing needs shard_map
         self._by_rank = NamedSharding(mesh, PartitionSpec("dp"))
@@ -137,7 +138,7 @@ class Runner:
         scored = None
         if any(chunk.request.wants_prompt_logprobs for rank in plan.ranks for chunk in rank.chunks):
             packed = batch.pack_score(bucket, self._score_packing[bucket], plan.ranks)
-            scored = self._programs["score", bucket](self._leaves, *prefill, self._put(packed))
+            scored = self._programs["score", bucket](self._head_leaves, *prefill, self._put(packed))
         for array in [*sampled.values(), *(scored or {}).values()]:
             array.copy_to_host_async()
         return Step(plan, bucket, sampled, scored)
@@ -149,7 +150,7 @@ class Runner:
         packed = batch.pack_sample(bucket.num_samples, self._sample_packing[key], plan.ranks)
         slots = self._slots if variant.filters else {}
         self._last_token, slots, out = self._programs[key](
-            self._leaves, samples, self._last_token, slots, self._put(packed)
+            self._head_leaves, samples, self._last_token, slots, self._put(packed)
         )
         if variant.filters:
             self._slots = slots
@@ -254,16 +255,19 @@ class Runner:
             shardings = (keys.sharding, values.sharding, rank, rank, *hidden_parts)
             tasks[b] = (function, args, (1, 2, 3, 4), shardings)
             width = width or jax.eval_shape(function, *args)[4]
-            if b.prefill_tokens:
-                packing = self._score_packing[b]
-                function = partial(programs.score, self._model, packing, self._map_mesh)
-                args = (leaves, hidden(b.prefill_tokens), packed(packing))
-                tasks["score", b] = (function, args, (), rank)
+        head = self._model.head(leaves, hidden(1))
+        assert head.kept is not None
+        self._head_leaves = [self._leaves[i] for i in head.kept]
+        head_leaves = [leaves[i] for i in head.kept]
+        for b, packing in self._score_packing.items():
+            function = partial(programs.score, head, packing, self._map_mesh)
+            args = (head_leaves, hidden(b.prefill_tokens), packed(packing))
+            tasks["score", b] = (function, args, (), rank)
         for key, packing in self._sample_packing.items():
             num_samples, variant = key
-            function = partial(programs.sample, self._model, variant, packing, self._map_mesh)
+            function = partial(programs.sample, head, variant, packing, self._map_mesh)
             state = slots if variant.filters else {}
-            args = (leaves, hidden(num_samples), last, state, packed(packing))
+            args = (head_leaves, hidden(num_samples), last, state, packed(packing))
             tasks[key] = (function, args, (2, 3), (rank, rank, rank))
         tasks["update_table"] = (
             partial(programs.update_table, self._map_mesh),
