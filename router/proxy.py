@@ -288,7 +288,7 @@ class Proxy:
                     self.recorder.retried(path)
             finally:
                 exchange.close()
-                if (exchange.status and exchange.status not in RETRYABLE) or exchange.started:
+                if blamed and (exchange.started or (exchange.status and exchange.status not in RETRYABLE)):
                     self._blame(blamed, call)
         self._blame(blamed, call)
         self.recorder.exhausted(path)
