@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import re
+from pathlib import Path
 
 import httpx
+import yaml
 from gateway_harness import CHAT, RawClient, asynchronous, running, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -388,3 +391,15 @@ def test_no_input_causes_a_500(bodies, seed):
                 assert response.status_code not in (500, 502), (method, path, body, response.text)
 
     scenario()
+
+
+def test_example_configuration_is_valid_and_shows_the_real_defaults():
+    file = Path(__file__).parent.parent.parent / "configs" / "router.yaml"
+    config = RouterConfig.from_keywords(**yaml.safe_load(file.read_text()))
+    assert config.policy == "cache_aware"
+    effective = {"cache_threshold": 0.5, "balance_abs_threshold": 32, "balance_rel_threshold": 1.5}
+    shown = re.findall(r"^# (\w+): (\S+)", file.read_text(), re.MULTILINE)
+    assert len(shown) > 25
+    for name, text in shown:
+        default = effective.get(name, getattr(RouterConfig(), name))
+        assert yaml.safe_load(text) == (list(default) if isinstance(default, tuple) else default), name
