@@ -237,6 +237,10 @@ class Gateway:
             )  # fmt: skip
             watch("router_kv_pages", "pages known to be cached", by_worker, self.exact.pages)
         watch(
+            "router_dispatch_waiting", "streams held back until a worker has room", (),
+            lambda: {(): float(self.proxy.dispatch.num_waiting() if self.proxy else 0)},
+        )  # fmt: skip
+        watch(
             "router_policy_state", "sizes of the policy's memory", ("what",),
             lambda: {(name,): value for name, value in self.policy.stats().items()},
         )  # fmt: skip

@@ -89,6 +89,12 @@ class RouterConfig:
     )
     eviction_interval_secs: float = key(120.0, "pause between two sweeps of the prefix tree", least=0.001)
     max_tree_size: int = key(67108864, "prompt characters remembered over all workers", least=256)
+    prefill_window_tokens: int | None = key(
+        None,
+        "cache_aware: prompt tokens of streams sent to a worker ahead of their first tokens; more wait "
+        "in the gateway, best cached first; 0: no waiting; default: two prefill chunks, at least 2048",
+        least=0,
+    )
     prefix_token_count: int = key(256, "prefix_hash: tokens of the prompt that are hashed", least=1)
     prefix_hash_load_factor: float = key(
         1.25, "prefix_hash: in-flight requests over the mean that make it spill", least=1

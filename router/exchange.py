@@ -35,7 +35,7 @@ class Exchange:
 
     __slots__ = (
         "admission", "answer", "body", "call", "completion_tokens", "computed", "connection",
-        "prompt_tokens", "proxy", "settled",
+        "prompt_tokens", "proxy", "sent_tokens", "settled",
         "started", "started_s", "status", "todo_tokens", "told", "tracked", "worker",
     )  # fmt: skip
 
@@ -61,6 +61,10 @@ class Exchange:
         worker.in_flight += 1
         worker.total += 1
         worker.pending_tokens += self.todo_tokens
+        self.sent_tokens = 0
+        if call.stream:
+            self.sent_tokens = self.todo_tokens
+            worker.sent_tokens += self.todo_tokens
         proxy.policy.placed(call, worker)
         proxy.recorder.placed(call, worker)
 
@@ -218,6 +222,7 @@ class Exchange:
         self.worker.pending_tokens -= self.todo_tokens
         self.todo_tokens = 0
         self._prefilled()
+        self._arrived()
         if self.status != 200:
             return
         self.prompt_tokens, self.completion_tokens, cached = usage_in(data)
@@ -226,6 +231,14 @@ class Exchange:
         if cached is not None:
             self.proxy.recorder.cached(self.call, self.worker, self.prompt_tokens, cached)
             self.proxy.policy.learned(self.call, self.worker, self.prompt_tokens, cached)
+
+    def _arrived(self) -> None:
+        """The stream is no longer on the way to its first token: another may be sent."""
+        if self.sent_tokens:
+            self.worker.sent_tokens -= self.sent_tokens
+            self.sent_tokens = 0
+            if self.proxy.dispatch.waiting:
+                self.proxy.dispatch.freed(self.worker)
 
     def _prefilled(self) -> None:
         if self.call.pages and not self.computed:
@@ -281,6 +294,7 @@ class Exchange:
         worker.pending_tokens -= self.todo_tokens
         self.todo_tokens = 0
         self._prefilled()
+        self._arrived()
         if not self.settled:  # cancelled: says nothing of the worker
             worker.breaker.forget(self.admission)
         if self.connection is not None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from router.breaker import NORMAL, Admission
 from router.call import Call, Route, new_request_id
 from router.config import RouterConfig
+from router.dispatch import Dispatch
 from router.errors import RequestError, send_error, stream_error_event
 from router.exact import Exact
 from router.exchange import Client, Exchange
@@ -63,6 +64,7 @@ class Proxy:
         self.concurrency = Concurrency(
             config.max_concurrent_requests, config.queue_size, config.queue_timeout_secs
         )
+        self.dispatch = Dispatch(registry, policy, config.prefill_window_tokens, self.loop.time)
         self.token_rate = TokenRate(config.rate_limit_tokens_per_second, self.loop.time)
         self.recorder = Recorder(metrics, config.effective_policy)
         self.direct = not config.cors_allowed_origins  # nothing wraps `send`
@@ -248,6 +250,8 @@ class Proxy:
                 await self.sleep(pause_s)
                 if worker.status != "ready" or not worker.breaker.closed:
                     continue
+            if self.dispatch.enabled and call.stream and admission == NORMAL:
+                worker, admission = await self._turn(call, worker, tried)
             final = attempt == self.attempts - 1
             exchange = Exchange(self, call, worker, admission, started_s)
             try:
@@ -293,6 +297,22 @@ class Proxy:
         self._blame(blamed, call)
         self.recorder.exhausted(path)
         raise last or RequestError(502, "upstream_error", "no attempt at the request succeeded")
+
+    async def _turn(self, call: Call, worker: Worker, tried: list[Worker]) -> tuple[Worker, Admission]:
+        """Wait until `worker`, or a better one by then, has room for a stream. Raises like `_select`."""
+        admission: Admission = NORMAL
+        started_s = self.loop.time()
+        waited = False
+        while admission == NORMAL and worker.healthy and not self.dispatch.has_room(worker):
+            waited = True
+            chosen = await self.dispatch.turn(call, worker, tried)
+            if chosen is not None:
+                worker = chosen
+                break
+            worker, admission = self._select(call, tried)  # its worker went away: that is no attempt
+        if waited:
+            self.recorder.held(self.loop.time() - started_s)
+        return worker, admission
 
     async def _resume(
         self,

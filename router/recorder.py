@@ -142,6 +142,9 @@ class Recorder:
             cells[1].value += call.predicted_tokens
             self._error.observe(abs(call.predicted_tokens - cached_tokens))
 
+    def held(self, seconds: float) -> None:
+        self.metrics.stage.of("regular", "dispatch_wait").observe(seconds)
+
     def outcome(self, worker: Worker, outcome: str) -> None:
         self.metrics.cb_outcomes.of(worker.url, outcome).add()
 

@@ -82,6 +82,7 @@ class Image:
 
 class CacheAware(Policy):
     reads_prompt = True
+    orders = True
 
     def __init__(self, config: RouterConfig, rng: random.Random) -> None:
         super().__init__(config, rng)
@@ -132,6 +133,15 @@ class CacheAware(Policy):
             coming = self.coming.setdefault(worker, {})
             for page in call.pages.get(worker.kv.page_size, ()):
                 coming[page] = coming.get(page, 0) + 1
+
+    def uncached(self, call: Call, worker: Worker) -> float:
+        kv = worker.kv
+        if call.token_ids is not None and kv is not None and kv.live:
+            return call.prompt_tokens - self._exact_hit(call, worker, kv)
+        image = self.images.get(worker)
+        if image is None or not call.chain:
+            return call.prompt_tokens
+        return call.prompt_tokens - image.match(call.chain) * BLOCK_BYTES / self.bytes_per_token
 
     def prefilled(self, call: Call, worker: Worker) -> None:
         coming = self.coming.get(worker)
