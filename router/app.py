@@ -25,6 +25,7 @@ from router.limits import Keys
 from router.metrics import Metrics
 from router.policies import make_policy
 from router.proxy import Proxy
+from router.tracing import Tracer
 from router.upstream import Address, Pool
 from router.worker_api import WorkerApi
 from router.workers import Registry, Worker, WorkerSpec, breaker_numbers
@@ -47,6 +48,7 @@ class Gateway:
         self.exact: Exact | None = None
         if config.effective_policy == "cache_aware":
             self.exact = self.jobs.exact = Exact(self.registry, self.metrics, config.tokenizer_path)
+        self.tracer = Tracer(config.otlp_traces_endpoint) if config.enable_trace else None
         self.control = Control(self.registry, self.policy, self.metrics, lambda: self.draining)
         self.loop: asyncio.AbstractEventLoop | None = None
         self.proxy: Proxy | None = None
@@ -100,6 +102,7 @@ class Gateway:
             self.metrics,
             self.keys,
             exact=self.exact,
+            tracer=self.tracer,
             suspect=self.monitor.suspect,
         )
         if self.config.effective_policy != self.config.policy:
@@ -110,6 +113,8 @@ class Gateway:
         for url in self.config.worker_urls:
             self.jobs.add(WorkerSpec(url=url, api_key=self.config.worker_api_key), source="flags")
         background = [asyncio.create_task(self._sweep())]
+        if self.tracer is not None:
+            background.append(asyncio.create_task(self.tracer.run()))
         for source in self._sources():
             background.append(asyncio.create_task(source.run()))
         try:
@@ -118,6 +123,8 @@ class Gateway:
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
+            if self.tracer is not None:
+                await self.tracer.flush()
             await self.jobs.close()
             await self.monitor.close()
             if self.exact is not None:

@@ -70,6 +70,8 @@ class RouterConfig:
     cors_allowed_origins: tuple[str, ...] = key((), "origins that browsers may call from; * for any")
     tls_cert_path: str | None = key(None, "PEM certificate chain to serve HTTPS with")
     tls_key_path: str | None = key(None, "PEM key of --tls-cert-path")
+    enable_trace: bool = key(False, "export OpenTelemetry spans")
+    otlp_traces_endpoint: str = key("localhost:4318", "collector of OTLP over HTTP, JSON encoded")
     prometheus_host: str = key("0.0.0.0", "address of --prometheus-port")
     prometheus_port: int | None = key(
         None, "a second port that serves only /metrics; default: /metrics of the main port", least=0

@@ -58,6 +58,8 @@ class Exchange:
         self.told = False  # the client has been told that the stream broke
         self.settled = False  # the breaker knows
         self.todo_tokens = max(0, call.prompt_tokens - max(0, call.predicted_tokens))
+        call.attempts += 1
+        call.worker_url = worker.url
         worker.in_flight += 1
         worker.total += 1
         worker.pending_tokens += self.todo_tokens
@@ -122,6 +124,7 @@ class Exchange:
         headers = answer.headers
         headers.append((b"x-request-id", call.request_id))
         headers.append((b"x-smg-routed-worker-id", self.worker.url.encode()))
+        call.status = self.status
         body = self.body
         if body is None:
             start = {"type": "http.response.start", "status": self.status, "headers": headers}

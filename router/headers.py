@@ -28,6 +28,7 @@ class ClientHeaders:
     x_api_key: bytes | None = None
     content_length: int = 0
     request_id: bytes | None = None
+    traceparent: bytes | None = None  # also in `forward`
     routing_key: str | None = None
     target_worker: str | None = None
 
@@ -54,6 +55,8 @@ def read_headers(headers: list[tuple[bytes, bytes]], id_ranks: dict[bytes, int])
             found.content_type = value
         elif name == b"x-smg-routing-key":
             found.routing_key = value.decode("latin-1") or None
+        elif name == b"traceparent":
+            found.traceparent = value
         elif name == b"x-api-key":
             found.x_api_key = value
         elif name in id_ranks:

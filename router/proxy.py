@@ -22,6 +22,7 @@ from router.limits import Concurrency, Keys, TokenRate
 from router.metrics import Metrics
 from router.policies import Policy
 from router.recorder import Recorder
+from router.tracing import Tracer
 from router.upstream import UpstreamError
 from router.workers import Registry, Worker
 
@@ -48,6 +49,7 @@ class Proxy:
         keys: Keys,
         *,
         exact: Exact | None = None,
+        tracer: Tracer | None = None,
         suspect: Callable[[Worker, UpstreamError], None],
         sleep=asyncio.sleep,
         rng: random.Random | None = None,
@@ -57,6 +59,7 @@ class Proxy:
         self.policy = policy
         self.keys = keys
         self.exact = exact
+        self.tracer = tracer
         self.suspect = suspect
         self.sleep = sleep
         self.rng = rng or random.Random()
@@ -85,6 +88,9 @@ class Proxy:
         client = read_headers(scope["headers"], self.id_ranks)
         request_id = client.request_id or new_request_id(route.id_prefix)
         call = None
+        status = 0
+        tracer = self.tracer
+        span = tracer.start(client, route.path) if tracer is not None else None
         try:
             try:
                 caller = self.keys.check(client.authorization, client.x_api_key)
@@ -119,6 +125,7 @@ class Proxy:
                 finally:
                     self.concurrency.leave()
             except RequestError as error:
+                status = error.status
                 recorder.refused(route.path, call, error, self.loop.time() - started_s)
                 await send_error(send, error, request_id)
             except CutOff:
@@ -132,6 +139,8 @@ class Proxy:
             task.uncancel()
             recorder.client_left(route.path)
         finally:
+            if span is not None and tracer is not None:
+                tracer.end(span, call, request_id, status or (call.status if call is not None else 0))
             if connection is not None:
                 connection.on_lost = None
             if watcher is not None:
