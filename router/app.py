@@ -53,6 +53,7 @@ class Gateway:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.proxy: Proxy | None = None
         self.draining = False
+        self._tls: ssl.SSLContext | None = None
         api = WorkerApi(self.registry, self.jobs)
         guarded = [*self.control.guarded_routes(), *api.routes()]
         self.guarded_paths = {route.path.partition("/{")[0] for route in guarded}
@@ -159,7 +160,7 @@ class Gateway:
             timeout_max_s=c.cb_timeout_max_secs,
             enabled=not c.disable_circuit_breaker,
         )
-        tls = ssl.create_default_context() if address.scheme == "https" else None
+        tls = self._worker_tls() if address.scheme == "https" else None
         worker = Worker(spec, breaker, Pool(address, tls=tls), dp_rank=dp_rank)
 
         def changed(old: str, new: str) -> None:
@@ -169,6 +170,17 @@ class Gateway:
 
         breaker.on_change = changed
         return worker
+
+    def _worker_tls(self) -> ssl.SSLContext:
+        """Made once: reading the system's certificates takes 10 ms."""
+        if self._tls is None:
+            c = self.config
+            self._tls = ssl.create_default_context()
+            for path in c.ca_cert_paths:
+                self._tls.load_verify_locations(path)
+            if c.client_cert_path:
+                self._tls.load_cert_chain(c.client_cert_path, c.client_key_path)
+        return self._tls
 
     def _watch_state(self) -> None:
         registry, watch = self.registry, self.metrics.watch

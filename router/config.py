@@ -72,6 +72,9 @@ class RouterConfig:
     tls_key_path: str | None = key(None, "PEM key of --tls-cert-path")
     enable_trace: bool = key(False, "export OpenTelemetry spans")
     otlp_traces_endpoint: str = key("localhost:4318", "collector of OTLP over HTTP, JSON encoded")
+    ca_cert_paths: tuple[str, ...] = key((), "PEM certificates that https workers are checked against")
+    client_cert_path: str | None = key(None, "PEM certificate that the gateway shows to https workers")
+    client_key_path: str | None = key(None, "PEM key of --client-cert-path")
     prometheus_host: str = key("0.0.0.0", "address of --prometheus-port")
     prometheus_port: int | None = key(
         None, "a second port that serves only /metrics; default: /metrics of the main port", least=0
@@ -197,8 +200,9 @@ class RouterConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 65535 or less")
         if self.cache_threshold is not None and self.cache_threshold > 1:
             raise ConfigError(f"cache_threshold={self.cache_threshold} must lie in 0..1")
-        if bool(self.tls_cert_path) != bool(self.tls_key_path):
-            raise ConfigError("tls_cert_path and tls_key_path must be given together")
+        for one, other in (("tls_cert_path", "tls_key_path"), ("client_cert_path", "client_key_path")):
+            if bool(getattr(self, one)) != bool(getattr(self, other)):
+                raise ConfigError(f"{one} and {other} must be given together")
         if not self.health_check_endpoint.startswith("/"):
             raise ConfigError(f"health_check_endpoint={self.health_check_endpoint!r} must start with /")
         for url in self.worker_urls:

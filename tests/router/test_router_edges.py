@@ -1,4 +1,4 @@
-"""Spans as a collector receives them; TLS on the way in; the official client."""
+"""The edges: spans as a collector receives them, TLS on both sides, the official client."""
 
 import asyncio
 import json
@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 from gateway_harness import CHAT, asynchronous, running, until
+from mock_worker import MockWorker
 
 from router import tracing
 
@@ -86,14 +87,18 @@ async def test_absent_collector_costs_spans_and_no_requests():
         assert (await r.chat()).status_code == 200
 
 
-@asynchronous
-async def test_https_is_served_with_the_configured_certificate(tmp_path):
-    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+def certificate(folder) -> tuple[str, str]:
+    """(certificate, key) of 127.0.0.1, signed by itself."""
+    cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    subprocess.run(  # noqa: ASYNC221
-        [*command, "-days", "1", "-keyout", key, "-out", cert, *subject], check=True, capture_output=True
-    )
+    subprocess.run([*command, "-days", "1", "-keyout", key, "-out", cert, *subject], check=True)
+    return cert, key
+
+
+@asynchronous
+async def test_https_is_served_with_the_configured_certificate(tmp_path):
+    cert, key = certificate(tmp_path)
     async with running(1, tls_cert_path=cert, tls_key_path=key) as r:
         trust = ssl.create_default_context(cafile=cert)
         async with httpx.AsyncClient(verify=trust, base_url=f"https://127.0.0.1:{r.port}") as client:
@@ -101,6 +106,24 @@ async def test_https_is_served_with_the_configured_certificate(tmp_path):
             assert response.status_code == 200
             response = await client.post("/v1/chat/completions", json={**CHAT, "stream": True})
             assert response.text.endswith("data: [DONE]\n\n")
+
+
+@asynchronous
+async def test_https_worker_is_trusted_by_the_configured_authority_only(tmp_path):
+    cert, key = certificate(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(cert, key)
+    tls.verify_mode = ssl.CERT_REQUIRED  # and the gateway must show a certificate
+    tls.load_verify_locations(cert)
+    worker = await MockWorker().start(tls)
+    settings = {"ca_cert_paths": [cert], "client_cert_path": cert, "client_key_path": key}
+    async with running(workers=[worker], **settings) as r:
+        assert (await r.chat()).status_code == 200
+        assert "data: [DONE]" in await r.stream()
+    worker = await MockWorker().start(tls)
+    async with running(workers=[worker], wait=False) as r:
+        await asyncio.sleep(0.3)
+        assert (await r.client.get("/readiness")).status_code == 503
 
 
 @asynchronous
