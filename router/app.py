@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 import ssl
+from collections.abc import Awaitable
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -68,16 +69,20 @@ class Gateway:
         )
         self._watch_state()
 
-    async def __call__(self, scope, receive, send) -> None:
+    def __call__(self, scope, receive, send) -> Awaitable[None]:
+        """The ASGI application: data routes go to the proxy without another coroutine in between."""
+        if scope["type"] == "http":
+            route = ROUTES.get(scope["path"])
+            if route is not None and scope["method"] == "POST":
+                assert self.proxy is not None
+                return self.proxy.serve(route, scope, receive, send)
+        return self._serve_control(scope, receive, send)
+
+    async def _serve_control(self, scope, receive, send) -> None:
         if scope["type"] == "http":
             path = scope["path"]
-            route = ROUTES.get(path)
-            if route is not None:
-                if scope["method"] != "POST":
-                    await send_error(send, _method_not_allowed(scope["method"], path, (("allow", "POST"),)))
-                    return
-                assert self.proxy is not None
-                await self.proxy.serve(route, scope, receive, send)
+            if path in ROUTES:
+                await send_error(send, _method_not_allowed(scope["method"], path, (("allow", "POST"),)))
                 return
             if self.keys.tokens and "/" + path.split("/", 2)[1] in self.guarded_paths:
                 headers = dict(scope["headers"])

@@ -8,10 +8,10 @@ import subprocess
 import httpx
 import openai
 import pytest
-from gateway_harness import CHAT, asynchronous, running, until
+from gateway_harness import CHAT, RawClient, asynchronous, running, until
 from mock_worker import MockWorker
 
-from router import tracing
+from router import launch_router, tracing
 
 
 class Collector:
@@ -144,3 +144,22 @@ async def test_official_client_chats_streams_lists_models_and_reads_errors():
             await wrong.chat.completions.create(model="mock", messages=messages)
         await client.close()
         await wrong.close()
+
+
+@asynchronous
+async def test_idle_connection_is_closed_after_its_keep_alive_and_a_used_one_is_not(monkeypatch):
+    monkeypatch.setattr(launch_router, "KEEP_ALIVE_S", 1)
+    async with running(1) as r:
+        idle, used = await RawClient.connect(r.port), await RawClient.connect(r.port)
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        for client in (idle, used):
+            client.post("/v1/chat/completions", CHAT)
+            await client.read_until(b"}")
+        closed = asyncio.create_task(idle.reader.read())
+        while loop.time() - started_s < 1.6:
+            used.post("/v1/chat/completions", CHAT)
+            await used.read_until(b"HTTP/1.1 200")
+            await asyncio.sleep(0.2)
+        assert closed.done() and not used.reader.at_eof()
+        used.leave()
