@@ -256,6 +256,8 @@ async def test_models_are_merged_once_each():
         listed = (await r.client.get("/v1/models")).json()
         assert listed["object"] == "list"
         assert sorted(card["id"] for card in listed["data"]) == ["a", "b"]
+        assert (await r.client.get("/v1/models/b")).json()["id"] == "b"
+        assert (await r.client.get("/v1/models/org/c")).status_code == 404
         response = await r.client.post("/v1/chat/completions", json={**CHAT, "model": "b"})
         assert response.headers["x-smg-routed-worker-id"] == workers[1].url
 
