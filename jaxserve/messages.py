@@ -4,7 +4,7 @@ Typed msgspec structs on a msgpack wire; nothing is pickled. The same structs ar
 reference when the engine runs in-process (`jaxserve.Engine`). No jax, no text: token ids only.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -40,6 +40,9 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
     priority: int = 0  # larger is served first
     cache_salt: str = ""  # prefixes are shared only under an equal salt
     dp_rank: int | None = None  # None: the engine chooses
+    # Tokens generated elsewhere already: they follow the prompt, count as this sequence's own output
+    # (length, penalties, positions of the seeded randomness), and are not sent again.
+    output_ids: list[int] = []
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -54,11 +57,12 @@ class Call(msgspec.Struct, frozen=True, tag=True):
 
     flush_cache: forget every unused cached prefix; refused while requests run.
     loads: one dict a data-parallel rank, with the keys of `/v1/loads`.
-    stats: counters and gauges for `/metrics`.
+    stats: counters since the start, for `/metrics`: see `jaxserve.engine.stats.Stats.snapshot`.
+    watch_cache: from now on send CacheEvents; the first rebuild what is cached, and come before the Reply.
     """
 
     call_id: int
-    method: Literal["flush_cache", "loads", "stats"]
+    method: Literal["flush_cache", "loads", "stats", "watch_cache"]
 
 
 class Drain(msgspec.Struct, frozen=True, tag=True):
@@ -100,8 +104,33 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     queue_time_s: float | None = None  # with the first output
 
 
-class Outputs(msgspec.Struct, frozen=True, tag=True):
+class RankLoad(msgspec.Struct, frozen=True, array_like=True):
+    """How busy one dp rank is."""
+
+    running: int
+    waiting: int
+    queued_tokens: int  # prompt tokens not computed yet
+    kv_usage: float  # share of the KV pages in use
+
+
+class Outputs(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     items: list[Output]
+    loads: list[RankLoad] = []  # by dp rank; now and then, and with the last output before idleness
+
+
+class CacheEvent(msgspec.Struct, frozen=True, array_like=True):
+    """A change of a rank's prefix cache, in pages named by their hashes (PROTOCOL.md, section 3)."""
+
+    kind: Literal["stored", "removed", "cleared"]
+    rank: int
+    parent: int | None  # stored: the page above; None where a sequence starts
+    pages: bytes  # big-endian 64-bit hashes, one after the other
+
+
+class CacheEvents(msgspec.Struct, frozen=True, tag=True):
+    """In order, each before the outputs of any request that it helps."""
+
+    items: list[CacheEvent]
 
 
 class Reply(msgspec.Struct, frozen=True, tag=True):
@@ -121,6 +150,8 @@ class Info(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     vocab_size: int
     context_len: int
     eos_token_ids: list[int]
+    tokenizer_dir: str  # files of the tokenizer and the chat template
+    generation_config: dict[str, Any]  # the model's own sampling defaults
     page_size: int
     max_total_num_tokens: int  # KV capacity of the instance in tokens, all dp ranks
     max_req_len: int  # the longest prompt plus output one request may have
@@ -152,18 +183,25 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
 
 
 ToEngine = Generate | Abort | Call | Drain
-FromEngine = Outputs | Reply | Info | Progress | Fatal
+FromEngine = Outputs | CacheEvents | Reply | Info | Progress | Fatal
 
 
 class EngineClient(Protocol):
     """How the HTTP layer and `jaxserve.Engine` reach an engine, in this process or another one."""
 
-    info: Info
+    @property
+    def info(self) -> Info: ...
+
+    @property
+    def loads(self) -> list[RankLoad]:
+        """Every dp rank's load as the engine last told it."""
+        ...
 
     def generate(self, request: Generate) -> AsyncIterator[Output]:
         """Submit at once; yield the request's outputs up to and with the one that has `finish`.
 
-        Closing the iterator early aborts the request. Raises EngineDeadError when the engine is gone.
+        Closing the iterator early aborts the request. Raises EngineDeadError when the engine is gone,
+        EngineRefusal when the rid is in use by a running request.
         """
         ...
 
@@ -171,6 +209,13 @@ class EngineClient(Protocol):
 
     async def call(self, method: str) -> Any:
         """Raises EngineRefusal with the engine's message when it says no."""
+        ...
+
+    async def watch_cache(self, take: Callable[[list[CacheEvent]], None]) -> None:
+        """Hand every change of the prefix cache to `take`, in order; called once in an engine's life.
+
+        What is cached already has been handed over as `stored` events when this returns.
+        """
         ...
 
 

@@ -6,7 +6,8 @@ before the layout is known to be valid.
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -15,12 +16,36 @@ from flax import nnx
 Assemble = Callable[..., np.ndarray]
 
 
+@dataclass(frozen=True)
+class Stacked:
+    """Assembles a parameter whose slices along dimension 0 have sources of their own (experts).
+
+    A loader that knows this reads only the slices a device keeps.
+
+    Args:
+        each: makes one slice of its sources; by default there is one source, of the slice's shape.
+        num_sources: of one slice.
+    """
+
+    each: Assemble | None = None
+    num_sources: int = 1
+
+    def slices(self, sources: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """The sources of each slice."""
+        n = self.num_sources
+        return [sources[i : i + n] for i in range(0, len(sources), n)]
+
+    def __call__(self, *sources: np.ndarray) -> np.ndarray:
+        return np.stack([self.each(*s) if self.each else s[0] for s in self.slices(sources)])
+
+
 def weight(
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
     *sources: str,
     dtype: Any,
     assemble: Assemble | None = None,
+    init: Literal["ones", "zeros", "random"] | None = None,
 ) -> nnx.Param:
     """One abstract parameter.
 
@@ -30,7 +55,9 @@ def weight(
         sources: checkpoint tensors by their Hugging Face names.
         assemble: maps the source arrays to one of `shape`; by default one source, reshaped.
         dtype: what it is kept in on the device.
+        init: what dummy weights put here; by default ones at rank 1, zeros for biases, else random.
     """
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and logical axes {axes} differ in rank")
-    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), logical=axes, sources=sources, assemble=assemble)
+    value = jax.ShapeDtypeStruct(shape, dtype)
+    return nnx.Param(value, logical=axes, sources=sources, assemble=assemble, init=init)

@@ -1,0 +1,57 @@
+"""Model families, one file each, found by the `architectures` of a config.json.
+
+A family is a module here with `ARCHITECTURES`, a tuple of names, each the name of a class in it:
+
+    class XForCausalLM(nnx.Module):
+        def __init__(self, hf_config: dict, dtype): ...   # abstract weights, no memory touched
+        kv: KVSpec
+        experts: ExpertSpec                               # only if some layers have experts
+        vocab_size: int; num_q_heads: int; max_position: int
+        def __call__(self, token_T, step: StepContext) -> hidden_TD   # after the final norm
+        def logits(self, hidden_RD) -> logits_RV                      # float32
+"""
+
+import functools
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+from jaxserve.config import ConfigError
+
+
+class UnknownArchitectureError(ConfigError):
+    """No family here serves this checkpoint; the message lists the known architectures."""
+
+
+def resolve(hf_config: dict[str, Any]) -> type:
+    """The model class for a config.json.
+
+    Raises: UnknownArchitectureError; ConfigError for quantized weights, which no family reads yet.
+    """
+    if quantization := hf_config.get("quantization_config"):
+        method = quantization.get("quant_method")
+        raise ConfigError(
+            f"config.json: quantization_config with quant_method={method!r} is not supported; "
+            "use a checkpoint in bfloat16, float16 or float32"
+        )
+    wanted = hf_config.get("architectures") or []
+    families = _families()
+    for name in wanted:
+        if name in families:
+            return getattr(families[name], name)
+    known = ", ".join(sorted(families))
+    given = f"architectures={wanted!r} is unknown" if wanted else "architectures is missing"
+    raise UnknownArchitectureError(f"config.json: {given}; known: {known}")
+
+
+@functools.cache
+def _families() -> dict[str, ModuleType]:
+    """Architecture -> the module that declares it."""
+    families: dict[str, ModuleType] = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        for name in getattr(module, "ARCHITECTURES", ()):
+            assert name not in families, f"{name} is declared in {families[name]} and {module}"
+            families[name] = module
+    return families

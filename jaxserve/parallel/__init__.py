@@ -1,0 +1,1 @@
+"""What only a mesh of several devices needs: bringing tokens to experts."""

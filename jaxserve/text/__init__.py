@@ -1,0 +1,1 @@
+"""The text layer: token ids, incremental decoding, chat templates, stop strings."""

@@ -1,0 +1,42 @@
+"""Checkpoints: opening them in any format, and streaming them into sharded arrays.
+
+`open_checkpoint` finds the format; `load` and `load_dummy` fill an abstract model. No mesh and no
+model is known here: the caller says which sharding each parameter gets.
+"""
+
+from pathlib import Path
+
+from jaxserve.weights import hub, orbax
+from jaxserve.weights.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from jaxserve.weights.fill import load, load_dummy
+from jaxserve.weights.gguf import GGUFCheckpoint
+from jaxserve.weights.safetensors import SafetensorsCheckpoint
+
+__all__ = ["Checkpoint", "CheckpointError", "TensorInfo", "load", "load_dummy", "open_checkpoint"]
+
+
+def open_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint:
+    """Open a Hugging Face directory, a hub id, a GGUF file or a converted (orbax) directory.
+
+    Reads headers only. What exists on disk is never looked up on the hub; `revision` is for hub ids.
+
+    Raises: CheckpointError when it is none of these, or is damaged or incomplete.
+    """
+    local = Path(path).expanduser()
+    if local.is_file():
+        if local.suffix != ".gguf":
+            raise CheckpointError(
+                f"{path}: a single file must be a .gguf; for safetensors name its directory"
+            )
+        return GGUFCheckpoint(local)
+    if local.is_dir():
+        if (local / orbax.MANIFEST).exists():
+            return orbax.OrbaxCheckpoint(local)
+        if (local / orbax.BEGUN).exists():
+            raise CheckpointError(
+                f"{path}: its conversion was interrupted; run tools.convert_checkpoint again to complete it"
+            )
+        return SafetensorsCheckpoint(local)
+    if hub.is_hub_id(str(path)):
+        return SafetensorsCheckpoint(hub.download(str(path), revision))
+    raise CheckpointError(f"{path}: no such file or directory, and not a hub id of the form owner/name")

@@ -1,0 +1,244 @@
+"""The configuration of one server: one declaration gives the YAML keys, the flags and the keywords.
+
+`ServerConfig.from_command_line(argv)` reads flags over an optional `--config file.yaml`;
+`ServerConfig.from_keywords(...)` is what `jaxserve.Engine(...)` takes. All three use the same
+names and the same aliases. A wrong key, type or value raises ConfigError, which says key, value
+and what would be valid. Nothing here imports jax.
+"""
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """The operator's mistake: the message names the key, the value and the valid choices."""
+
+
+def key(default: Any, help: str, *, aliases: tuple[str, ...] = (), least: float | None = None) -> Any:
+    """A configuration key. `aliases` are other spellings, `least` the smallest valid number."""
+    return field(default=default, metadata={"help": help, "aliases": aliases, "least": least})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    # What is served
+    model_path: str = key(
+        "", "Hugging Face directory or hub id, GGUF file, or converted checkpoint", aliases=("model",)
+    )
+    tokenizer_path: str | None = key(None, "directory of tokenizer files; default: the model's")
+    served_model_name: str | None = key(None, "name in the OpenAI API; default: the model path")
+    revision: str | None = key(None, "branch, tag or commit on the hub")
+    chat_template: str | None = key(None, "file with a Jinja chat template; default: the tokenizer's")
+    skip_tokenizer_init: bool = key(False, "token ids in, token ids out: load no tokenizer")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = key(
+        "auto", "auto: the checkpoint's on GPU, float32 on CPU"
+    )
+    load_format: Literal["auto", "safetensors", "gguf", "orbax", "dummy"] = key(
+        "auto", "dummy: random weights of the right shapes"
+    )
+    context_length: int | None = key(None, "longest sequence in tokens; default: the model's own", least=2)
+    sampling_defaults: Literal["model", "openai"] = key(
+        "model", "model: defaults from generation_config.json"
+    )
+    random_seed: int = key(0, "seed of dummy weights and of requests that bring none")
+
+    # Where it listens
+    host: str = key("0.0.0.0", "address to listen on")
+    port: int = key(30000, "port to listen on", least=0)
+    api_key: str | None = key(None, "bearer token that every request must carry; default: open")
+    stream_interval: int = key(1, "tokens between two events of a stream", least=1)
+    max_queued_requests: int = key(4096, "requests that may wait; one more is answered 503", least=1)
+    shutdown_grace_period_secs: float = key(
+        30.0, "how long running requests may finish after SIGTERM", least=0
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = key("info", "what is logged")
+
+    # Devices and layout
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: CUDA where there is a GPU")
+    base_gpu_id: int = key(0, "first GPU of this instance", least=0)
+    tp: int = key(1, "devices of the instance", aliases=("tp_size", "tensor_parallel_size"), least=1)
+    dp_size: int = key(1, "data-parallel ranks", aliases=("dp", "data_parallel_size"), least=1)
+    enable_dp_attention: bool = key(False, "attention data-parallel over dp_size groups of the tp devices")
+    ep: int = key(1, "expert-parallel size", aliases=("ep_size", "expert_parallel_size"), least=1)
+    moe_a2a_backend: Literal["none", "allgather", "all_to_all", "ragged", "deepep"] | None = key(
+        None, "expert dispatch; default: chosen by layout"
+    )
+    moe_runner_backend: str | None = key(
+        None, "grouped GEMM of the experts; names of other runtimes are mapped to ours"
+    )
+    enable_two_batch_overlap: bool = key(False, "run each step as two interleaved half batches")
+    enable_eplb: bool = key(False, "replicate and move hot experts")
+    ep_num_redundant_experts: int = key(0, "extra physical experts for --enable-eplb", least=0)
+    nnodes: int = key(1, "hosts of the instance", least=1)
+    node_rank: int = key(0, "this host's number", least=0)
+    dist_init_addr: str | None = key(None, "host:port of host 0's coordinator")
+
+    # Memory and batches
+    mem_fraction_static: float | None = key(
+        None, "share of device memory for weights and KV; default 0.88 on GPU, 0.25 of the host's on CPU"
+    )
+    page_size: int = key(16, "tokens of a KV page, the grain of prefix sharing", least=1)
+    max_total_tokens: int | None = key(
+        None, "KV capacity of one dp rank in tokens; default: what memory holds", least=1
+    )
+    max_running_requests: int | None = key(
+        None, "rows of one dp rank's running batch; default 256 on GPU, 32 on CPU", least=1
+    )
+    chunked_prefill_size: int | None = key(
+        None, "prompt tokens of one step on one dp rank; default 2048 on GPU, 256 on CPU", least=16
+    )
+    disable_radix_cache: bool = key(False, "share no prefixes")
+    compile_cache_dir: str | None = key(
+        None, "where compiled programs are kept; default: the user's cache directory"
+    )
+
+    # ---- where values come from ----
+
+    @classmethod
+    def from_command_line(cls, argv: Sequence[str] | None = None, prog: str | None = None) -> "ServerConfig":
+        """Flags over `--config` over defaults. Exits with usage on a flag error, as argparse does."""
+        parser = cls.parser(prog)
+        given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+        path = given.pop("config", None)
+        values = read_yaml(path) if path else {}
+        try:
+            return cls.from_keywords(**{**_by_name(cls, values), **given})
+        except ConfigError as error:
+            parser.error(str(error))
+
+    @classmethod
+    def from_keywords(cls, **values: Any) -> "ServerConfig":
+        """Keywords or YAML keys; `tp_size` and the other aliases work. Raises ConfigError."""
+        named = _by_name(cls, values)
+        hints = typing.get_type_hints(cls)
+        for name, value in named.items():
+            _check_type(name, value, hints[name])
+        config = cls(**named)
+        config.check()
+        return config
+
+    @classmethod
+    def parser(cls, prog: str | None = None) -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
+        parser.add_argument("--config", help="YAML file with the same keys; flags override it")
+        add_flags(parser, cls)
+        return parser
+
+    def check(self) -> None:
+        """Everything that can be judged from the configuration alone. Raises ConfigError."""
+        if not self.model_path:
+            raise ConfigError(
+                "model_path is missing; name a directory, a hub id, a GGUF file or a converted checkpoint"
+            )
+        for f in dataclasses.fields(self):
+            value, least = getattr(self, f.name), f.metadata["least"]
+            if least is not None and value is not None and value < least:
+                raise ConfigError(f"{f.name}={value} is too small; {least} is the least")
+        if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static < 1:
+            raise ConfigError(f"mem_fraction_static={self.mem_fraction_static} must lie between 0 and 1")
+        if self.port > 65535:
+            raise ConfigError(f"port={self.port} must be 65535 or less")
+        if self.page_size & (self.page_size - 1):
+            raise ConfigError(f"page_size={self.page_size} must be a power of two, such as 16 or 64")
+        if not 0 <= self.node_rank < self.nnodes:
+            raise ConfigError(
+                f"node_rank={self.node_rank} must lie in 0..{self.nnodes - 1} (nnodes={self.nnodes})"
+            )
+        if self.nnodes > 1 and not self.dist_init_addr:
+            raise ConfigError("dist_init_addr is missing; with nnodes > 1 name host 0 as host:port")
+        if self.enable_dp_attention and self.tp % self.dp_size:
+            valid = [d for d in range(1, self.tp + 1) if self.tp % d == 0]
+            raise ConfigError(
+                f"Constraint tp_size % dp_size == 0 not satisfied: tp={self.tp}, dp_size={self.dp_size}; "
+                f"use dp_size {', '.join(map(str, valid))}"
+            )
+        if self.tp % self.ep:
+            valid = [e for e in range(1, self.tp + 1) if self.tp % e == 0]
+            raise ConfigError(
+                f"ep={self.ep} does not divide tp={self.tp}; use ep {', '.join(map(str, valid))}"
+            )
+
+    @property
+    def attention_dp(self) -> int:
+        """Data-parallel attention groups inside the instance; 1 unless both flags are given."""
+        return self.dp_size if self.enable_dp_attention else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
+    """One flag a key and alias of a configuration dataclass; absent flags parse to None."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        options = [f"--{n.replace('_', '-')}" for n in (f.name, *f.metadata["aliases"])]
+        kind, choices = _scalar(hints[f.name])
+        text = f.metadata["help"].replace("%", "%%")
+        if f.default not in (None, "", False):
+            text += f" (default {f.default})"
+        if kind is bool:
+            parser.add_argument(
+                *options, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=text
+            )
+        else:
+            parser.add_argument(*options, dest=f.name, type=kind, choices=choices, default=None, help=text)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigError(f"config={path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config={path}: not YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"config={path}: expected keys and values, got {type(values).__name__}")
+    return values
+
+
+def _by_name(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Aliases and dashes resolved. Raises ConfigError for unknown or doubly given keys."""
+    names = {alias: f.name for f in dataclasses.fields(cls) for alias in (f.name, *f.metadata["aliases"])}
+    out: dict[str, Any] = {}
+    for given, value in values.items():
+        name = names.get(str(given).replace("-", "_"))
+        if name is None:
+            raise ConfigError(
+                f"unknown key {given!r}; known keys: {', '.join(f.name for f in dataclasses.fields(cls))}"
+            )
+        if name in out:
+            raise ConfigError(f"{name} is given twice (once as {given!r})")
+        out[name] = value
+    return out
+
+
+def _scalar(hint: Any) -> tuple[type, list[Any] | None]:
+    """(type, choices) of a key's annotation: a scalar, a Literal of strings, or either with None."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    if typing.get_origin(hint) is Literal:
+        return str, list(typing.get_args(hint))
+    return hint, None
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    optional = type(None) in typing.get_args(hint)
+    if value is None and optional:
+        return
+    kind, choices = _scalar(hint)
+    if choices is not None and value not in choices:
+        raise ConfigError(f"{name}={value!r} is not valid; use one of {', '.join(map(repr, choices))}")
+    fits = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
+    if not fits or (kind is not bool and isinstance(value, bool)):
+        raise ConfigError(f"{name}={value!r} must be of type {kind.__name__}, got {type(value).__name__}")

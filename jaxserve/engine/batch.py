@@ -1,0 +1,284 @@
+"""The arrays of one step: how a plan becomes one buffer, and how the device reads it.
+
+Each dp rank's part of a step travels as one int32 row (floats are bit-cast), so a step costs one
+transfer however many fields it has. `Packing` names the fields once, for both sides.
+
+Fields are rank-local: slots, pages and token indices count within their rank. -1 is padding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.engine.plan import RankPlan
+from jaxserve.engine.request import Request
+
+NUM_BIASES = 384  # entries of a slot's logit-bias table; its stop tokens come first
+NUM_LOGPROB_IDS = 32  # most `token_ids_logprob` of a request
+NUM_TOP_LOGPROBS = 20  # most `top_logprobs_num` of a request
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The static shape of a step on one rank."""
+
+    rows: int  # decode rows
+    prefill_tokens: int
+    chunks: int  # prompts that the prefill tokens may belong to
+    num_samples: int  # rows that may be sampled: at least rows + chunks
+    block_size: int  # query tokens of an attention block
+
+    @property
+    def num_blocks(self) -> int:
+        """Enough for any split of the prefill tokens over `chunks` prompts, and never 0.
+
+        Partitioning a zero-sized array crashes XLA's CPU compiler (jaxlib 0.11.2).
+        """
+        if not self.prefill_tokens:
+            return 1
+        return min(self.prefill_tokens, self.prefill_tokens // self.block_size + self.chunks)
+
+    @property
+    def num_updates(self) -> int:
+        """Page-table entries that ride along; more go ahead in a program of their own."""
+        return self.rows + self.prefill_tokens // 8
+
+
+class Packing:
+    """Named fields of fixed length in one int32 row."""
+
+    def __init__(self, **fields: tuple[int, type]):
+        self.slices: dict[str, tuple[slice, type]] = {}
+        at = 0
+        for name, (length, dtype) in fields.items():
+            self.slices[name] = (slice(at, at + length), dtype)
+            at += length
+        self.length = at
+
+    def views(self, row: np.ndarray) -> dict[str, np.ndarray]:
+        """The fields of one rank's row, as writable views."""
+        return {name: row[part].view(dtype) for name, (part, dtype) in self.slices.items()}
+
+    def unpack(self, packed_RM: jax.Array) -> dict[str, jax.Array]:
+        """The fields of all ranks, each flat with the ranks one after the other."""
+        out = {}
+        for name, (part, dtype) in self.slices.items():
+            field = packed_RM[:, part].reshape(-1)
+            out[name] = jax.lax.bitcast_convert_type(field, jnp.float32) if dtype is np.float32 else field
+        return out
+
+
+def forward_packing(bucket: Bucket) -> Packing:
+    r, p, b = bucket.rows, bucket.prefill_tokens, bucket.num_blocks
+    i = np.int32
+    return Packing(
+        row_slot=(r, i),
+        row_len=(r, i),  # context length with the new token; 0 is padding
+        token=(p, i),
+        position=(p, i),
+        token_slot=(p, i),
+        block_slot=(b, i),
+        block_start=(b, i),
+        block_len=(b, i),
+        block_pos=(b, i),
+        sample_index=(bucket.num_samples, i),  # which of the T tokens is sampled from
+        update_slot=(bucket.num_updates, i),
+        update_index=(bucket.num_updates, i),
+        update_page=(bucket.num_updates, i),
+    )
+
+
+def pack_forward(bucket: Bucket, packing: Packing, plans: Sequence[RankPlan]) -> np.ndarray:
+    """[ranks, packing.length] for the forward program."""
+    packed = np.zeros((len(plans), packing.length), np.int32)
+    for row, plan in zip(packed, plans):
+        f = packing.views(row)
+        for name in ("row_slot", "token_slot", "block_slot", "update_slot"):
+            f[name].fill(-1)
+        n = len(plan.decode)
+        f["row_slot"][:n] = [r.slot for r in plan.decode]
+        f["row_len"][:n] = [r.computed for r in plan.decode]
+        f["sample_index"][:n] = np.arange(n)
+        at, block, sample = 0, 0, n
+        for chunk in plan.chunks:
+            end, slot = at + chunk.length, chunk.request.slot
+            f["token"][at:end] = chunk.request.tokens[chunk.start : chunk.start + chunk.length]
+            f["position"][at:end] = np.arange(chunk.start, chunk.start + chunk.length)
+            f["token_slot"][at:end] = slot
+            for offset in range(0, chunk.length, bucket.block_size):
+                f["block_slot"][block] = slot
+                f["block_start"][block] = at + offset
+                f["block_len"][block] = min(bucket.block_size, chunk.length - offset)
+                f["block_pos"][block] = chunk.start + offset
+                block += 1
+            if chunk.samples:
+                f["sample_index"][sample] = bucket.rows + end - 1
+                sample += 1
+            at = end
+        updates = plan.table_updates
+        if updates:
+            m = len(updates)
+            f["update_slot"][:m], f["update_index"][:m], f["update_page"][:m] = np.array(updates).T
+    return packed
+
+
+UPDATE_CHUNK = 1024
+UPDATE_PACKING = Packing(
+    update_slot=(UPDATE_CHUNK, np.int32),
+    update_index=(UPDATE_CHUNK, np.int32),
+    update_page=(UPDATE_CHUNK, np.int32),
+)
+
+
+def pack_overflow(plans: Sequence[RankPlan], room: int) -> list[np.ndarray]:
+    """Take the page-table entries beyond `room` a rank out of the plans, in buffers of their own."""
+    buffers = []
+    while any(len(plan.table_updates) > room for plan in plans):
+        packed = np.zeros((len(plans), UPDATE_PACKING.length), np.int32)
+        for row, plan in zip(packed, plans):
+            f = UPDATE_PACKING.views(row)
+            f["update_slot"].fill(-1)
+            if len(plan.table_updates) > room:
+                now, plan.table_updates = plan.table_updates[:UPDATE_CHUNK], plan.table_updates[UPDATE_CHUNK:]
+                m = len(now)
+                f["update_slot"][:m], f["update_index"][:m], f["update_page"][:m] = np.array(now).T
+        buffers.append(packed)
+    return buffers
+
+
+def sample_packing(num_samples: int, with_filters: bool, with_logprobs: bool) -> Packing:
+    n, i, f = num_samples, np.int32, np.float32
+    fields: dict[str, tuple[int, type]] = dict(slot=(n, i), position=(n, i), seed=(n, i), temperature=(n, f))
+    if with_filters:
+        fields |= dict(
+            top_k=(n, i), top_p=(n, f), min_p=(n, f), frequency=(n, f), presence=(n, f), repetition=(n, f),
+            first_bias=(n, i),
+        )  # fmt: skip
+    if with_logprobs:
+        fields |= dict(logprob_ids=(n * NUM_LOGPROB_IDS, i))
+    return Packing(**fields)
+
+
+def pack_sample(num_samples: int, packing: Packing, plans: Sequence[RankPlan]) -> np.ndarray:
+    """[ranks, packing.length] for a sample program; rows in the order of `RankPlan.sampled`."""
+    packed = np.zeros((len(plans), packing.length), np.int32)
+    for row, plan in zip(packed, plans):
+        f = packing.views(row)
+        f["slot"].fill(-1)
+        requests = plan.sampled
+        n = len(requests)
+        if not n:
+            continue
+        params = [r.spec.sampling for r in requests]
+        f["slot"][:n] = [r.slot for r in requests]
+        f["position"][:n] = [len(r.tokens) + r.pending - 1 for r in requests]
+        f["seed"][:n] = [r.seed for r in requests]
+        f["temperature"][:n] = [s.temperature for s in params]
+        if "top_k" in f:
+            f["top_p"].fill(1)
+            f["repetition"].fill(1)
+            f["top_k"][:n] = [s.top_k for s in params]
+            f["top_p"][:n] = [s.top_p for s in params]
+            f["min_p"][:n] = [s.min_p for s in params]
+            f["frequency"][:n] = [s.frequency_penalty for s in params]
+            f["presence"][:n] = [s.presence_penalty for s in params]
+            f["repetition"][:n] = [s.repetition_penalty for s in params]
+            f["first_bias"][:n] = [first_bias(r) for r in requests]
+        if "logprob_ids" in f:
+            ids = f["logprob_ids"].reshape(num_samples, NUM_LOGPROB_IDS)
+            for i, request in enumerate(requests):
+                wanted = request.spec.token_ids_logprob
+                ids[i, : len(wanted)] = wanted
+    return packed
+
+
+def first_bias(request: Request) -> int:
+    """Where a row's bias entries start: after its stop tokens once it may stop; -1: it has none."""
+    sampling = request.spec.sampling
+    if not needs_bias(request):
+        return -1
+    return 0 if request.num_outputs <= sampling.min_new_tokens else len(sampling.stop_token_ids)
+
+
+def bias_table(request: Request) -> tuple[np.ndarray, np.ndarray]:
+    """(token ids, what is added to their logits), padded with -1; stop tokens first, barred."""
+    ids = np.full(NUM_BIASES, -1, np.int32)
+    values = np.zeros(NUM_BIASES, np.float32)
+    sampling = request.spec.sampling
+    entries = [(t, -np.inf) for t in sampling.stop_token_ids] + list(sampling.logit_bias.items())
+    for i, (token, bias) in enumerate(entries):
+        ids[i], values[i] = token, bias
+    return ids, values
+
+
+def needs_filters(request: Request) -> bool:
+    """Whether a row needs more than a temperature."""
+    s = request.spec.sampling
+    return bool(
+        (s.temperature > 0 and (s.top_p < 1 or s.top_k > 0 or s.min_p > 0)) or needs_slot_state(request)
+    )
+
+
+def needs_slot_state(request: Request) -> bool:
+    """Whether sampling reads what was counted or set for the slot: penalties and biases."""
+    s = request.spec.sampling
+    return bool(s.frequency_penalty or s.presence_penalty or s.repetition_penalty != 1 or needs_bias(request))
+
+
+def needs_bias(request: Request) -> bool:
+    """Whether the slot's bias table is this request's; otherwise an earlier one's may still be there."""
+    s = request.spec.sampling
+    return bool(s.logit_bias or (s.min_new_tokens and s.stop_token_ids))
+
+
+def score_packing(bucket: Bucket) -> Packing:
+    """For the logprobs of prompt tokens: what follows each prefill token, and which ids are asked for."""
+    p, c = bucket.prefill_tokens, bucket.chunks
+    return Packing(target=(p, np.int32), chunk=(p, np.int32), ids=(c * NUM_LOGPROB_IDS, np.int32))
+
+
+def pack_score(bucket: Bucket, packing: Packing, plans: Sequence[RankPlan]) -> np.ndarray:
+    packed = np.zeros((len(plans), packing.length), np.int32)
+    for row, plan in zip(packed, plans):
+        f = packing.views(row)
+        ids = f["ids"].reshape(bucket.chunks, NUM_LOGPROB_IDS)
+        at = 0
+        for number, chunk in enumerate(plan.chunks):
+            following = chunk.request.tokens[chunk.start + 1 : chunk.start + chunk.length + 1]
+            f["target"][at : at + len(following)] = following
+            f["chunk"][at : at + chunk.length] = number
+            wanted = chunk.request.spec.token_ids_logprob
+            ids[number, : len(wanted)] = wanted
+            at += chunk.length
+    return packed
+
+
+PREPARE_TOKENS = 1024
+PREPARE_PACKING = Packing(
+    slot=(1, np.int32),  # -1: nothing to do on this rank
+    first=(1, np.int32),  # 1: forget what the slot counted before
+    prompt=(PREPARE_TOKENS, np.int32),
+    output=(PREPARE_TOKENS, np.int32),
+    bias_id=(NUM_BIASES, np.int32),
+    bias_value=(NUM_BIASES, np.float32),
+)
+
+
+def pack_prepare(num_ranks: int, request: Request) -> list[np.ndarray]:
+    """Buffers that set a slot's sampling state: what its tokens were so far, and its biases."""
+    prompt, output = request.tokens[: request.prompt_len], request.tokens[request.prompt_len :]
+    parts = range(0, max(len(prompt), len(output), 1), PREPARE_TOKENS)
+    buffers = []
+    for at in parts:
+        packed = np.full((num_ranks, PREPARE_PACKING.length), -1, np.int32)
+        f = PREPARE_PACKING.views(packed[request.rank])
+        f["slot"][0], f["first"][0] = request.slot, at == 0
+        for name, tokens in (("prompt", prompt), ("output", output)):
+            part = tokens[at : at + PREPARE_TOKENS]
+            f[name][: len(part)] = part
+        f["bias_id"][:], f["bias_value"][:] = bias_table(request)
+        buffers.append(packed)
+    return buffers

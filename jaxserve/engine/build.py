@@ -1,0 +1,193 @@
+"""The birth of an engine: devices, checkpoint, mesh, weights, KV pool, compiled programs.
+
+Whatever can be refused is refused before weights are read. `prepare_devices` must run before jax
+touches a backend.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import psutil
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxserve import mesh as meshes
+from jaxserve.config import ServerConfig
+from jaxserve.engine.blueprint import Blueprint, draw, read_dummy_config, refuse_unbuilt
+from jaxserve.engine.programs import ModelFunction
+from jaxserve.engine.runner import Runner, Sizes
+from jaxserve.engine.scheduler import Limits, Scheduler
+from jaxserve.engine.stats import Stats
+from jaxserve.layers.linear import Projections
+from jaxserve.messages import Info, Progress
+from jaxserve.weights import load, load_dummy, open_checkpoint
+
+logger = logging.getLogger(__name__)
+
+XLA_POOL_FRACTION = 0.94  # of GPU memory that XLA's allocator may use: static part and workspace
+
+Report = Callable[[Progress], None]
+
+
+def prepare_devices(config: ServerConfig) -> None:
+    """Choose the platform, virtual CPU devices and the compilation cache; before any backend exists."""
+    if config.device != "auto":
+        jax.config.update("jax_platforms", {"cpu": "cpu", "cuda": "cuda"}[config.device])
+    if config.device != "cpu":
+        # Only this instance's GPUs: XLA reserves memory on every GPU that it sees.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(config.base_gpu_id + config.tp)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[config.base_gpu_id :][: config.tp])
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(XLA_POOL_FRACTION))
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    with contextlib.suppress(RuntimeError):  # a backend exists already; make_mesh counts its devices
+        jax.config.update("jax_num_cpu_devices", config.tp)
+    cache = config.compile_cache_dir or os.path.join(
+        os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "jaxserve", "xla"
+    )
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def build(config: ServerConfig, report: Report) -> tuple[Scheduler, Runner, Info, Stats]:
+    """Everything an EngineLoop needs, ready to serve. Raises ConfigError or CheckpointError."""
+    begin_s = time.monotonic()
+    layout = meshes.layout_of(config)
+    refuse_unbuilt(config)
+    checkpoint = (
+        None if config.load_format == "dummy" else open_checkpoint(config.model_path, config.revision)
+    )
+    if checkpoint is None:
+        hf_config, generation_config, tokenizer_dir = read_dummy_config(config.model_path)
+    else:
+        hf_config, generation_config = checkpoint.config, checkpoint.generation_config
+        tokenizer_dir = str(checkpoint.tokenizer_dir)
+
+    devices = jax.devices()
+    on_cpu = devices[0].platform == "cpu"
+    mesh = meshes.make_mesh(layout, devices)
+    blueprint = draw(config, hf_config, mesh, on_cpu)
+    model, experts, dtype = blueprint.model, blueprint.experts, blueprint.dtype
+
+    def progress(done: int, total: int) -> None:
+        report(Progress("loading weights", done, total))
+
+    load_s = time.monotonic()
+    if checkpoint is None:
+        load_dummy(model, blueprint.sharding, config.random_seed, progress)
+    else:
+        load(model, checkpoint, blueprint.sharding, progress)
+    if mesh.size == 1:
+        for _, node in nnx.iter_graph(model):
+            if isinstance(node, Projections):
+                node.fuse()
+    load_s = time.monotonic() - load_s
+    graph, state = nnx.split(model)
+    leaves, treedef = jax.tree.flatten(state)
+    weight_bytes = sum(leaf.nbytes for leaf in leaves)
+
+    num_slots = blueprint.num_slots
+    num_pages = blueprint.num_pages(*_device_memory(blueprint))
+    max_req_len = blueprint.max_req_len(num_pages)
+    sizes = Sizes(
+        num_ranks=layout.dp,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        num_slots=num_slots,
+        pages_per_seq=-(-max_req_len // config.page_size),
+        vocab_size=model.vocab_size,
+    )
+    buckets = blueprint.buckets(num_pages)
+    pools = _make_pools(blueprint, num_pages)
+    function = ModelFunction(graph, treedef, experts, blueprint.expert_backend)
+    runner = Runner(function, leaves, pools, mesh, sizes, buckets)
+    compile_s = time.monotonic()
+    runner.compile_all(lambda done, total: report(Progress("compiling", done, total)))
+    compile_s = time.monotonic() - compile_s
+
+    limits = Limits(
+        num_pages=num_pages,
+        page_size=config.page_size,
+        num_slots=num_slots,
+        prefill_tokens=max(b.prefill_tokens for b in buckets),
+        prefill_chunks=max(b.chunks for b in buckets),
+        max_req_len=max_req_len,
+    )
+    stats = Stats(layout.dp)
+    _count_compiles(stats)
+    info = Info(
+        model_path=config.model_path,
+        architectures=list(hf_config.get("architectures", [])),
+        model_type=hf_config.get("model_type", ""),
+        dtype=jnp.dtype(dtype).name,
+        vocab_size=model.vocab_size,
+        context_len=blueprint.context_len,
+        eos_token_ids=_eos_ids(hf_config, generation_config),
+        tokenizer_dir=tokenizer_dir,
+        generation_config=generation_config,
+        page_size=config.page_size,
+        max_total_num_tokens=num_pages * config.page_size * layout.dp,
+        max_req_len=max_req_len,
+        max_running_requests=num_slots * layout.dp,
+        dp_size=layout.dp,
+        instance_id=uuid.uuid4().hex,
+        device_kind=devices[0].device_kind,
+        num_devices=layout.num_devices,
+        weight_bytes=weight_bytes,
+        kv_cache_bytes=blueprint.page_bytes * num_pages * layout.dp,
+        load_weights_s=load_s,
+        compile_s=compile_s,
+        startup_s=time.monotonic() - begin_s,
+    )
+    return Scheduler(limits, layout.dp, not config.disable_radix_cache), runner, info, stats
+
+
+def _eos_ids(hf_config: dict[str, Any], generation_config: dict[str, Any]) -> list[int]:
+    ids: list[int] = []
+    for source in (generation_config, hf_config):
+        value = source.get("eos_token_id")
+        ids += value if isinstance(value, list) else [] if value is None else [value]
+    return list(dict.fromkeys(ids))
+
+
+def _device_memory(blueprint: Blueprint) -> tuple[int, int]:
+    """(all, used) bytes of a device; on CPU the host's memory divided by the devices."""
+    if blueprint.on_cpu:
+        return psutil.virtual_memory().total // blueprint.mesh.size, blueprint.weight_bytes_of_device
+    stats = jax.devices()[0].memory_stats()
+    fraction = float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"])
+    return int(stats["bytes_limit"] / fraction), stats["bytes_in_use"]
+
+
+def _make_pools(blueprint: Blueprint, num_pages: int) -> tuple[jax.Array, jax.Array]:
+    def make(shape: tuple[int, ...], spec: PartitionSpec) -> jax.Array:
+        sharding = NamedSharding(blueprint.mesh, spec)
+        return jax.jit(lambda: jnp.zeros(shape, blueprint.dtype), out_shardings=sharding)()
+
+    first, second = blueprint.pool_layouts(num_pages)
+    return make(*first), make(*second)
+
+
+def _count_compiles(stats: Stats) -> None:
+    """From now on every compilation in the engine's loop is a bug that a metric shows.
+
+    jax calls the listener in the thread that compiles; others of the process may be a user's, or belong
+    to another engine.
+    """
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        in_loop = threading.get_ident() == stats.loop_thread
+        if in_loop and event == "/jax/core/compile/backend_compile_duration":
+            stats.compiles_after_ready += 1
+            logger.warning("a program was compiled after readiness")
+
+    jax.monitoring.register_event_duration_secs_listener(listen)

@@ -1,0 +1,300 @@
+"""The engine's life after start: receive, plan, launch, publish; one step ahead of the device.
+
+Step k+1 is planned and launched before step k's tokens are read, so the device never waits for the
+host. A stop condition is therefore seen one step late; the extra token is dropped.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from jaxserve.engine import batch
+from jaxserve.engine.cache_watch import CacheWatch
+from jaxserve.engine.request import Request
+from jaxserve.engine.runner import Runner, Step, StepResult
+from jaxserve.engine.scheduler import Scheduler
+from jaxserve.engine.stats import Stats
+from jaxserve.messages import (
+    Abort,
+    CacheEvents,
+    Call,
+    Drain,
+    Finish,
+    FromEngine,
+    Generate,
+    Info,
+    Logprobs,
+    Output,
+    Outputs,
+    RankLoad,
+    Reply,
+    ToEngine,
+)
+
+logger = logging.getLogger(__name__)
+
+LOAD_INTERVAL_S = 0.02  # between two reports of the load; one costs a walk over the waiting requests
+
+
+class Endpoint(Protocol):
+    """The engine's end of the wire."""
+
+    def receive(self, timeout_s: float | None) -> list[ToEngine]:
+        """Every message that has come; waits for the first up to `timeout_s` (None: for ever)."""
+        ...
+
+    def send(self, message: FromEngine) -> None: ...
+
+
+class EngineLoop:
+    """Owns the scheduler and the runner; the only thread that touches them."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        endpoint: Endpoint,
+        info: Info,
+        stats: Stats,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.scheduler = scheduler
+        self.runner = runner
+        self.info = info
+        self.stats = stats
+        self._endpoint = endpoint
+        self._clock = clock
+        self._in_flight: Step | None = None
+        self._drain_until_s: float | None = None
+        self._prompt_logprobs: dict[str, list[Logprobs]] = {}
+        self._cache_watch = CacheWatch([rank.tree for rank in scheduler.ranks])
+        self._load_told_s = 0.0
+
+    def run(self) -> None:
+        """Serve until a Drain is done."""
+        self.stats.loop_thread = threading.get_ident()
+        try:
+            while not self._drained():
+                self._receive()
+                self._step()
+        finally:
+            self.stats.loop_thread = None
+
+    # ---- messages ----
+
+    def _receive(self) -> None:
+        busy = self._in_flight is not None or self.scheduler.has_work
+        if not busy:
+            self.scheduler.check()  # the audit runs when there is nothing better to do
+        for message in self._endpoint.receive(0 if busy or self._drain_until_s is not None else None):
+            match message:
+                case Generate():
+                    self._submit(message)
+                case Abort():
+                    self._abort(list(self.scheduler.requests) if message.all else message.rids)
+                case Call():
+                    self._endpoint.send(self._answer(message))
+                case Drain():
+                    self._drain_until_s = self._clock() + message.grace_s
+
+    def _submit(self, spec: Generate) -> None:
+        refusal = self._refusal(spec)
+        if refusal is None:
+            self.scheduler.submit(spec)
+            return
+        finish = Finish("abort", message=refusal, status_code=400)
+        self._endpoint.send(Outputs([Output(spec.rid, finish=finish, prompt_tokens=len(spec.input_ids))]))
+
+    def _refusal(self, spec: Generate) -> str | None:
+        """Why a request cannot be taken; the HTTP process checks most of it before."""
+        length, done, limit = len(spec.input_ids), len(spec.output_ids), self.info.max_req_len
+        sampling = spec.sampling
+        if not length:
+            return "input_ids is empty"
+        if length >= limit:
+            return f"the prompt has {length} tokens; this server takes at most {limit - 1}"
+        if length + sampling.max_new_tokens > limit:
+            return (
+                f"prompt ({length} tokens) plus max_new_tokens ({sampling.max_new_tokens}) exceed "
+                f"the limit of {limit} tokens"
+            )
+        if sampling.max_new_tokens < 1:
+            return f"max_new_tokens={sampling.max_new_tokens} must be at least 1"
+        if done >= sampling.max_new_tokens:
+            return f"output_ids has {done} tokens already; max_new_tokens is {sampling.max_new_tokens}"
+        bad = [
+            t
+            for t in (*spec.input_ids, *spec.output_ids, *sampling.logit_bias, *spec.token_ids_logprob)
+            if not 0 <= t < self.info.vocab_size
+        ]
+        if bad:
+            return f"token id {bad[0]} is outside the vocabulary of {self.info.vocab_size}"
+        if len(sampling.logit_bias) + len(sampling.stop_token_ids) > batch.NUM_BIASES:
+            return f"logit_bias and stop_token_ids have more than {batch.NUM_BIASES} entries together"
+        if not 0 <= spec.top_logprobs_num <= batch.NUM_TOP_LOGPROBS:
+            return f"top_logprobs_num={spec.top_logprobs_num} must lie in 0..{batch.NUM_TOP_LOGPROBS}"
+        if len(spec.token_ids_logprob) > batch.NUM_LOGPROB_IDS:
+            return f"token_ids_logprob has more than {batch.NUM_LOGPROB_IDS} entries"
+        if spec.dp_rank is not None and not 0 <= spec.dp_rank < len(self.scheduler.ranks):
+            return f"routed_dp_rank={spec.dp_rank} must lie in 0..{len(self.scheduler.ranks) - 1}"
+        return None
+
+    def _abort(
+        self, rids: list[str], message: str = "aborted by the client", status: int | None = None
+    ) -> None:
+        finish = Finish("abort", message=message, status_code=status)
+        ended = [r for rid in rids if (r := self.scheduler.abort(rid, finish))]
+        self.stats.aborted += len(ended)
+        if ended:
+            self._tell_cache_events()
+            self._endpoint.send(Outputs([self._output(r, []) for r in ended], self._due_loads()))
+        for request in ended:
+            self._prompt_logprobs.pop(request.spec.rid, None)
+
+    def _answer(self, call: Call) -> Reply:
+        match call.method:
+            case "flush_cache":
+                if self._in_flight is not None or self.scheduler.has_work:
+                    running = len(self.scheduler.requests)
+                    return Reply(call.call_id, False, message=f"not flushed: {running} requests are pending")
+                pages = self.scheduler.flush()
+                self._tell_cache_events()
+                return Reply(call.call_id, True, pages)
+            case "loads":
+                return Reply(call.call_id, True, self.stats.loads(self.scheduler, self.info))
+            case "stats":
+                return Reply(call.call_id, True, self.stats.snapshot(self.scheduler))
+            case "watch_cache":
+                self._cache_watch.start()
+                self._tell_cache_events()
+                return Reply(call.call_id, True)
+
+    def _drained(self) -> bool:
+        if self._drain_until_s is None:
+            return False
+        if self._clock() > self._drain_until_s and self.scheduler.has_work:
+            self._abort(list(self.scheduler.requests), "the server is shutting down", 503)
+        return not self.scheduler.has_work and self._in_flight is None
+
+    # ---- steps ----
+
+    def _step(self) -> None:
+        plan = self.scheduler.plan()
+        step = self.runner.launch(plan) if plan is not None else None
+        self._tell_cache_events()
+        if self._in_flight is not None:
+            self._publish(self._in_flight)
+        elif step is None and self.scheduler.has_work:
+            raise AssertionError(f"{len(self.scheduler.requests)} requests wait and none can be planned")
+        self._in_flight = step
+
+    def _publish(self, step: Step) -> None:
+        result = self.runner.read(step)
+        self._keep_prompt_logprobs(step, result)
+        rows = {
+            id(request): (rank, row)
+            for rank, plan in enumerate(step.plan.ranks)
+            for row, request in enumerate(plan.sampled)
+        }
+        outputs = []
+        for request, token in self.scheduler.retire(step.plan, result.tokens):
+            rank, row = rows[id(request)]
+            logprobs = (
+                _sample_logprobs(request, result.sampled[rank], row) if request.spec.return_logprob else None
+            )
+            outputs.append(self._output(request, [token], logprobs))
+        self.stats.record_step(step.plan, outputs, self._clock())
+        if outputs:
+            self._tell_cache_events()
+            self._endpoint.send(Outputs(outputs, self._due_loads()))
+
+    def _tell_cache_events(self) -> None:
+        if events := self._cache_watch.take():
+            self._endpoint.send(CacheEvents(events))
+
+    def _due_loads(self) -> list[RankLoad]:
+        """The ranks' loads when some time has passed since they were told, or when nothing is left to do."""
+        now_s = self._clock()
+        if now_s - self._load_told_s < LOAD_INTERVAL_S and self.scheduler.has_work:
+            return []
+        self._load_told_s = now_s
+        return self.stats.brief_loads(self.scheduler)
+
+    def _output(self, request: Request, tokens: list[int], logprobs: Logprobs | None = None) -> Output:
+        first = not request.first_output_sent
+        request.first_output_sent = True
+        waited = None
+        if first and request.admitted_s is not None:
+            waited = request.admitted_s - request.arrival_s
+        return Output(
+            rid=request.spec.rid,
+            token_ids=tokens,
+            finish=request.finish,
+            prompt_tokens=request.prompt_len,
+            cached_tokens=max(request.cached_tokens, 0),
+            dp_rank=request.rank,
+            num_retractions=request.num_retractions,
+            logprobs=logprobs,
+            prompt_logprobs=self._take_prompt_logprobs(request) if first else None,
+            queue_time_s=waited,
+        )
+
+    # ---- logprobs ----
+
+    def _keep_prompt_logprobs(self, step: Step, result: StepResult) -> None:
+        """Collect the scores of a step's prompt chunks until the request's first output.
+
+        A prompt that was retracted between its chunks comes again, from the first wanted score on.
+        """
+        if result.scored is None:
+            return
+        for plan, scored in zip(step.plan.ranks, result.scored):
+            at = 0
+            for chunk in plan.chunks:
+                spec = chunk.request.spec
+                if chunk.request.wants_prompt_logprobs and chunk.request.finish is None:
+                    first = max(spec.logprob_start_len, 1)  # nothing comes before the first token
+                    begin = max(chunk.start, first - 1)
+                    end = min(chunk.start + chunk.length, chunk.request.prompt_len - 1)
+                    rows = slice(at + begin - chunk.start, at + max(begin, end) - chunk.start)
+                    part = _logprobs(spec, {name: array[rows] for name, array in scored.items()})
+                    before = [] if chunk.start < first else self._prompt_logprobs[spec.rid]
+                    self._prompt_logprobs[spec.rid] = [*before, part]
+                at += chunk.length
+
+    def _take_prompt_logprobs(self, request: Request) -> Logprobs | None:
+        spec = request.spec
+        parts = self._prompt_logprobs.pop(spec.rid, [])
+        if not spec.return_logprob or spec.logprob_start_len < 0:
+            return None
+        if spec.logprob_start_len == 0:
+            parts = [
+                Logprobs([None], [[]] * bool(spec.top_logprobs_num), [[]] * bool(spec.token_ids_logprob)),
+                *parts,
+            ]
+        return Logprobs(
+            values=[v for part in parts for v in part.values],
+            top=[t for part in parts for t in part.top],
+            ids=[i for part in parts for i in part.ids],
+        )
+
+
+def _sample_logprobs(request: Request, sampled: dict[str, np.ndarray], row: int) -> Logprobs:
+    return _logprobs(request.spec, {name: array[row : row + 1] for name, array in sampled.items()})
+
+
+def _logprobs(spec: Generate, rows: dict[str, np.ndarray]) -> Logprobs:
+    """The part of some rows' logprobs that a request asked for."""
+    values = rows["logprob"].tolist()
+    top: list[list[tuple[float, int]]] = []
+    ids: list[list[tuple[float, int]]] = []
+    if k := spec.top_logprobs_num:
+        pairs = zip(rows["top"][:, :k].tolist(), rows["top_ids"][:, :k].tolist())
+        top = [list(zip(logprobs, tokens)) for logprobs, tokens in pairs]
+    if wanted := spec.token_ids_logprob:
+        ids = [list(zip(logprobs, wanted)) for logprobs in rows["ids"][:, : len(wanted)].tolist()]
+    return Logprobs(values=values, top=top, ids=ids)

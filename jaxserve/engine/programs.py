@@ -1,0 +1,292 @@
+"""The device programs of a step, as functions to be compiled: forward, sample, score and upkeep.
+
+Arrays of all dp ranks are joined on axis 0. What is indexed by a rank's own slots or tokens runs
+under `shard_map`; the rest is partitioned by XLA.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxserve.engine.batch import (
+    NUM_LOGPROB_IDS,
+    NUM_TOP_LOGPROBS,
+    PREPARE_PACKING,
+    UPDATE_PACKING,
+    Bucket,
+    Packing,
+)
+from jaxserve.layers.attention import StepContext
+from jaxserve.layers.moe import ExpertSpec
+from jaxserve.ops import sampling
+from jaxserve.parallel.dispatch import Backend
+
+SCORE_ROWS = 128  # prompt tokens whose logits exist at a time
+
+
+@dataclass(frozen=True)
+class ModelFunction:
+    """A model's structure, apart from its weights: `call(leaves)` is the model inside jit.
+
+    `experts` is the model's ExpertSpec when it has any; `expert_backend` says how tokens reach them.
+    """
+
+    graph: Any
+    treedef: Any
+    experts: ExpertSpec | None = None
+    expert_backend: Backend = "none"
+
+    def call(self, leaves: list[jax.Array]) -> Any:
+        return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, leaves))
+
+
+def per_rank(mesh: Mesh | None, function: Callable, *args: Any) -> Any:
+    """Run `function` on each dp rank's part (axis 0) of every argument and result."""
+    if mesh is None:
+        return function(*args)
+    spec = PartitionSpec("dp")
+    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*args)
+
+
+# ---- forward ----
+
+
+def forward(
+    model: ModelFunction,
+    bucket: Bucket,
+    packing: Packing,
+    sizes: tuple[int, int],  # pages a layer, tokens a page
+    mesh: Mesh | None,
+    leaves: list[jax.Array],
+    key_pages: jax.Array,
+    value_pages: jax.Array,
+    table_SN: jax.Array,
+    expert_load: tuple[jax.Array, ...],
+    last_token_S: jax.Array,
+    packed_RM: jax.Array,
+) -> tuple[Any, ...]:
+    """One step without sampling.
+
+    Returns the pools, the page table, the experts' load, the hidden states of the sample rows and,
+    when the bucket has any, those of the prefill tokens (for prompt logprobs). `expert_load` is
+    empty for a dense model, else (uint32 [ranks * L, E],): how often each expert was chosen.
+    """
+    f = packing.unpack(packed_RM)
+    table_SN = per_rank(mesh, _set_entries, table_SN, f["update_slot"], f["update_index"], f["update_page"])
+    last_R = per_rank(mesh, lambda last, slot: last[jnp.maximum(slot, 0)], last_token_S, f["row_slot"])
+
+    def join(row_R: jax.Array, token_P: jax.Array) -> jax.Array:
+        if not bucket.prefill_tokens:
+            return row_R
+        return per_rank(mesh, lambda row, token: jnp.concatenate([row, token]), row_R, token_P)
+
+    token_T = join(last_R, f["token"])
+    step = StepContext(
+        key_pages=key_pages,
+        value_pages=value_pages,
+        page_table_SN=table_SN,
+        position_T=join(jnp.maximum(f["row_len"] - 1, 0), f["position"]),
+        slot_T=join(f["row_slot"], f["token_slot"]),
+        R=bucket.rows,
+        context_len_R=f["row_len"],
+        block_slot_B=f["block_slot"],
+        block_start_B=f["block_start"],
+        block_len_B=f["block_len"],
+        block_pos_B=f["block_pos"],
+        block_size=bucket.block_size,
+        num_pages=sizes[0],
+        page_size=sizes[1],
+        mesh=mesh,
+        expert_backend=model.expert_backend,
+    )
+    hidden_TD = model.call(leaves)(token_T, step)
+    samples_SD = per_rank(mesh, lambda hidden, index: hidden[index], hidden_TD, f["sample_index"])
+    if model.experts is not None:
+        (load_LE,) = expert_load
+        expert_load = (load_LE + step.expert_load(model.experts.num_experts),)
+    out = step.key_pages, step.value_pages, table_SN, expert_load, samples_SD
+    if not bucket.prefill_tokens:
+        return out
+    return *out, per_rank(mesh, lambda hidden: hidden[bucket.rows :], hidden_TD)
+
+
+def _set_entries(table_SN: jax.Array, slot_U: jax.Array, index_U: jax.Array, page_U: jax.Array) -> jax.Array:
+    slot_U = jnp.where(slot_U < 0, table_SN.shape[0], slot_U)
+    return table_SN.at[slot_U, index_U].set(page_U, mode="drop")
+
+
+def update_table(mesh: Mesh | None, table_SN: jax.Array, packed_RM: jax.Array) -> jax.Array:
+    f = UPDATE_PACKING.unpack(packed_RM)
+    return per_rank(mesh, _set_entries, table_SN, f["update_slot"], f["update_index"], f["update_page"])
+
+
+# ---- sampling ----
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which work a sample program includes; rows that need less get the same answer from any."""
+
+    name: str
+    random: bool
+    filters: bool  # top-k, top-p, min-p, penalties, biases
+    logprobs: bool
+
+
+GREEDY = Variant("greedy", random=False, filters=False, logprobs=False)
+RANDOM = Variant("random", random=True, filters=False, logprobs=False)
+FULL = Variant("full", random=True, filters=True, logprobs=False)
+LOGPROBS = Variant("logprobs", random=True, filters=True, logprobs=True)
+VARIANTS = (GREEDY, RANDOM, FULL, LOGPROBS)
+
+SlotState = dict[str, jax.Array]
+"""What sampling keeps of each slot: `output_count` and `in_prompt` [S, V], `bias_id` and `bias_value`
+[S, NUM_BIASES]. Only slots whose request asks for penalties or biases have theirs set."""
+
+
+def sample(
+    model: ModelFunction,
+    variant: Variant,
+    packing: Packing,
+    mesh: Mesh | None,
+    leaves: list[jax.Array],
+    samples_SD: jax.Array,
+    last_token_S: jax.Array,
+    slots: SlotState,
+    packed_RM: jax.Array,
+) -> tuple[jax.Array, SlotState, dict[str, jax.Array]]:
+    """Choose one token a row. Returns last_token, the slots' state, and what the host reads."""
+    f = packing.unpack(packed_RM)
+    raw_SV = logits_SV = model.call(leaves).logits(samples_SD)
+    if variant.filters:
+        logits_SV = per_rank(mesh, _with_slot_state, logits_SV, slots, f)
+    if not variant.random:
+        token_S = sampling.greedy(logits_SV)
+    else:
+        uniform_S = sampling.uniform(f["seed"], f["position"])
+        if variant.filters:
+            token_S = sampling.sample(
+                logits_SV, uniform_S, f["temperature"], f["top_k"], f["top_p"], f["min_p"]
+            )
+        else:
+            token_S = sampling.sample_temperature(logits_SV, uniform_S, f["temperature"])
+    last_token_S = per_rank(mesh, _set_rows, last_token_S, f["slot"], token_S)
+    out = {"token": token_S}
+    if variant.filters:
+        count_SV = per_rank(mesh, _count_rows, slots["output_count"], f["slot"], token_S)
+        slots = {**slots, "output_count": count_SV}
+    if variant.logprobs:
+        ids_SI = f["logprob_ids"].reshape(-1, NUM_LOGPROB_IDS)
+        out |= _logprobs(raw_SV, token_S, ids_SI)
+    return last_token_S, slots, out
+
+
+def _set_rows(last_S: jax.Array, slot_R: jax.Array, token_R: jax.Array) -> jax.Array:
+    return last_S.at[jnp.where(slot_R < 0, last_S.shape[0], slot_R)].set(token_R, mode="drop")
+
+
+def _count_rows(count_SV: jax.Array, slot_R: jax.Array, token_R: jax.Array) -> jax.Array:
+    slot_R = jnp.where(slot_R < 0, count_SV.shape[0], slot_R)
+    return count_SV.at[slot_R, token_R].add(1, mode="drop")
+
+
+def _with_slot_state(logits_RV: jax.Array, slots: SlotState, f: dict[str, jax.Array]) -> jax.Array:
+    """Penalties and biases; rows without them keep their logits, whatever their slot holds."""
+    slot_R = jnp.maximum(f["slot"], 0)
+    logits_RV = sampling.penalize(
+        logits_RV,
+        slots["output_count"][slot_R],
+        slots["in_prompt"][slot_R],
+        f["frequency"],
+        f["presence"],
+        f["repetition"],
+    )
+    bias_id_RB, bias_RB = slots["bias_id"][slot_R], slots["bias_value"][slot_R]
+    number_B = jnp.arange(bias_id_RB.shape[1])
+    first_R = f["first_bias"]
+    active_RB = (number_B >= first_R[:, None]) & (first_R[:, None] >= 0) & (bias_id_RB >= 0)
+    column_RB = jnp.where(active_RB, bias_id_RB, logits_RV.shape[1])
+    row_RB = jnp.broadcast_to(jnp.arange(slot_R.shape[0])[:, None], column_RB.shape)
+    return logits_RV.at[row_RB, column_RB].add(bias_RB, mode="drop")
+
+
+def _logprobs(logits_RV: jax.Array, token_R: jax.Array, ids_RI: jax.Array) -> dict[str, jax.Array]:
+    """Of the model's own distribution: before temperature, penalties and filters."""
+    logprob_RV = jax.nn.log_softmax(logits_RV)
+    top_RK, top_ids_RK = sampling.top_logprobs(logits_RV, min(NUM_TOP_LOGPROBS, logits_RV.shape[1]))
+    return {
+        "logprob": jnp.take_along_axis(logprob_RV, token_R[:, None], 1)[:, 0],
+        "top": top_RK,
+        "top_ids": top_ids_RK,
+        "ids": jnp.take_along_axis(logprob_RV, ids_RI, 1),
+    }
+
+
+# ---- prompt logprobs ----
+
+
+def score(
+    model: ModelFunction,
+    packing: Packing,
+    mesh: Mesh | None,
+    leaves: list[jax.Array],
+    prefill_PD: jax.Array,
+    packed_RM: jax.Array,
+) -> dict[str, jax.Array]:
+    """Logprobs of the token after each prefill token, SCORE_ROWS rows of logits at a time."""
+    f = packing.unpack(packed_RM)
+    module = model.call(leaves)
+    num_ranks, total = packed_RM.shape[0], prefill_PD.shape[0]
+    rows = min(SCORE_ROWS, total // num_ranks)
+    ids_PI = per_rank(mesh, lambda ids, chunk: ids.reshape(-1, NUM_LOGPROB_IDS)[chunk], f["ids"], f["chunk"])
+
+    def split(x: jax.Array) -> jax.Array:
+        """[ranks * P, ...] -> [P / rows, ranks * rows, ...], each rank's rows staying on it."""
+        x = x.reshape(num_ranks, -1, rows, *x.shape[1:])
+        return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], num_ranks * rows, *x.shape[3:])
+
+    def join(x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0], num_ranks, rows, *x.shape[2:])
+        return jnp.swapaxes(x, 0, 1).reshape(total, *x.shape[3:])
+
+    def part(args: tuple[jax.Array, jax.Array, jax.Array]) -> dict[str, jax.Array]:
+        hidden_CD, target_C, ids_CI = args
+        return _logprobs(module.logits(hidden_CD), target_C, ids_CI)
+
+    return jax.tree.map(join, jax.lax.map(part, (split(prefill_PD), split(f["target"]), split(ids_PI))))
+
+
+# ---- a slot's sampling state ----
+
+
+def prepare_slot(mesh: Mesh | None, slots: SlotState, packed_RM: jax.Array) -> SlotState:
+    """Count the tokens of a request that has just got a slot, and set its biases."""
+    return per_rank(mesh, _prepare_rank, slots, packed_RM)
+
+
+def _prepare_rank(slots: SlotState, packed_1M: jax.Array) -> SlotState:
+    f = PREPARE_PACKING.unpack(packed_1M)
+    num_slots, vocab_size = slots["output_count"].shape
+    slot = jnp.where(f["slot"][0] < 0, num_slots, f["slot"][0])
+    keep = f["first"][0] == 0
+    read = jnp.minimum(slot, num_slots - 1)
+
+    def columns(token: jax.Array) -> jax.Array:
+        return jnp.where(token < 0, vocab_size, token)
+
+    count_V = jnp.where(keep, slots["output_count"][read], 0)
+    count_V = count_V.at[columns(f["output"])].add(1, mode="drop")
+    in_prompt_V = jnp.where(keep, slots["in_prompt"][read], False)
+    in_prompt_V = in_prompt_V.at[columns(f["prompt"])].set(True, mode="drop")
+    values = {
+        "output_count": count_V,
+        "in_prompt": in_prompt_V,
+        "bias_id": f["bias_id"],
+        "bias_value": f["bias_value"],
+    }
+    return {name: slots[name].at[slot].set(value, mode="drop") for name, value in values.items()}

@@ -1,0 +1,67 @@
+"""One request inside the engine: its tokens, its place in the pool, and how far it has come."""
+
+from dataclasses import dataclass, field
+
+from jaxserve.engine.radix import Node
+from jaxserve.messages import Finish, Generate
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """Mutable state of a sequence, owned by the scheduler.
+
+    `tokens` are the prompt, the output that came with the request, and every sampled token that has
+    been read back; `pending` more were sampled by launched steps and are still on the device.
+    `computed` positions have their KV written by launched steps.
+    """
+
+    spec: Generate
+    rank: int
+    seed: int
+    arrival: int  # order of arrival; with the priority it decides who goes first
+    arrival_s: float
+    tokens: list[int] = field(default_factory=list)
+    slot: int = -1  # row of the device-side tables while running
+    pages: list[int] = field(default_factory=list)
+    node: Node | None = None  # locked end of the shared prefix
+    num_shared: int = 0  # leading `pages` that belong to the prefix tree
+    computed: int = 0
+    pending: int = 0
+    in_prefill: bool = False  # admitted, and its last known token is not planned yet
+    finish: Finish | None = None
+    cached_tokens: int = -1  # prompt tokens found in the cache at first admission; -1 before it
+    num_retractions: int = 0
+    admitted_s: float | None = None
+    first_output_sent: bool = False
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts first who is served first and retracted last."""
+        return -self.spec.priority, self.arrival
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.spec.input_ids)
+
+    @property
+    def num_outputs(self) -> int:
+        """Output tokens, those still on the device included."""
+        return len(self.tokens) + self.pending - self.prompt_len
+
+    @property
+    def wants_decode(self) -> bool:
+        """Whether a further token may be sampled; False while the last one allowed is on its way."""
+        return not self.in_prefill and self.num_outputs < self.spec.sampling.max_new_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt tokens are to be scored; a resumed request has sent them already."""
+        return self.spec.return_logprob and self.spec.logprob_start_len >= 0 and not self.first_output_sent
+
+    @property
+    def reuse_limit(self) -> int:
+        """Leading tokens that may come from the cache: not the last, nor any that scores the one after it."""
+        limit = len(self.tokens) - 1
+        if self.wants_prompt_logprobs:
+            limit = min(limit, max(self.spec.logprob_start_len - 1, 0))
+        return limit

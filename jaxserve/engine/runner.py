@@ -1,0 +1,336 @@
+"""Carries out step plans on the devices: owns the arrays, compiles the programs, launches, reads.
+
+Everything is compiled before the first request: `compile_all` goes through every program in every
+bucket, in parallel threads, into the persistent cache. `launch` only picks, packs and calls.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxserve.engine import batch, programs
+from jaxserve.engine.batch import Bucket
+from jaxserve.engine.plan import StepPlan
+from jaxserve.engine.programs import FULL, GREEDY, LOGPROBS, RANDOM, VARIANTS, ModelFunction, Variant
+from jaxserve.engine.request import Request
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the arrays of one dp rank hold."""
+
+    num_ranks: int
+    num_pages: int
+    page_size: int
+    num_slots: int
+    pages_per_seq: int
+    vocab_size: int
+
+
+@dataclass(slots=True)
+class Step:
+    """A launched step; its results are still on the device."""
+
+    plan: StepPlan
+    bucket: Bucket
+    sampled: dict[str, jax.Array]
+    scored: dict[str, jax.Array] | None
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step produced, per rank: tokens in the order of `RankPlan.sampled`, and logprobs by row."""
+
+    tokens: list[list[int]]
+    sampled: list[dict[str, np.ndarray]]  # empty dicts unless logprobs were computed
+    scored: list[dict[str, np.ndarray]] | None  # by prefill token
+
+
+class Runner:
+    """One model instance on its mesh.
+
+    Args:
+        pools: (key_pages, value_pages), see `jaxserve.layers.kv.pool_layouts`.
+        mesh: of shape (dp, ep, tp); its arrays' placement is fixed here.
+    """
+
+    def __init__(
+        self,
+        model: ModelFunction,
+        leaves: list[jax.Array],
+        pools: tuple[jax.Array, jax.Array],
+        mesh: Mesh,
+        sizes: Sizes,
+        buckets: Sequence[Bucket],
+    ):
+        self.sizes = sizes
+        self.buckets = sorted(buckets, key=lambda b: (b.prefill_tokens, b.rows))
+        self._model = model
+        self._leaves = leaves
+        self._mesh = mesh
+        self._map_mesh = mesh if mesh.size > 1 else None  # on one device nothing needs shard_map
+        self._by_rank = NamedSharding(mesh, PartitionSpec("dp"))
+        self._key_pages, self._value_pages = pools
+        rows = sizes.num_ranks * sizes.num_slots
+        self._table = self._zeros((rows, sizes.pages_per_seq), np.int32)
+        self._last_token = self._zeros((rows,), np.int32)
+        self._slots = {
+            "output_count": self._zeros((rows, sizes.vocab_size), np.int16),
+            "in_prompt": self._zeros((rows, sizes.vocab_size), np.bool_),
+            "bias_id": self._zeros((rows, batch.NUM_BIASES), np.int32),
+            "bias_value": self._zeros((rows, batch.NUM_BIASES), np.float32),
+        }
+        self._expert_load: tuple[jax.Array, ...] = ()
+        if (experts := model.experts) is not None:
+            shape = (sizes.num_ranks * experts.num_layers, experts.num_experts)
+            self._expert_load = (self._zeros(shape, np.uint32),)
+            self._load_seen = np.zeros(shape, np.uint32)
+            self._load_total = np.zeros((experts.num_layers, experts.num_experts), np.uint64)
+        self._forward_packing = {b: batch.forward_packing(b) for b in self.buckets}
+        self._score_packing = {b: batch.score_packing(b) for b in self.buckets if b.prefill_tokens}
+        self._sample_packing = {
+            (b.num_samples, v): batch.sample_packing(b.num_samples, v.filters, v.logprobs)
+            for b in self.buckets
+            for v in VARIANTS
+        }
+        self._programs: dict[Any, Callable] = {}
+
+    # ---- a step ----
+
+    def launch(self, plan: StepPlan) -> Step:
+        """Start a step; returns at once. Results come from `read`."""
+        bucket = self._choose_bucket(plan)
+        for packed in batch.pack_overflow(plan.ranks, bucket.num_updates):
+            self._table = self._programs["update_table"](self._table, self._put(packed))
+        for rank in plan.ranks:
+            for request in rank.admitted:
+                if batch.needs_slot_state(request):
+                    self._prepare(request)
+        packed = batch.pack_forward(bucket, self._forward_packing[bucket], plan.ranks)
+        self._key_pages, self._value_pages, self._table, self._expert_load, samples, *prefill = (
+            self._programs[bucket](
+                self._leaves,
+                self._key_pages,
+                self._value_pages,
+                self._table,
+                self._expert_load,
+                self._last_token,
+                self._put(packed),
+            )
+        )
+        requests = [request for rank in plan.ranks for request in rank.sampled]
+        sampled = self._sample(plan, bucket, choose_variant(requests), samples) if requests else {}
+        scored = None
+        if any(chunk.request.wants_prompt_logprobs for rank in plan.ranks for chunk in rank.chunks):
+            packed = batch.pack_score(bucket, self._score_packing[bucket], plan.ranks)
+            scored = self._programs["score", bucket](self._leaves, *prefill, self._put(packed))
+        for array in [*sampled.values(), *(scored or {}).values()]:
+            array.copy_to_host_async()
+        return Step(plan, bucket, sampled, scored)
+
+    def _sample(
+        self, plan: StepPlan, bucket: Bucket, variant: Variant, samples: jax.Array
+    ) -> dict[str, jax.Array]:
+        key = bucket.num_samples, variant
+        packed = batch.pack_sample(bucket.num_samples, self._sample_packing[key], plan.ranks)
+        slots = self._slots if variant.filters else {}
+        self._last_token, slots, out = self._programs[key](
+            self._leaves, samples, self._last_token, slots, self._put(packed)
+        )
+        if variant.filters:
+            self._slots = slots
+        return out
+
+    def _prepare(self, request: Request) -> None:
+        for packed in batch.pack_prepare(self.sizes.num_ranks, request):
+            self._slots = self._programs["prepare_slot"](self._slots, self._put(packed))
+
+    def read(self, step: Step) -> StepResult:
+        """Wait for a step and bring its results to the host."""
+        sampled = {name: np.asarray(array) for name, array in step.sampled.items()}
+        token = sampled.pop("token", np.zeros(0, np.int32))
+        n, p = step.bucket.num_samples, step.bucket.prefill_tokens
+        ranks = range(self.sizes.num_ranks)
+        counts = [len(rank.sampled) for rank in step.plan.ranks]
+        scored = None
+        if step.scored is not None:
+            whole = {name: np.asarray(array) for name, array in step.scored.items()}
+            scored = [{name: a[r * p : (r + 1) * p] for name, a in whole.items()} for r in ranks]
+        return StepResult(
+            tokens=[token[r * n : r * n + counts[r]].tolist() for r in ranks],
+            sampled=[{name: a[r * n : (r + 1) * n] for name, a in sampled.items()} for r in ranks],
+            scored=scored,
+        )
+
+    def expert_load(self) -> np.ndarray:
+        """Tokens that chose each expert since the start, uint64 [layers with experts, E].
+
+        Waits for the launched steps. The device's counters wrap at 2**32; what is added here are
+        differences, so a read within every 2**32 tokens keeps the totals right.
+        """
+        assert self._expert_load, "a dense model has no experts"
+        now = np.asarray(self._expert_load[0])
+        new = (now - self._load_seen).reshape(self.sizes.num_ranks, *self._load_total.shape)
+        self._load_seen = now
+        self._load_total = self._load_total + new.sum(axis=0, dtype=np.uint64)
+        return self._load_total
+
+    def _choose_bucket(self, plan: StepPlan) -> Bucket:
+        rows = max(len(rank.decode) for rank in plan.ranks)
+        tokens = max(rank.num_prefill_tokens for rank in plan.ranks)
+        chunks = max(len(rank.chunks) for rank in plan.ranks)
+        for b in self.buckets:
+            if b.rows >= rows and b.prefill_tokens >= tokens and b.chunks >= chunks:
+                return b
+        raise AssertionError(f"no bucket for {rows} rows, {tokens} prefill tokens in {chunks} chunks")
+
+    # ---- arrays and programs ----
+
+    def _zeros(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=self._by_rank)()
+
+    def _put(self, packed: np.ndarray) -> jax.Array:
+        return jax.device_put(packed, self._by_rank)
+
+    def compile_all(self, progress: Progress) -> None:
+        """Compile every program, the largest first; `progress(done, total)` counts programs."""
+        tasks = self._tasks()
+        progress(0, len(tasks))
+        with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+            futures = {
+                pool.submit(_compile, *task, compiler_options(key), str(key)): key
+                for key, task in tasks.items()
+            }
+            for done, future in enumerate(as_completed(futures), 1):
+                self._programs[futures[future]] = future.result()
+                progress(done, len(tasks))
+
+    def _tasks(self) -> dict[Any, tuple[Callable, tuple[Any, ...], tuple[int, ...], Any]]:
+        """Program -> (function, abstract arguments, donated arguments, output shardings)."""
+        ranks = self.sizes.num_ranks
+        rank = self._by_rank
+        leaves = [_abstract(x) for x in self._leaves]
+        keys, values, table, last = map(
+            _abstract, (self._key_pages, self._value_pages, self._table, self._last_token)
+        )
+        load = tuple(_abstract(x) for x in self._expert_load)
+        slots = {name: _abstract(x) for name, x in self._slots.items()}
+
+        def packed(packing: batch.Packing) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((ranks, packing.length), np.int32, sharding=rank)
+
+        def hidden(rows: int) -> jax.ShapeDtypeStruct:
+            assert width is not None
+            return jax.ShapeDtypeStruct((ranks * rows, width.shape[1]), width.dtype, sharding=rank)
+
+        tasks: dict[Any, Any] = {}
+        width: jax.ShapeDtypeStruct | None = None  # of a hidden state, as the first trace shows it
+        for b in reversed(self.buckets):
+            packing = self._forward_packing[b]
+            function = partial(
+                programs.forward,
+                self._model,
+                b,
+                packing,
+                (self.sizes.num_pages, self.sizes.page_size),
+                self._map_mesh,
+            )
+            args = (leaves, keys, values, table, load, last, packed(packing))
+            hidden_parts = [rank, rank] if b.prefill_tokens else [rank]
+            shardings = (keys.sharding, values.sharding, rank, rank, *hidden_parts)
+            tasks[b] = (function, args, (1, 2, 3, 4), shardings)
+            width = width or jax.eval_shape(function, *args)[4]
+            if b.prefill_tokens:
+                packing = self._score_packing[b]
+                function = partial(programs.score, self._model, packing, self._map_mesh)
+                args = (leaves, hidden(b.prefill_tokens), packed(packing))
+                tasks["score", b] = (function, args, (), rank)
+        for key, packing in self._sample_packing.items():
+            num_samples, variant = key
+            function = partial(programs.sample, self._model, variant, packing, self._map_mesh)
+            state = slots if variant.filters else {}
+            args = (leaves, hidden(num_samples), last, state, packed(packing))
+            tasks[key] = (function, args, (2, 3), (rank, rank, rank))
+        tasks["update_table"] = (
+            partial(programs.update_table, self._map_mesh),
+            (table, packed(batch.UPDATE_PACKING)),
+            (0,),
+            rank,
+        )
+        tasks["prepare_slot"] = (
+            partial(programs.prepare_slot, self._map_mesh),
+            (slots, packed(batch.PREPARE_PACKING)),
+            (0,),
+            rank,
+        )
+        return tasks
+
+
+def choose_variant(requests: Sequence[Request]) -> Variant:
+    """The cheapest sample program that serves every row."""
+    if any(r.spec.return_logprob for r in requests):
+        return LOGPROBS
+    if any(batch.needs_filters(r) for r in requests):
+        return FULL
+    return RANDOM if any(r.spec.sampling.temperature > 0 for r in requests) else GREEDY
+
+
+def _abstract(x: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding)
+
+
+def compiler_options(program: Any) -> dict[str, Any]:
+    """XLA's options for one program; only on a GPU.
+
+    XLA's Triton GEMMs are the faster ones below 64 rows and cuBLASLt's from there on (Llama-3.1-8B
+    shape on an H100: 5.07 against 5.35 ms at 1 row, 5.77 against 5.35 at 64, 44.7 against 42.7 at
+    2,048), and compile several times faster. Rematerialization counts the donated KV pool twice and
+    would "save" memory that is not used: its limit is raised out of the way.
+    """
+    if jax.default_backend() != "gpu":
+        return {}
+    match program:
+        case Bucket():
+            rows = program.rows + program.prefill_tokens
+        case ("score", _):
+            rows = programs.SCORE_ROWS
+        case (int(num_samples), Variant()):
+            rows = num_samples
+        case _:
+            rows = 0
+    return {"xla_gpu_memory_limit_slop_factor": 300, "xla_gpu_enable_triton_gemm": rows < 64}
+
+
+def _compile(
+    function: Callable,
+    args: tuple[Any, ...],
+    donated: tuple[int, ...],
+    shardings: Any,
+    options: dict[str, Any],
+    name: str,
+) -> Callable:
+    jitted = jax.jit(
+        function, donate_argnums=donated, out_shardings=shardings, compiler_options=options or None
+    )
+    begin_s = time.monotonic()
+    lowered = jitted.lower(*args)
+    lowered_s = time.monotonic()
+    compiled = lowered.compile()
+    logger.debug(
+        "traced in %.1f s, compiled in %.1f s: %s", lowered_s - begin_s, time.monotonic() - lowered_s, name
+    )
+    return compiled

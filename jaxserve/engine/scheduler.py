@@ -1,0 +1,326 @@
+"""Who computes what in the next step: admission, chunked prefill, decode, retraction.
+
+The scheduler runs one step ahead of the device: `plan` may be called before the tokens of the last
+planned step are known; `retire` hands them in afterwards, in order. It knows tokens, pages and slots,
+and nothing of jax.
+
+Why it cannot deadlock: a request is admitted only when pages for all its known tokens are there; when
+a running request needs one more page and none can be evicted, the last in order is retracted; so the
+first in order always goes on, and no request may be longer than the pool.
+"""
+
+import heapq
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jaxserve.engine.pages import PagePool
+from jaxserve.engine.plan import Chunk, RankPlan, StepPlan
+from jaxserve.engine.radix import RadixTree
+from jaxserve.engine.request import Request
+from jaxserve.messages import Finish, Generate
+
+GROWTH_TOKENS = 64  # how far ahead admission leaves room for each running request to grow
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes of one dp rank."""
+
+    num_pages: int
+    page_size: int
+    num_slots: int  # rows of the running batch
+    prefill_tokens: int  # of one step
+    prefill_chunks: int  # different prompts in one step
+    max_req_len: int  # prompt and output together
+
+
+class Rank:
+    """One data-parallel rank: its pool, prefix tree, queue and running batch."""
+
+    def __init__(self, index: int, limits: Limits, share_prefixes: bool):
+        self.index = index
+        self.limits = limits
+        self.pool = PagePool(limits.num_pages)
+        self.tree = RadixTree(limits.page_size, self.pool, share_prefixes)
+        self.waiting: list[tuple[tuple[int, int], Request]] = []  # a heap by order
+        self.running: list[Request] = []
+        self.free_slots = list(range(limits.num_slots - 1, -1, -1))
+        self.updates: list[tuple[int, int, int]] = []
+
+    # ---- a step ----
+
+    def plan(self, now_s: float) -> RankPlan:
+        plan = RankPlan()
+        for request in sorted(self.running, key=lambda r: r.order):
+            if request.slot >= 0 and request.wants_decode and self._grow(request):
+                plan.decode.append(request)
+        budget = self.limits.prefill_tokens
+        for request in sorted((r for r in self.running if r.in_prefill), key=lambda r: r.order):
+            budget -= self._add_chunk(plan, request, budget)
+        while (
+            budget > 0 and len(plan.chunks) < self.limits.prefill_chunks and (request := self._admit(now_s))
+        ):
+            plan.admitted.append(request)
+            budget -= self._add_chunk(plan, request, budget)
+        plan.decode = [r for r in plan.decode if r.slot >= 0]  # a later row's growth may have retracted one
+        for request in plan.decode:
+            request.computed += 1
+            request.pending += 1
+        # A page may be given and exchanged for a shared one in the same step; a scatter has no order.
+        newest = {(slot, index): page for slot, index, page in self.updates}
+        plan.table_updates = [(slot, index, page) for (slot, index), page in newest.items()]
+        self.updates = []
+        return plan
+
+    def _add_chunk(self, plan: RankPlan, request: Request, budget: int) -> int:
+        """Plan the next chunk of a prompt within the budget; returns its length."""
+        length = min(budget, len(request.tokens) - request.computed)
+        if length <= 0 or len(plan.chunks) >= self.limits.prefill_chunks:
+            return 0
+        start = request.computed
+        request.computed += length
+        samples = request.computed == len(request.tokens)
+        request.pending += samples
+        request.in_prefill = not samples
+        plan.chunks.append(Chunk(request, start, length, samples))
+        self._publish(request)
+        return length
+
+    def _admit(self, now_s: float) -> Request | None:
+        """Give the first waiting request a slot and pages for all its tokens, or leave it waiting."""
+        if not self.waiting or not self.free_slots:
+            return None
+        request = self.waiting[0][1]
+        if request.pending:  # retracted, and its last token is still on the device
+            return None
+        node, shared = self.tree.match(request.tokens[: request.reuse_limit], request.spec.cache_salt)
+        self.tree.lock(node)
+        needed = self._pages_for(len(request.tokens)) - len(shared)
+        room = self.pool.num_free + self.tree.num_evictable
+        headroom = sum(self._growth(r) for r in self.running)
+        if needed + headroom > room:
+            self.tree.unlock(node)
+            return None
+        heapq.heappop(self.waiting)
+        self._make_room(needed)
+        request.slot, request.in_prefill = self.free_slots.pop(), True
+        request.node, request.num_shared = node, len(shared)
+        request.pages = shared + self.pool.allocate(needed)
+        request.computed = len(shared) * self.limits.page_size
+        if request.cached_tokens < 0:
+            request.cached_tokens = min(request.computed, request.prompt_len)
+            request.admitted_s = now_s
+        self.updates.extend((request.slot, i, page) for i, page in enumerate(request.pages))
+        self.running.append(request)
+        return request
+
+    def _grow(self, request: Request) -> bool:
+        """Make sure that the next position has a page; False when the request itself had to go."""
+        if request.computed < len(request.pages) * self.limits.page_size:
+            return True
+        while self.pool.num_free + self.tree.num_evictable < 1:
+            victim = max(self.running, key=lambda r: r.order)
+            self._retract(victim)
+            if victim is request:
+                return False
+        self._make_room(1)
+        [page] = self.pool.allocate(1)
+        self.updates.append((request.slot, len(request.pages), page))
+        request.pages.append(page)
+        return True
+
+    def _make_room(self, num_pages: int) -> None:
+        if self.pool.num_free < num_pages:
+            self.tree.evict(num_pages - self.pool.num_free)
+
+    def _growth(self, request: Request) -> int:
+        """Pages that a running request will want soon."""
+        remaining = request.spec.sampling.max_new_tokens - request.num_outputs
+        length = len(request.tokens) + request.pending + min(remaining, GROWTH_TOKENS)
+        return max(0, self._pages_for(length) - len(request.pages))
+
+    def _retract(self, request: Request) -> None:
+        """Take a running request's pages; it waits at its old place and resumes exactly."""
+        request.num_retractions += 1
+        self.release(request)
+        heapq.heappush(self.waiting, (request.order, request))
+
+    # ---- pages ----
+
+    def _publish(self, request: Request) -> None:
+        """Share the request's full pages. Later steps run after the one that writes them."""
+        if not self.tree.enabled:
+            return
+        known = min(request.computed, len(request.tokens))
+        full = known // self.limits.page_size
+        if full <= request.num_shared:
+            return
+        node, path, spare = self.tree.insert(request.tokens, request.pages[:full], request.spec.cache_salt)
+        self.updates.extend(
+            (request.slot, i, new)
+            for i, (old, new) in enumerate(zip(request.pages[:full], path))
+            if old != new
+        )
+        request.pages[:full] = path
+        self.pool.free(spare)
+        self.tree.lock(node)
+        if request.node is not None:
+            self.tree.unlock(request.node)
+        request.node, request.num_shared = node, full
+
+    def release(self, request: Request) -> None:
+        """Publish what is computed, give back the rest, and leave the running batch."""
+        self._publish(request)
+        self.pool.free(request.pages[request.num_shared :])
+        assert request.node is not None
+        self.tree.unlock(request.node)
+        self.free_slots.append(request.slot)
+        self.running.remove(request)
+        self.updates = [u for u in self.updates if u[0] != request.slot]
+        request.pages, request.node, request.num_shared = [], None, 0
+        request.slot, request.computed, request.in_prefill = -1, 0, False
+
+    def _pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.limits.page_size)
+
+    # ---- figures ----
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return sum(len(r.tokens) for _, r in self.waiting)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Known tokens that no launched step has computed."""
+        in_prefill = sum(len(r.tokens) - r.computed for r in self.running if r.in_prefill)
+        return in_prefill + self.num_waiting_tokens
+
+    @property
+    def num_used_tokens(self) -> int:
+        """Tokens of pages that are neither free nor evictable."""
+        used = self.limits.num_pages - self.pool.num_free - self.tree.num_evictable
+        return used * self.limits.page_size
+
+    def check(self) -> None:
+        """Audit: every page and slot has one owner. Raises AssertionError."""
+        self.tree.check()
+        private = [page for r in self.running for page in r.pages[r.num_shared :]]
+        self.pool.check([*self.tree.pages(), *private])
+        slots = sorted([*self.free_slots, *(r.slot for r in self.running)])
+        assert slots == list(range(self.limits.num_slots)), f"slots lost or owned twice: {slots}"
+        if not self.running:
+            assert self.tree.num_evictable == self.tree.num_pages, "a prefix is locked, but nobody runs"
+
+
+class Scheduler:
+    """All ranks of an instance; requests come in by `submit`, tokens by `retire`."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        num_ranks: int = 1,
+        share_prefixes: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        seeds: random.Random | None = None,
+    ):
+        self.limits = limits
+        self.ranks = [Rank(i, limits, share_prefixes) for i in range(num_ranks)]
+        self.requests: dict[str, Request] = {}
+        self._clock = clock
+        self._seeds = seeds or random.Random(0)
+        self._arrivals = 0
+        self._steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests)
+
+    def submit(self, spec: Generate) -> Request:
+        """Queue a request on a rank. The caller has checked lengths, ids and that the rid is new."""
+        seed = spec.sampling.seed
+        request = Request(
+            spec=spec,
+            rank=self._choose_rank(spec).index if spec.dp_rank is None else spec.dp_rank,
+            seed=self._seeds.getrandbits(31) if seed is None else seed & 0x7FFFFFFF,
+            arrival=self._arrivals,
+            arrival_s=self._clock(),
+            tokens=[*spec.input_ids, *spec.output_ids],
+        )
+        self._arrivals += 1
+        self.requests[spec.rid] = request
+        heapq.heappush(self.ranks[request.rank].waiting, (request.order, request))
+        return request
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None when no rank has anything to compute."""
+        now_s = self._clock()
+        ranks = [rank.plan(now_s) for rank in self.ranks]
+        if not any(plan.decode or plan.chunks for plan in ranks):
+            assert not any(plan.table_updates for plan in ranks), "pages were given to nobody"
+            return None
+        self._steps += 1
+        return StepPlan(self._steps, ranks)
+
+    def retire(self, plan: StepPlan, tokens: Sequence[Sequence[int]]) -> list[tuple[Request, int]]:
+        """Take in a step's sampled tokens, one list a rank in the order of `RankPlan.sampled`.
+
+        Returns the requests that got one. Tokens of requests that have ended meanwhile are dropped.
+        """
+        taken = []
+        for rank_plan, rank_tokens in zip(plan.ranks, tokens):
+            for request, token in zip(rank_plan.sampled, rank_tokens):
+                request.pending -= 1
+                if request.finish is None:
+                    request.tokens.append(int(token))
+                    taken.append((request, int(token)))
+                    self._finish_if_done(request, int(token))
+        return taken
+
+    def abort(self, rid: str, finish: Finish) -> Request | None:
+        """End a request wherever it is; None when it is not here."""
+        request = self.requests.get(rid)
+        if request is not None:
+            self._end(request, finish)
+        return request
+
+    def flush(self) -> int:
+        """Forget every cached prefix; returns the pages freed."""
+        return sum(rank.tree.clear() for rank in self.ranks)
+
+    def check(self) -> None:
+        for rank in self.ranks:
+            rank.check()
+
+    def _finish_if_done(self, request: Request, token: int) -> None:
+        sampling = request.spec.sampling
+        outputs = len(request.tokens) - request.prompt_len
+        if token in sampling.stop_token_ids:
+            self._end(request, Finish("stop", matched=token))
+        elif outputs >= sampling.max_new_tokens:
+            self._end(request, Finish("length", length=outputs))
+
+    def _end(self, request: Request, finish: Finish) -> None:
+        request.finish = finish
+        del self.requests[request.spec.rid]
+        rank = self.ranks[request.rank]
+        if request.slot >= 0:
+            rank.release(request)
+        else:
+            rank.waiting = [entry for entry in rank.waiting if entry[1] is not request]
+            heapq.heapify(rank.waiting)
+
+    def _choose_rank(self, spec: Generate) -> Rank:
+        """The rank with the fewest tokens to compute before this request would be done."""
+        if len(self.ranks) == 1:
+            return self.ranks[0]
+
+        known = [*spec.input_ids, *spec.output_ids]
+
+        def cost(rank: Rank) -> tuple[int, int]:
+            shared = len(rank.tree.match(known, spec.cache_salt)[1]) * self.limits.page_size
+            # A running row costs each step about as much as a few prompt tokens.
+            return len(known) - shared + rank.num_queued_tokens + 16 * len(rank.running), rank.index
+
+        return min(self.ranks, key=cost)

@@ -1,0 +1,320 @@
+"""Grouped-query attention over the paged KV pool, and the step context that holds the pool.
+
+Model code sees one device: tokens [T], heads [H]. `StepContext` alone knows pages, rows, query
+blocks and the mesh.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
+
+from jaxserve.layers.kv import HeadSplit, KVSpec, LatentSpec, pool_layout, pool_layouts
+from jaxserve.layers.linear import Projections, project
+from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.rope import Rope, RopeTable
+from jaxserve.layers.weight import weight
+from jaxserve.mesh import GROUP
+from jaxserve.ops import paged_attention
+from jaxserve.ops.grouped_gemm import Activation, ExpertWeights
+from jaxserve.parallel.dispatch import Backend, Dispatch
+
+__all__ = ["Attention", "KVSpec", "LatentSpec", "StepContext", "pool_layout", "pool_layouts"]
+
+
+class StepContext:
+    """One forward call's view of the KV pool. Trace-time object: make one a call, inside jit.
+
+    Tokens are R decode rows, then prefill tokens, then the next dp rank's. Every array has the
+    ranks' parts joined on axis 0, and ids (slots, pages, block starts) count within a rank.
+
+    Args:
+        key_pages, value_pages: [dp * num_layers * num_pages, page_size, G, K], see `pool_layout`.
+        page_table_SN: pages of each slot, without a layer.
+        position_T: position of each token in its sequence.
+        slot_T: slot of each token; -1 is padding, whose key and value are dropped.
+        R: decode rows of a rank, static.
+        context_len_R: tokens each decode row attends, itself included; 0 is padding.
+        block_slot_B, block_start_B, block_len_B, block_pos_B, block_size: the query blocks of the
+            prefill tokens, as `jaxserve.ops.paged_attention.prefill` takes them.
+        num_pages: of one layer on one rank.
+        mesh: `Mesh((dp, ep, tp))` when the arrays are sharded over one.
+        expert_backend: how tokens reach experts on other devices.
+    """
+
+    def __init__(
+        self,
+        *,
+        key_pages: jax.Array,
+        value_pages: jax.Array,
+        page_table_SN: jax.Array,
+        position_T: jax.Array,
+        slot_T: jax.Array,
+        R: int,
+        context_len_R: jax.Array,
+        block_slot_B: jax.Array,
+        block_start_B: jax.Array,
+        block_len_B: jax.Array,
+        block_pos_B: jax.Array,
+        block_size: int,
+        num_pages: int,
+        page_size: int,
+        mesh: Mesh | None = None,
+        expert_backend: Backend = "none",
+    ):
+        self.key_pages, self.value_pages = key_pages, value_pages
+        self.page_table_SN = page_table_SN
+        self.position_T = position_T
+        self.slot_T = slot_T
+        self.context_len_R = context_len_R
+        self.blocks = (block_slot_B, block_start_B, block_len_B, block_pos_B)
+        self.R, self.block_size = R, block_size
+        self.num_pages, self.page_size = num_pages, page_size
+        self.mesh = mesh
+        self.dispatch = Dispatch(mesh, expert_backend)
+        self._chosen: dict[int, jax.Array] = {}
+        self._rope_tables: dict[Rope, RopeTable] = {}
+        self._attentions: dict[Any, Callable[..., Any]] = {}
+
+    def rope(self, rope: Rope) -> RopeTable:
+        """The rotation of this step's positions, computed once for all layers that share `rope`."""
+        if rope not in self._rope_tables:
+            self._rope_tables[rope] = rope.table(self.position_T)
+        return self._rope_tables[rope]
+
+    def attend(
+        self,
+        layer: int,
+        query_THK: jax.Array,
+        key_TGK: jax.Array,
+        value_TGK: jax.Array,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks_H: jax.Array | None = None,
+    ) -> jax.Array:
+        """Writes the tokens' keys and values into `layer`'s pages, then attends. Returns out_THK."""
+        group = 1 if self.mesh is None else self.mesh.shape["ep"] * self.mesh.shape["tp"]
+        split = HeadSplit(query_THK.shape[1], key_TGK.shape[1], group)
+        assert self.key_pages.shape[2] == group * split.num_kv, (
+            f"pool has {self.key_pages.shape[2]} heads, the layout {group} x {split.num_kv}; see pool_layout"
+        )
+        out_THK, (self.key_pages, self.value_pages) = self._attention(split, scale, window, softcap)(
+            jnp.int32(layer * self.num_pages),
+            (self.key_pages, self.value_pages),
+            query_THK,
+            key_TGK,
+            value_TGK,
+            sinks_H,
+            self.page_table_SN,
+            self.position_T,
+            self.slot_T,
+            self.context_len_R,
+            self.blocks,
+        )
+        return out_THK
+
+    def _attention(
+        self, split: HeadSplit, scale: float, window: int | None, softcap: float | None
+    ) -> Callable[..., Any]:
+        """`attend` on each device. Layers that differ only in weights share one, which jax traces once:
+        tracing the kernels in each of 32 layers took most of an engine's start."""
+        cut = (split, scale, window, softcap)
+        if cut in self._attentions:
+            return self._attentions[cut]
+
+        def on_device(
+            page_offset,
+            pools,
+            query_ThK,
+            key_TgK,
+            value_TgK,
+            sinks_h,
+            table_SN,
+            position_T,
+            slot_T,
+            context_len_R,
+            blocks,
+        ):
+            if not split.divides:
+                mine = split.heads_of(jax.lax.axis_index(GROUP))
+                key_TgK, value_TgK = (jnp.take(x, mine, axis=1) for x in (key_TgK, value_TgK))
+            key_pages, value_pages = pools
+            at_T = _write_address(
+                table_SN, position_T, slot_T, page_offset, self.page_size, key_pages.shape[0]
+            )
+            key_pages = _write(key_pages, at_T, key_TgK)
+            value_pages = _write(value_pages, at_T, value_TgK)
+            options: dict[str, Any] = {
+                "page_offset": page_offset,
+                "scale": scale,
+                "window": window,
+                "softcap": softcap,
+                "sinks_H": sinks_h,
+            }
+            R, out = self.R, []
+            if R:
+                slot_R = jnp.maximum(slot_T[:R], 0)  # a padding row reads nothing: its context is 0
+                query_RhK = query_ThK[:R]
+                out.append(
+                    paged_attention.decode(
+                        query_RhK, key_pages, value_pages, table_SN, slot_R, context_len_R, **options
+                    )
+                )
+            if query_ThK.shape[0] > R:
+                query_PhK = query_ThK[R:]
+                options["block_size"] = self.block_size
+                out.append(
+                    paged_attention.prefill(query_PhK, key_pages, value_pages, table_SN, *blocks, **options)
+                )
+            out_ThK = out[0] if len(out) == 1 else jnp.concatenate(out)
+            return out_ThK.astype(query_ThK.dtype), (key_pages, value_pages)
+
+        attend = on_device
+        if self.mesh is not None:
+            P = PartitionSpec
+            rank, heads, pool = P("dp"), P("dp", GROUP), P("dp", None, GROUP)
+            kv = heads if split.divides else rank
+            attend = jax.shard_map(
+                on_device,
+                mesh=self.mesh,
+                in_specs=(P(), pool, heads, kv, kv, P(GROUP), rank, rank, rank, rank, rank),
+                out_specs=(heads, pool),
+                check_vma=False,  # the kernels' outputs carry no replication types
+            )
+        self._attentions[cut] = jax.jit(attend)
+        return self._attentions[cut]
+
+    def feed_experts(
+        self,
+        layer: int,
+        hidden_TD: jax.Array,
+        expert_TX: jax.Array,
+        weight_TX: jax.Array,
+        weights: ExpertWeights,
+        activation: Activation,
+    ) -> jax.Array:
+        """The weighted sum of each token's experts. Padding is given no expert and is not counted.
+
+        `layer` counts the layers that have experts.
+        """
+        expert_TX = jnp.where((self.slot_T >= 0)[:, None], expert_TX, -1)
+        assert layer not in self._chosen, f"experts of layer {layer} ran twice"
+        self._chosen[layer] = expert_TX
+        return self.dispatch(hidden_TD, expert_TX, weight_TX, weights, activation)
+
+    def expert_load(self, num_experts: int) -> jax.Array:
+        """How many of each rank's tokens chose each expert in this step: uint32 [dp * L, E].
+
+        One scatter for all layers, after they ran, and no collective.
+        """
+        chosen_LTX = jnp.stack([self._chosen[layer] for layer in sorted(self._chosen)])
+
+        def count(chosen_LTX: jax.Array) -> jax.Array:
+            layer = jnp.arange(chosen_LTX.shape[0])[:, None, None]
+            at = jnp.where(chosen_LTX < 0, num_experts, chosen_LTX)
+            load_LE = jnp.zeros((chosen_LTX.shape[0], num_experts), jnp.uint32)
+            return load_LE.at[layer, at].add(1, mode="drop")
+
+        if self.mesh is None:
+            return count(chosen_LTX)
+        P = PartitionSpec
+        return jax.shard_map(
+            count, mesh=self.mesh, in_specs=P(None, "dp"), out_specs=P("dp"), check_vma=False
+        )(chosen_LTX)
+
+
+def _write_address(
+    table_SN: jax.Array,
+    position_T: jax.Array,
+    slot_T: jax.Array,
+    page_offset: jax.Array,
+    page_size: int,
+    pool_pages: int,
+) -> tuple[jax.Array, jax.Array]:
+    """(page, row in page) of each token. Padding gets pages past the pool, all different.
+
+    Different, so that the scatter may be told that its indices are unique.
+    """
+    page_T = table_SN[jnp.maximum(slot_T, 0), position_T // page_size]
+    nowhere_T = pool_pages + jnp.arange(page_T.shape[0], dtype=page_T.dtype)
+    page_T = jnp.where((slot_T >= 0) & (page_T >= 0), page_T + page_offset, nowhere_T)
+    return page_T, position_T % page_size
+
+
+def _write(pages: jax.Array, at_T: tuple[jax.Array, jax.Array], x_TgK: jax.Array) -> jax.Array:
+    return pages.at[at_T].set(x_TgK.astype(pages.dtype), mode="drop", unique_indices=True)
+
+
+class Attention(nnx.Module):
+    """Self-attention of one layer: projections, optional q/k norm, rotation, paged attention, output.
+
+    Weights keep heads apart ([H, K, D] for queries) so that a mesh splits whole heads.
+
+    Args:
+        name: of the checkpoint's module, such as `model.layers.0.self_attn`.
+        scale: of the scores; by default head_dim ** -0.5.
+        window: tokens attended, the own one included; None is all.
+        qk_norm_eps: when given, queries and keys are RMS-normalized per head before rotation.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: int,
+        *,
+        hidden: int,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rope: Rope,
+        dtype: DTypeLike,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm_eps: float | None = None,
+        norm_offset: float = 0.0,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+    ):
+        D, H, G, K = hidden, num_q_heads, num_kv_heads, head_dim
+        self.layer = layer
+        self.rope = rope
+        self.scale = K**-0.5 if scale is None else scale
+        self.window = window
+        self.softcap = softcap
+
+        declare, norm = (
+            partial(weight, dtype=dtype),
+            partial(RMSNorm, offset=norm_offset, axis=None, dtype=dtype),
+        )
+        parts = (("q_proj", H, "q_heads"), ("k_proj", G, "kv_heads"), ("v_proj", G, "kv_heads"))
+        weights = [declare((n, K, D), (axis, None, "embed"), f"{name}.{p}.weight") for p, n, axis in parts]
+        biases = [declare((n, K), (axis, None), f"{name}.{p}.bias") for p, n, axis in parts if qkv_bias]
+        self.qkv = Projections(weights, biases)
+        self.o = declare((D, H, K), ("embed", "q_heads", None), f"{name}.o_proj.weight")
+        self.o_bias = declare((D,), ("embed",), f"{name}.o_proj.bias") if out_bias else None
+        self.q_norm = None if qk_norm_eps is None else norm(f"{name}.q_norm", K, eps=qk_norm_eps)
+        self.k_norm = None if qk_norm_eps is None else norm(f"{name}.k_norm", K, eps=qk_norm_eps)
+
+    def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
+        query_THK, key_TGK, value_TGK = self.qkv(hidden_TD)
+        if self.q_norm is not None and self.k_norm is not None:
+            query_THK, key_TGK = self.q_norm(query_THK), self.k_norm(key_TGK)
+        rotation = step.rope(self.rope)
+        out_THK = step.attend(
+            self.layer,
+            rotation.rotate(query_THK),
+            rotation.rotate(key_TGK),
+            value_TGK,
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+        )
+        return project(out_THK, self.o, self.o_bias)

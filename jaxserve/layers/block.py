@@ -1,0 +1,32 @@
+"""Transformer blocks: how attention and feed-forward join the residual stream."""
+
+from typing import Protocol
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxserve.layers.attention import Attention, StepContext
+from jaxserve.layers.norm import RMSNorm
+
+
+class Feed(Protocol):
+    """A feed-forward layer: dense, or experts, which ask the step who computes them."""
+
+    def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array: ...
+
+
+class PreNormBlock(nnx.Module):
+    """Norms before attention and feed-forward (Llama, Mistral, Qwen)."""
+
+    def __init__(
+        self, name: str, attention: Attention, feed: Feed, *, hidden: int, eps: float, dtype: DTypeLike
+    ):
+        self.attention_norm = RMSNorm(f"{name}.input_layernorm", hidden, eps=eps, dtype=dtype)
+        self.attention = attention
+        self.feed_norm = RMSNorm(f"{name}.post_attention_layernorm", hidden, eps=eps, dtype=dtype)
+        self.feed = feed
+
+    def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
+        hidden_TD = hidden_TD + self.attention(self.attention_norm(hidden_TD), step)
+        return hidden_TD + self.feed(self.feed_norm(hidden_TD), step)

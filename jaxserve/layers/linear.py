@@ -1,0 +1,82 @@
+"""Matrix products with weights in the checkpoint's [out, in] layout, and the one precision rule.
+
+bfloat16 and float16 products accumulate in float32 inside XLA's GEMMs on CPU and GPU whatever the
+result type, so the result is asked for in the model's dtype: asking for float32 and casting would
+write twice the bytes. float32 products ask for HIGHEST, or an NVIDIA GPU would use TF32.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+
+def project(
+    x: jax.Array,
+    weight: nnx.Param,
+    bias: nnx.Param | None = None,
+    *,
+    out_dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """x [T, *in] times weight [*out, *in], plus bias [*out]: [T, *out] in `out_dtype`, else x's dtype.
+
+    Several dimensions (heads) are merged to one around the product, which moves no data. A product
+    with three-dimensional weights does: XLA's CPU backend copies such a weight in every call
+    (SmolLM2-135M, 8 rows: 107 MB copied a step).
+    """
+    matrix = weight[...]
+    out_shape = matrix.shape[: matrix.ndim - (x.ndim - 1)]
+    in_size = math.prod(x.shape[1:])
+    y = jnp.einsum(
+        "ti,oi->to",
+        x.reshape(-1, in_size),
+        matrix.reshape(-1, in_size),
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=out_dtype or x.dtype,
+    ).reshape(-1, *out_shape)
+    return y if bias is None else y + bias[...].astype(y.dtype)
+
+
+class Projections(nnx.Module):
+    """Several products with one input, such as queries, keys and values.
+
+    `fuse` joins the weights into one, so that there is one GEMM: at few rows a small GEMM does not
+    fill a GPU. Only for weights that no mesh splits.
+    """
+
+    def __init__(self, weights: Sequence[nnx.Param], biases: Sequence[nnx.Param] = ()):
+        self.out_shapes = tuple(weight.get_value().shape[:-1] for weight in weights)
+        self.weights = nnx.List(weights)
+        self.biases = nnx.List(biases)
+        self.fused = False
+
+    def __call__(self, hidden_TD: jax.Array) -> list[jax.Array]:
+        """One [T, *out] a weight."""
+        if not self.fused:
+            biases = self.biases or [None] * len(self.weights)
+            return [project(hidden_TD, w, b) for w, b in zip(self.weights, biases)]
+        joined_TO = project(hidden_TD, self.weights[0], self.biases[0] if self.biases else None)
+        sizes = [math.prod(shape) for shape in self.out_shapes]
+        ends = list(accumulate(sizes))
+        return [
+            joined_TO[:, end - size : end].reshape(-1, *shape)
+            for size, end, shape in zip(sizes, ends, self.out_shapes)
+        ]
+
+    def fuse(self) -> None:
+        """Join weights that are loaded; the separate ones are freed."""
+        width = self.weights[0].get_value().shape[-1]
+        self.weights = nnx.List([nnx.Param(_join([w.get_value() for w in self.weights], (-1, width)))])
+        if self.biases:
+            self.biases = nnx.List([nnx.Param(_join([b.get_value() for b in self.biases], (-1,)))])
+        self.fused = True
+
+
+@partial(jax.jit, static_argnums=1)
+def _join(arrays: list[jax.Array], shape: tuple[int, ...]) -> jax.Array:
+    return jnp.concatenate([array.reshape(shape) for array in arrays])

@@ -1,0 +1,47 @@
+"""The gated feed-forward layer."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxserve.layers.linear import Projections, project
+from jaxserve.layers.weight import weight
+
+# By the names that config.json uses; both Gemma spellings mean the tanh approximation.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+
+class GatedMLP(nnx.Module):
+    """down(act(gate(x)) * up(x)). Source: Shazeer 2020, "GLU variants improve Transformer"."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden: int,
+        ffn: int,
+        *,
+        activation: str,
+        dtype: DTypeLike,
+        bias: bool = False,
+    ):
+        declare = partial(weight, dtype=dtype)
+        self.activation = activation
+        names = ("gate_proj", "up_proj")
+        weights = [declare((ffn, hidden), ("ffn", "embed"), f"{name}.{part}.weight") for part in names]
+        biases = [declare((ffn,), ("ffn",), f"{name}.{part}.bias") for part in names if bias]
+        self.gate_up = Projections(weights, biases)
+        self.down = declare((hidden, ffn), ("embed", "ffn"), f"{name}.down_proj.weight")
+        self.down_bias = declare((hidden,), ("embed",), f"{name}.down_proj.bias") if bias else None
+
+    def __call__(self, hidden_TD: jax.Array, step: object = None) -> jax.Array:
+        """`step` is what experts in the same place would need; a dense layer does not."""
+        gate_TF, up_TF = self.gate_up(hidden_TD)
+        inner_TF = ACTIVATIONS[self.activation](gate_TF) * up_TF
+        return project(inner_TF, self.down, self.down_bias)

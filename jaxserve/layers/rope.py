@@ -1,0 +1,134 @@
+"""Rotary position embedding and the scalings of its frequencies that config.json can ask for.
+
+Frequencies are computed once on the host, in float64, and kept as a hashable tuple, so that a
+model stays a static structure; angles, sines and the rotation are float32.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.config import ConfigError
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """Cosines and sines of one step's positions, float32 [T, K/2]."""
+
+    cos_TK: jax.Array
+    sin_TK: jax.Array
+
+    def rotate(self, x_THK: jax.Array) -> jax.Array:
+        """Rotates the pairs (i, i + K/2) of every head. Source: Su et al. 2021, equation 34."""
+        first, second = jnp.split(x_THK.astype(jnp.float32), 2, axis=-1)
+        cos, sin = self.cos_TK[:, None, :], self.sin_TK[:, None, :]
+        rotated = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+        return rotated.astype(x_THK.dtype)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Radians per position of each pair of a head, and a factor on cosine and sine (1 but for YaRN)."""
+
+    frequencies: tuple[float, ...]
+    amplitude: float = 1.0
+
+    @classmethod
+    def from_parameters(cls, parameters: dict[str, Any], head_dim: int, max_position: int) -> "Rope":
+        """From one `rope_parameters` mapping (see `rope_parameters`). Raises ConfigError."""
+        kind = parameters["rope_type"]
+        if kind not in SCALINGS:
+            known = ", ".join(repr(k) for k in SCALINGS)
+            raise ConfigError(f"config.json: rope_type={kind!r} is not supported; use one of {known}")
+        if (share := parameters.get("partial_rotary_factor", 1.0)) != 1.0:
+            raise ConfigError(f"config.json: partial_rotary_factor={share} is not supported; use 1.0")
+        plain = parameters["rope_theta"] ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        parameters = {"original_max_position_embeddings": max_position, **parameters}
+        try:
+            frequencies, amplitude = SCALINGS[kind](plain, parameters)
+        except KeyError as error:
+            raise ConfigError(
+                f"config.json: rope_type={kind!r} needs {error.args[0]}, which is missing"
+            ) from None
+        return cls(tuple(frequencies.astype(np.float32).tolist()), amplitude)
+
+    def table(self, position_T: jax.Array) -> RopeTable:
+        angle_TK = position_T.astype(jnp.float32)[:, None] * jnp.asarray(self.frequencies, jnp.float32)
+        return RopeTable(jnp.cos(angle_TK) * self.amplitude, jnp.sin(angle_TK) * self.amplitude)
+
+
+def rope_parameters(hf_config: dict[str, Any], *, default_theta: float = 10_000.0) -> dict[str, Any]:
+    """`rope_parameters` of a config.json of either age: always with `rope_type` and `rope_theta`.
+
+    Older files say `rope_theta` and `rope_scaling` (with `type` or `rope_type`), newer ones
+    `rope_parameters`. A mapping per layer type (Gemma 3) is the caller's to take apart.
+    """
+    given = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    kind = given.get("rope_type") or given.get("type") or "default"
+    theta = given.get("rope_theta") or hf_config.get("rope_theta") or default_theta
+    if share := hf_config.get("partial_rotary_factor"):
+        given = {"partial_rotary_factor": share, **given}
+    given = {key: value for key, value in given.items() if value is not None}
+    return {**given, "rope_type": kind, "rope_theta": float(theta)}
+
+
+def _default(plain: np.ndarray, parameters: dict[str, Any]) -> tuple[np.ndarray, float]:
+    return plain, 1.0
+
+
+def _linear(plain: np.ndarray, parameters: dict[str, Any]) -> tuple[np.ndarray, float]:
+    """Positions divided by `factor`. Source: Chen et al. 2023, "position interpolation"."""
+    return plain / parameters["factor"], 1.0
+
+
+def _llama3(plain: np.ndarray, parameters: dict[str, Any]) -> tuple[np.ndarray, float]:
+    """Long waves divided by `factor`, short ones kept, a linear blend between. Source: Llama 3.1."""
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    turns = parameters["original_max_position_embeddings"] * plain / (2 * math.pi)
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return plain * (keep + (1 - keep) / parameters["factor"]), 1.0
+
+
+def _yarn(plain: np.ndarray, parameters: dict[str, Any]) -> tuple[np.ndarray, float]:
+    """Peng et al. 2023, "YaRN", section 3.2 (by parts) and 3.4 (temperature, as an amplitude)."""
+    factor, original = parameters["factor"], parameters["original_max_position_embeddings"]
+    log_theta, half = math.log(parameters["rope_theta"]), len(plain)
+
+    def pair_that_turns(times: float) -> float:
+        """Index of the pair that makes `times` turns within the original context."""
+        return half * math.log(original / (times * 2 * math.pi)) / log_theta
+
+    low = pair_that_turns(parameters.get("beta_fast") or 32)
+    high = pair_that_turns(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
+    width = (high - low) or 0.001  # equal bounds: a step instead of a ramp
+    interpolate = np.clip((np.arange(half) - low) / width, 0.0, 1.0)
+    frequencies = plain * (1 - interpolate) + plain / factor * interpolate
+
+    amplitude = parameters.get("attention_factor")
+    if amplitude is None:
+        numerator, denominator = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        if numerator and denominator:
+            amplitude = _yarn_amplitude(factor, numerator) / _yarn_amplitude(factor, denominator)
+        else:
+            amplitude = _yarn_amplitude(factor, 1.0)
+    return frequencies, float(amplitude)
+
+
+def _yarn_amplitude(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+SCALINGS: dict[str, Callable[[np.ndarray, dict[str, Any]], tuple[np.ndarray, float]]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}

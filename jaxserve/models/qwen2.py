@@ -1,0 +1,57 @@
+"""Qwen2 and Qwen2.5: biases on queries, keys and values; a window on the upper layers if switched on."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxserve.layers.attention import Attention, KVSpec, StepContext
+from jaxserve.layers.block import PreNormBlock
+from jaxserve.layers.embed import Vocabulary
+from jaxserve.layers.mlp import GatedMLP
+from jaxserve.layers.norm import RMSNorm
+from jaxserve.models.hf_config import Dimensions, one_of, rope_and_reach, upper_layer_windows
+
+ARCHITECTURES = ("Qwen2ForCausalLM",)
+DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+
+
+class Qwen2ForCausalLM(nnx.Module):
+    def __init__(self, hf_config: dict[str, Any], dtype: DTypeLike):
+        config = {**DEFAULTS, **hf_config}
+        size = Dimensions.read(config)
+        rope, self.max_position = rope_and_reach(config, size)
+        window_of = upper_layer_windows(config, size)
+        activation = one_of(config, "hidden_act", ("silu",), "silu")
+        tied = config.get("tie_word_embeddings", False)
+
+        self.kv = KVSpec(size.num_layers, size.G, size.K)
+        self.num_q_heads, self.vocab_size = size.H, size.V
+
+        def block(layer: int) -> PreNormBlock:
+            name = f"model.layers.{layer}"
+            attention = Attention(
+                f"{name}.self_attn",
+                layer,
+                rope=rope,
+                qkv_bias=True,
+                window=window_of[layer],
+                dtype=dtype,
+                **size.heads,
+            )
+            mlp = GatedMLP(f"{name}.mlp", size.D, size.F, activation=activation, dtype=dtype)
+            return PreNormBlock(name, attention, mlp, hidden=size.D, eps=size.eps, dtype=dtype)
+
+        self.vocabulary = Vocabulary("model.", size.V, size.D, tied=tied, dtype=dtype)
+        self.blocks = nnx.List([block(layer) for layer in range(size.num_layers)])
+        self.norm = RMSNorm("model.norm", size.D, eps=size.eps, dtype=dtype)
+
+    def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
+        hidden_TD = self.vocabulary.embed(token_T)
+        for block in self.blocks:
+            hidden_TD = block(hidden_TD, step)
+        return self.norm(hidden_TD)
+
+    def logits(self, hidden_RD: jax.Array) -> jax.Array:
+        return self.vocabulary.logits(hidden_RD)

@@ -1,0 +1,54 @@
+"""The feed-forward of experts: each token goes through the experts it names, and only those.
+
+An expert is down(act(gate(x), up(x))); all weights are stacked over experts and keep the
+checkpoint's [out, in] layout. An expert id of -1 names none and costs nothing: padding, or an
+expert that lives on another device.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from jaxserve.ops import backend
+from jaxserve.ops.grouped_gemm import fast, reference
+
+Activation = Callable[[jax.Array, jax.Array], jax.Array]
+"""(gate, up) -> inner, elementwise, in float32; written in jax.numpy so that a kernel can fuse it."""
+
+
+class ExpertWeights(NamedTuple):
+    """What `feed_forward` multiplies with. Biases and scales are None where a model has none.
+
+    A scale belongs to weights in float8: one float32 for each block of a weight matrix, so
+    `gate_scale` is [E, F / block, D / block] and the block sizes follow from the shapes.
+    """
+
+    gate_EFD: jax.Array
+    up_EFD: jax.Array
+    down_EDF: jax.Array
+    gate_bias_EF: jax.Array | None = None
+    up_bias_EF: jax.Array | None = None
+    down_bias_ED: jax.Array | None = None
+    gate_scale: jax.Array | None = None
+    up_scale: jax.Array | None = None
+    down_scale: jax.Array | None = None
+
+
+def feed_forward(
+    hidden_TD: jax.Array,
+    expert_TX: jax.Array,
+    weight_TX: jax.Array,
+    weights: ExpertWeights,
+    activation: Activation,
+) -> jax.Array:
+    """Sum over a token's experts of weight times the expert's output; float32 [T, D].
+
+    Args:
+        expert_TX: int32 ids in [0, E), or -1; a token names an expert once at most.
+        weight_TX: float32; what stands beside an id of -1 is not used.
+    """
+    if (chosen := backend.chosen()) == "reference":
+        return reference.feed_forward(hidden_TD, expert_TX, weight_TX, weights, activation)
+    interpret = chosen == "interpret"
+    return fast.feed_forward(hidden_TD, expert_TX, weight_TX, weights, activation, interpret=interpret)

@@ -1,0 +1,184 @@
+"""Experts for CUDA: two grouped matrix products in Pallas-Triton.
+
+The first gathers each row's token, multiplies with gate and up and applies the activation; the
+second multiplies with down and stores rows in the order of (token, choice), so that what is left
+is a weighted sum over a token's choices. A block of rows belongs to one expert; blocks that hold
+no rows end at once, so padding and other devices' experts cost an empty program.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from jaxserve.ops.grouped_gemm.rows import group
+
+
+class Tile(NamedTuple):
+    """How a product is cut: rows, output columns, columns of one iteration, warps, pipeline stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def choose_tile(rows_per_expert: float, itemsize: int) -> Tile:
+    """By how many rows an expert has on average, were they spread evenly over all experts."""
+    if itemsize == 4:
+        return Tile(16 if rows_per_expert <= 16 else 32, 64, 32, warps=4, stages=2)
+    if rows_per_expert <= 8:
+        return Tile(16, 64, 128, warps=4, stages=3)
+    if rows_per_expert <= 64:
+        return Tile(32, 128, 64, warps=4, stages=4)
+    return Tile(128, 128, 64, warps=8, stages=3)
+
+
+def feed_forward(
+    hidden_TD,
+    expert_TX,
+    weight_TX,
+    weights,
+    activation,
+    *,
+    interpret: bool = False,
+    tile: Tile | None = None,
+):
+    """See `grouped_gemm.feed_forward`. `tile` is chosen from the shapes unless given."""
+    T, X = expert_TX.shape
+    E, _, D = weights.gate_EFD.shape
+    tile = tile or choose_tile(T * X / E, hidden_TD.dtype.itemsize)
+    blocks = group(expert_TX, E, tile.rows)
+    call = functools.partial(_call, blocks=blocks, num_choices=X, tile=tile, interpret=interpret)
+    inner_MF = call(
+        hidden_TD,
+        [weights.gate_EFD, weights.up_EFD],
+        [weights.gate_scale, weights.up_scale],
+        [weights.gate_bias_EF, weights.up_bias_EF],
+        finish=activation,
+        gather=True,
+        name="experts_up",
+    )
+    out_MD = call(
+        inner_MF,
+        [weights.down_EDF],
+        [weights.down_scale],
+        [weights.down_bias_ED],
+        finish=lambda down: down,
+        gather=False,
+        name="experts_down",
+    )
+    # Rows of no expert were never written: whatever memory held there must not reach the sum.
+    out_TXD = out_MD.reshape(T, X, D).astype(jnp.float32) * weight_TX.astype(jnp.float32)[..., None]
+    return jnp.sum(jnp.where((expert_TX >= 0)[..., None], out_TXD, 0), axis=1)
+
+
+def _call(x, matrices, scales, biases, *, blocks, num_choices, finish, gather, tile, interpret, name):
+    N, K = matrices[0].shape[1:]
+    depth = tile.depth
+    if scales[0] is not None:
+        depth = min(depth, K // scales[0].shape[2])  # one iteration sees one scale a column
+    tile = tile._replace(columns=min(tile.columns, _power_of_two(N)), depth=min(depth, _power_of_two(K)))
+    operands = [a for a in (*matrices, *scales, *biases) if a is not None]
+    kernel = functools.partial(
+        _kernel,
+        num_matrices=len(matrices),
+        has_scale=scales[0] is not None,
+        has_bias=biases[0] is not None,
+        num_choices=num_choices,
+        finish=finish,
+        gather=gather,
+        tile=tile,
+    )
+    return pl.pallas_call(
+        kernel,
+        grid=(blocks.expert_B.shape[0], pl.cdiv(N, tile.columns)),
+        out_shape=jax.ShapeDtypeStruct((blocks.order_M.shape[0], N), x.dtype),
+        compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=interpret,
+        name=name,
+    )(x, blocks.order_M, blocks.expert_B, blocks.start_B, blocks.end_B, *operands)
+
+
+def _kernel(
+    x_ref,
+    order_ref,
+    expert_ref,
+    start_ref,
+    end_ref,
+    *refs,
+    num_matrices,
+    has_scale,
+    has_bias,
+    num_choices,
+    finish,
+    gather,
+    tile,
+):
+    """One block of rows, some output columns, of each matrix.
+
+    With `gather` row i reads the token of its pair and is written to row i; without, row i is read
+    and written to its pair.
+    """
+    *refs, out_ref = refs
+    matrix_refs = refs[:num_matrices]
+    scale_refs = refs[num_matrices : 2 * num_matrices] if has_scale else [None] * num_matrices
+    bias_refs = refs[-num_matrices:] if has_bias else [None] * num_matrices
+    N, K = matrix_refs[0].shape[1:]
+    block = pl.program_id(0)
+    expert, start, end = expert_ref[block], start_ref[block], end_ref[block]
+    row = start + jnp.arange(tile.rows)
+    is_row = row < end
+    # Lanes without a row point past the end: in interpret mode a masked store writes back what it read.
+    pair = plt.load(order_ref.at[row], mask=is_row, other=jnp.int32(order_ref.shape[0]))
+    read, write = (pair // num_choices, row) if gather else (row, pair)
+    column = pl.program_id(1) * tile.columns + jnp.arange(tile.columns)
+    is_column = column < N
+
+    def multiply(k, sums):
+        inner = k * tile.depth + jnp.arange(tile.depth)
+        is_inner = inner < K
+        x = _load(x_ref, (), read, inner, is_row, is_inner)
+        out = []
+        for total, matrix_ref, scale_ref in zip(sums, matrix_refs, scale_refs):
+            matrix = _load(matrix_ref, (expert,), column, inner, is_column, is_inner)
+            product = _dot(x, matrix.astype(x.dtype).T)
+            if scale_ref is not None:
+                rows, depth = scale_ref.shape[1:]
+                at = scale_ref.at[expert, column // (N // rows), k * tile.depth // (K // depth)]
+                product *= plt.load(at, mask=is_column, other=jnp.float32(0))[None, :]
+            out.append(total + product)
+        return tuple(out)
+
+    zeros = tuple(jnp.zeros((tile.rows, tile.columns), jnp.float32) for _ in matrix_refs)
+    steps = jnp.where(start < end, pl.cdiv(K, tile.depth), jnp.int32(0))
+    sums = lax.fori_loop(0, steps, multiply, zeros)
+    for i, bias_ref in enumerate(bias_refs):
+        if bias_ref is not None:
+            bias = plt.load(bias_ref.at[expert, column], mask=is_column, other=jnp.asarray(0, bias_ref.dtype))
+            sums = (*sums[:i], sums[i] + bias.astype(jnp.float32)[None, :], *sums[i + 1 :])
+    plt.store(
+        out_ref.at[write[:, None], column[None, :]],
+        finish(*sums).astype(out_ref.dtype),
+        mask=is_row[:, None] & is_column[None, :],
+    )
+
+
+def _load(ref, which, row, column, is_row, is_column):
+    mask = is_row[:, None] & is_column[None, :]
+    ref = ref.at[*which, row[:, None], column[None, :]]
+    return plt.load(ref, mask=mask, other=jnp.asarray(0, ref.dtype))
+
+
+def _dot(a, b):
+    return plt.dot(a, b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n, and at least 16, as a matrix product needs."""
+    return max(16, 1 << (n - 1).bit_length())

@@ -1,0 +1,47 @@
+"""Which rows a grouped matrix product has, and how they are cut into blocks of one expert."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Blocks(NamedTuple):
+    """The (token, choice) pairs sorted by expert, in blocks.
+
+    Pair `order_M[i]` is row i; it is choice `pair % X` of token `pair // X`. Block b holds rows
+    [start_B, end_B) of expert `expert_B`. Blocks from `count` on are empty (start = end = 0).
+    """
+
+    order_M: jax.Array
+    expert_B: jax.Array
+    start_B: jax.Array
+    end_B: jax.Array
+    count: jax.Array
+
+
+def group(expert_TX: jax.Array, num_experts: int, block_rows: int) -> Blocks:
+    """Sort pairs by expert; those of expert -1 come last and are in no block."""
+    expert_M = expert_TX.reshape(-1)
+    expert_M = jnp.where(expert_M < 0, num_experts, expert_M)
+    order_M = jnp.argsort(expert_M, stable=True).astype(jnp.int32)
+    expert_E = jnp.arange(num_experts, dtype=jnp.int32)
+    size_E = jnp.sum(expert_M[None] == expert_E[:, None], axis=1, dtype=jnp.int32)
+    first_E = jnp.cumsum(size_E) - size_E
+    blocks_E = (size_E + block_rows - 1) // block_rows
+    until_E = jnp.cumsum(blocks_E)
+    M = expert_M.shape[0]
+    block_B = jnp.arange(min(M, M // block_rows + num_experts), dtype=jnp.int32)
+    owner_B = jnp.searchsorted(until_E, block_B, side="right", method="compare_all")
+    owner_B = jnp.minimum(owner_B, num_experts - 1).astype(jnp.int32)
+    is_block_B = block_B < until_E[-1]
+    start_B = first_E[owner_B] + (block_B - (until_E - blocks_E)[owner_B]) * block_rows
+    end_B = jnp.minimum(start_B + block_rows, (first_E + size_E)[owner_B])
+    zero = jnp.zeros_like(start_B)
+    return Blocks(
+        order_M,
+        owner_B,
+        jnp.where(is_block_B, start_B, zero),
+        jnp.where(is_block_B, end_B, zero),
+        until_E[-1],
+    )

@@ -1,0 +1,62 @@
+"""Latent attention (MLA) over a paged pool of latents: absorbed, so that all heads read one latent.
+
+A token keeps a latent [L], which is key and value of every head at once, and a rotated part [K]
+that is only key. The score of a query head is query_latent . latent + query_rope . rope, the
+result its weighted sum of latents; projections into and out of the latent space are the caller's.
+Pools are [pages, page_size, L] and [pages, page_size, K]; pages, tables, rows and query blocks are
+as in `jaxserve.ops.paged_attention`.
+
+Source: DeepSeek-V2 technical report, section 2.1.2 and appendix C.
+"""
+
+import jax
+
+from jaxserve.ops import backend
+from jaxserve.ops.mla_attention import fast, reference
+
+
+def decode(
+    query_latent_RHL: jax.Array,
+    query_rope_RHK: jax.Array,
+    latent_pages: jax.Array,
+    rope_pages: jax.Array,
+    page_table_SN: jax.Array,
+    slot_R: jax.Array,
+    context_len_R: jax.Array,
+    *,
+    page_offset: int,
+    scale: float,
+) -> jax.Array:
+    """One query a row, at position context_len - 1 of its slot; [R, H, L] in the query's dtype.
+
+    A row with context_len 0 is padding and gives 0.
+    """
+    arrays = (query_latent_RHL, query_rope_RHK, latent_pages, rope_pages, page_table_SN, slot_R)
+    options = {"page_offset": page_offset, "scale": scale}
+    if (chosen := backend.chosen()) == "reference":
+        return reference.decode(*arrays, context_len_R, **options)
+    return fast.decode(*arrays, context_len_R, **options, interpret=chosen == "interpret")
+
+
+def prefill(
+    query_latent_PHL: jax.Array,
+    query_rope_PHK: jax.Array,
+    latent_pages: jax.Array,
+    rope_pages: jax.Array,
+    page_table_SN: jax.Array,
+    block_slot_B: jax.Array,
+    block_start_B: jax.Array,
+    block_len_B: jax.Array,
+    block_pos_B: jax.Array,
+    *,
+    block_size: int,
+    page_offset: int,
+    scale: float,
+) -> jax.Array:
+    """Causal attention of packed prompt chunks; [P, H, L]. Tokens that no block covers give 0."""
+    arrays = (query_latent_PHL, query_rope_PHK, latent_pages, rope_pages, page_table_SN)
+    blocks = (block_slot_B, block_start_B, block_len_B, block_pos_B)
+    options = {"block_size": block_size, "page_offset": page_offset, "scale": scale}
+    if (chosen := backend.chosen()) == "reference":
+        return reference.prefill(*arrays, *blocks, **options)
+    return fast.prefill(*arrays, *blocks, **options, interpret=chosen == "interpret")

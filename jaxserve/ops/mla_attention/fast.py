@@ -1,0 +1,329 @@
+"""Latent attention for CUDA: two flash kernels in Pallas-Triton over the reference's arrays.
+
+`decode` gives each program some heads of one row and a share of its keys (split-K), and a second,
+small kernel combines the shares. `prefill` gives each program some query rows of one block and one
+head. A block of latents is loaded once and used twice, as keys and as values.
+
+The softmax runs in base 2, sums and products accumulate in float32. `page_offset` is an operand,
+so that all layers share one compiled kernel.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+NEG_INF = -1e30  # finite: the maximum over no key at all makes no NaN
+LOG2_E = math.log2(math.e)
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut: query rows (heads or tokens), keys of one iteration, warps, stages."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def decode_tile(H: int, itemsize: int) -> Tile:
+    if itemsize == 4:
+        return Tile(16, 16, warps=4, stages=1)
+    return Tile(16, 32, warps=4, stages=2) if H <= 16 else Tile(min(64, _power_of_two(H)), 32, 8, 2)
+
+
+def prefill_tile(block_size: int, itemsize: int) -> Tile:
+    if itemsize == 4:
+        return Tile(16, 16, warps=4, stages=1)
+    return Tile(max(16, min(block_size, 64)), 32, warps=8, stages=2)
+
+
+def num_splits(programs: int, max_context: int, keys: int) -> int:
+    """Programs that share one row's keys: enough to fill the GPU, a power of two."""
+    wanted = pl.cdiv(132, max(1, programs))  # one program for each SM: they are large
+    useful = max(1, max_context // (2 * keys))
+    return max(1, min(1 << (wanted - 1).bit_length(), 1 << (useful.bit_length() - 1), 64))
+
+
+def decode(
+    query_latent_RHL,
+    query_rope_RHK,
+    latent_pages,
+    rope_pages,
+    page_table_SN,
+    slot_R,
+    context_len_R,
+    *,
+    page_offset: int,
+    scale: float,
+    interpret: bool = False,
+    tile: Tile | None = None,
+    splits: int | None = None,
+):
+    """See `mla_attention.decode`. `tile` and `splits` are chosen from the shapes unless given."""
+    R, H, L = query_latent_RHL.shape
+    tile = tile or decode_tile(H, latent_pages.dtype.itemsize)
+    head_tiles = pl.cdiv(H, tile.rows)
+    max_context = page_table_SN.shape[1] * latent_pages.shape[1]
+    splits = splits or num_splits(R * head_tiles, max_context, tile.keys)
+    out_RZHL, lse_RZH = pl.pallas_call(
+        functools.partial(_decode_kernel, tile=tile, splits=splits, scale=scale * LOG2_E),
+        grid=(R, head_tiles, splits),
+        out_shape=(
+            jax.ShapeDtypeStruct((R, splits, H, L), jnp.float32),
+            jax.ShapeDtypeStruct((R, splits, H), jnp.float32),
+        ),
+        compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=interpret,
+        name="mla_decode",
+    )(
+        query_latent_RHL.astype(latent_pages.dtype),
+        query_rope_RHK.astype(rope_pages.dtype),
+        latent_pages,
+        rope_pages,
+        page_table_SN,
+        slot_R,
+        context_len_R,
+        _scalar(page_offset),
+    )
+    return pl.pallas_call(
+        _combine_kernel,
+        grid=(R, H),
+        out_shape=jax.ShapeDtypeStruct(query_latent_RHL.shape, query_latent_RHL.dtype),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="mla_decode_combine",
+    )(out_RZHL, lse_RZH)
+
+
+def prefill(
+    query_latent_PHL,
+    query_rope_PHK,
+    latent_pages,
+    rope_pages,
+    page_table_SN,
+    block_slot_B,
+    block_start_B,
+    block_len_B,
+    block_pos_B,
+    *,
+    block_size: int,
+    page_offset: int,
+    scale: float,
+    interpret: bool = False,
+    tile: Tile | None = None,
+):
+    """See `mla_attention.prefill`. `tile` is chosen from the shapes unless given."""
+    H = query_latent_PHL.shape[1]
+    B = block_slot_B.shape[0]
+    tile = tile or prefill_tile(block_size, latent_pages.dtype.itemsize)
+    parts = pl.cdiv(block_size, tile.rows)
+    inputs = (
+        query_latent_PHL.astype(latent_pages.dtype),
+        query_rope_PHK.astype(rope_pages.dtype),
+        latent_pages,
+        rope_pages,
+        page_table_SN,
+        block_slot_B,
+        block_start_B,
+        block_len_B,
+        block_pos_B,
+        _scalar(page_offset),
+        jnp.zeros_like(query_latent_PHL),  # becomes the output: tokens of no block stay 0
+    )
+    return pl.pallas_call(
+        functools.partial(_prefill_kernel, tile=tile, parts=parts, scale=scale * LOG2_E),
+        grid=(H, B * parts),
+        out_shape=jax.ShapeDtypeStruct(query_latent_PHL.shape, query_latent_PHL.dtype),
+        input_output_aliases={len(inputs) - 1: 0},
+        compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=interpret,
+        name="mla_prefill",
+    )(*inputs)
+
+
+# ---- kernels ----
+
+
+def _decode_kernel(
+    query_latent_ref,
+    query_rope_ref,
+    latent_ref,
+    rope_ref,
+    table_ref,
+    slot_ref,
+    len_ref,
+    offset_ref,
+    out_ref,
+    lse_ref,
+    *,
+    tile,
+    splits,
+    scale,
+):
+    """Row r, `tile.rows` heads, one of `splits` equal shares of the row's blocks of keys."""
+    r, split = pl.program_id(0), pl.program_id(2)
+    head = pl.program_id(1) * tile.rows + jnp.arange(tile.rows)
+    is_head = head < query_latent_ref.shape[1]
+    end = len_ref[r]
+    share = pl.cdiv(pl.cdiv(end, tile.keys), splits)
+    begin = split * share
+    end_block = jnp.minimum(begin + share, pl.cdiv(end, tile.keys))
+    query = (
+        _load(query_latent_ref, (r, head[:, None]), is_head),
+        _load(query_rope_ref, (r, head[:, None]), is_head),
+    )
+    pools = _Pools(latent_ref, rope_ref, table_ref, slot_ref[r], offset_ref[0], tile.keys)
+
+    def attend(block, state):
+        position, latent, rope = pools.load(block, end)
+        return _update(state, _score(query, latent, rope, scale), (position < end)[None, :], latent)
+
+    out, lse = _finish(lax.fori_loop(begin, end_block, attend, _start(query[0].shape)))
+    _store(out_ref, (r, split, head[:, None]), is_head, out)
+    plt.store(lse_ref.at[r, split, head], lse, mask=is_head)
+
+
+def _combine_kernel(part_ref, lse_ref, out_ref):
+    """The softmax-weighted mean of one row's and head's shares. A row without keys gives 0."""
+    r, h = pl.program_id(0), pl.program_id(1)
+    splits, _, L = part_ref.shape[1:]
+    split, column = jnp.arange(splits), jnp.arange(_power_of_two(L))
+    lse = plt.load(lse_ref.at[r, split, h])
+    weight = jnp.exp2(lse - lse.max(axis=0))
+    part = plt.load(
+        part_ref.at[r, split[:, None], h, column[None, :]],
+        mask=(split >= 0)[:, None] & (column < L)[None, :],
+        other=jnp.float32(0),
+    )
+    mean = (part * weight[:, None]).sum(axis=0) / weight.sum(axis=0)
+    plt.store(out_ref.at[r, h, column], mean.astype(out_ref.dtype), mask=column < L)
+
+
+def _prefill_kernel(
+    query_latent_ref,
+    query_rope_ref,
+    latent_ref,
+    rope_ref,
+    table_ref,
+    slot_ref,
+    start_ref,
+    len_ref,
+    pos_ref,
+    offset_ref,
+    zeros_ref,
+    out_ref,
+    *,
+    tile,
+    parts,
+    scale,
+):
+    """Head h, `tile.rows` consecutive queries of one block. Late blocks, the longest, start first."""
+    del zeros_ref  # the same memory as out_ref
+    h, part = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1)
+    block, skipped = part // parts, part % parts * tile.rows
+    length = jnp.clip(len_ref[block] - skipped, 0, tile.rows)
+    start, pos = start_ref[block] + skipped, pos_ref[block] + skipped
+    end = jnp.where(length > 0, pos + length, 0)
+    row = jnp.arange(tile.rows)
+    is_token = row < length
+    at = ((start + row)[:, None], h)
+    query = _load(query_latent_ref, at, is_token), _load(query_rope_ref, at, is_token)
+    pools = _Pools(latent_ref, rope_ref, table_ref, slot_ref[block], offset_ref[0], tile.keys)
+
+    def attend(key_block, state):
+        position, latent, rope = pools.load(key_block, end)
+        allowed = position[None, :] <= (pos + row)[:, None]
+        return _update(state, _score(query, latent, rope, scale), allowed, latent)
+
+    out, _ = _finish(lax.fori_loop(0, pl.cdiv(end, tile.keys), attend, _start(query[0].shape)))
+    _store(out_ref, at, is_token, out)
+
+
+# ---- parts of a kernel ----
+
+
+class _Pools(NamedTuple):
+    """One sequence's latents and rope parts."""
+
+    latent_ref: jax.Array
+    rope_ref: jax.Array
+    table_ref: jax.Array
+    slot: jax.Array
+    page_offset: jax.Array
+    keys: int
+
+    def load(self, block, end):
+        """Positions, latents and rope parts of one block; 0 from position `end` on."""
+        position = block * self.keys + jnp.arange(self.keys)
+        seen = position < end
+        page_size = self.latent_ref.shape[1]
+        page = plt.load(self.table_ref.at[self.slot, position // page_size], mask=seen, other=jnp.int32(0))
+        at = ((page + self.page_offset)[:, None], (position % page_size)[:, None])
+        return position, _load(self.latent_ref, at, seen), _load(self.rope_ref, at, seen)
+
+
+def _load(ref, index, is_row):
+    """[rows, last dimension up to a power of two] of `ref[*index]`; 0 outside and in rows that are not."""
+    size = ref.shape[-1]
+    column = jnp.arange(_power_of_two(size))[None, :]
+    mask = is_row[:, None] & (column < size)
+    return plt.load(ref.at[*index, column], mask=mask, other=jnp.asarray(0, ref.dtype))
+
+
+def _store(ref, index, is_row, value):
+    size = ref.shape[-1]
+    column = jnp.arange(_power_of_two(size))[None, :]
+    plt.store(ref.at[*index, column], value.astype(ref.dtype), mask=is_row[:, None] & (column < size))
+
+
+def _score(query, latent, rope, scale):
+    return (_dot(query[0], latent.T) + _dot(query[1], rope.T)) * scale
+
+
+def _dot(a, b):
+    return plt.dot(a, b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
+
+
+def _start(shape):
+    """Online softmax before any key: (maximum, sum of weights, weighted latents)."""
+    rows = shape[0]
+    return (
+        jnp.full((rows,), NEG_INF, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+    )
+
+
+def _update(state, score, allowed, latent):
+    old_maximum, total, out = state
+    score = jnp.where(allowed, score, NEG_INF)
+    maximum = jnp.maximum(old_maximum, score.max(axis=1))
+    decay = jnp.exp2(old_maximum - maximum)
+    weight = jnp.where(allowed, jnp.exp2(score - maximum[:, None]), 0.0)
+    out = out * decay[:, None] + _dot(weight.astype(latent.dtype), latent)
+    return maximum, total * decay + weight.sum(axis=1), out
+
+
+def _finish(state):
+    """The softmax's result, 0 without keys, and the base-2 logarithm of its denominator."""
+    maximum, total, out = state
+    total = jnp.maximum(total, 1e-30)
+    return out / total[:, None], maximum + jnp.log2(total)
+
+
+# ---- outside the kernels ----
+
+
+def _scalar(value) -> jax.Array:
+    return jnp.full((1,), value, jnp.int32)
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n, and at least 16, as a matrix product needs."""
+    return max(16, 1 << (n - 1).bit_length())

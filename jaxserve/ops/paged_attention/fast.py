@@ -1,0 +1,423 @@
+"""Paged attention for CUDA: two flash kernels in Pallas-Triton over the reference's arrays.
+
+`decode` splits every row's keys over several programs (split-K) and combines their partial results
+in a second, small kernel; the heads of one KV group are the rows of its matrix products.
+`prefill` gives each program some query rows of one block and one head.
+
+The softmax runs in base 2 (exp2 is one instruction), sums and products accumulate in float32.
+Offsets: Pallas-Triton indexes an array of more than 2**32 bytes with 64 bits, and all smaller ones
+of two- and four-byte types have offsets below 2**31, so a full pool needs nothing from us.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+NEG_INF = -1e30  # finite: the maximum over no key at all makes no NaN
+LOG2_E = math.log2(math.e)
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut: keys of one iteration, warps, pipeline stages, query rows (prefill only)."""
+
+    keys: int
+    warps: int
+    stages: int
+    rows: int = 16
+
+
+# Tiles: the fastest of 12 (decode) and 14 (prefill) on one H100, bfloat16, page size 16, two runs.
+# Decode, 32 rows of 4096 tokens, H32 G8 K128, GB/s: (64, 4, 3) 2684 and 2619; (64, 4, 5) 2374 and
+# 2430; (32, 2, 6) 2602 and 2619; (128, 4, 3) 2604 and 2637. K256: (32, 4, 3) 2518 and 2640,
+# (64, 4, 3) 2419 and 2458. K64: all alike.
+# Prefill of 4096, TFLOP/s: (64, 4, 3, rows 128) 250 and 258; (64, 8, 5, 128) 242 and 248;
+# (64, 4, 5, rows 64) 227 and 229. K256: (32, 8, 2, 128) 215 and 220, (32, 4, 3, 64) 201 and 207.
+# K64: (128, 8, 5, 128) 143 and 159, (64, 8, 5, 128) 134 and 138.
+# A third run, on another card, repeated these within 5 %; 4096 took 256 and 8192 took 302 TFLOP/s.
+# Loading the next block's page ids one iteration ahead won nothing.
+
+
+def decode_tile(K: int, itemsize: int) -> Tile:
+    if itemsize == 4:
+        return Tile(keys=32, warps=4, stages=2)
+    return Tile(keys=32 if K > 128 else 64, warps=4, stages=3)
+
+
+def prefill_tile(K: int, itemsize: int, block_size: int) -> Tile:
+    rows = min(block_size, 128)
+    if itemsize == 4:
+        return Tile(keys=32, warps=4, stages=1, rows=min(rows, 64 if K <= 128 else 32))
+    if K > 128:
+        return Tile(keys=32, warps=8 if rows == 128 else 4, stages=2 if rows == 128 else 3, rows=rows)
+    if rows < 128:
+        return Tile(keys=64, warps=4, stages=5, rows=rows)
+    return (
+        Tile(keys=128, warps=8, stages=5, rows=128) if K <= 64 else Tile(keys=64, warps=4, stages=3, rows=128)
+    )
+
+
+def num_splits(R: int, G: int, max_context: int, tile: Tile) -> int:
+    """Programs that share one row and KV head, a power of two: about two for each of 132 SMs.
+
+    Fewer leave the GPU idle: 16 rows of 2048 tokens take 77 us with 1 split and 64 with 2, 8 rows of
+    1024 take 41, 31 and 27 us with 1, 2 and 4. More only cost: 64 rows of 300 take 45, 47, 50 and
+    55 us with 1, 2, 4 and 8; one row of 4096 takes 24, 19, 18, 19 and 19 us with 4, 8, 16, 32, 64.
+    """
+    wanted = max(1, 264 // max(1, R * G))
+    useful = max(1, max_context // (2 * tile.keys))
+    return 1 << (min(wanted, useful, 64).bit_length() - 1)
+
+
+def decode(
+    query_RHK,
+    key_pages,
+    value_pages,
+    page_table_SN,
+    slot_R,
+    context_len_R,
+    *,
+    page_offset: int | jax.Array,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H=None,
+    interpret: bool = False,
+    tile: Tile | None = None,
+    splits: int | None = None,
+):
+    """See `paged_attention.decode`. `tile` and `splits` are chosen from the shapes unless given."""
+    R, H, K = query_RHK.shape
+    page_size, G = key_pages.shape[1:3]
+    if R == 0:
+        return query_RHK
+    tile = tile or decode_tile(K, key_pages.dtype.itemsize)
+    splits = splits or num_splits(R, G, page_table_SN.shape[1] * page_size, tile)
+    kernel = functools.partial(
+        _decode_kernel,
+        tile=tile,
+        splits=splits,
+        group=H // G,
+        score=_score(scale, softcap),
+        window=window,
+    )
+    single = splits == 1
+    out_RZHK, lse_RZH = pl.pallas_call(
+        kernel,
+        grid=(R, G, splits),
+        out_shape=(
+            jax.ShapeDtypeStruct((R, splits, H, K), query_RHK.dtype if single else jnp.float32),
+            jax.ShapeDtypeStruct((R, splits, H), jnp.float32),
+        ),
+        compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=interpret,
+        name="paged_decode",
+    )(
+        query_RHK.astype(key_pages.dtype),
+        key_pages,
+        value_pages,
+        page_table_SN,
+        slot_R,
+        context_len_R,
+        _sinks(sinks_H, H),
+        _scalar(page_offset),
+    )
+    if single:
+        return out_RZHK[:, 0]
+    return pl.pallas_call(
+        _combine_kernel,
+        grid=(R, H),
+        out_shape=jax.ShapeDtypeStruct(query_RHK.shape, query_RHK.dtype),
+        compiler_params=plt.CompilerParams(num_warps=2, num_stages=1),
+        interpret=interpret,
+        name="paged_decode_combine",
+    )(out_RZHK, lse_RZH)
+
+
+def prefill(
+    query_PHK,
+    key_pages,
+    value_pages,
+    page_table_SN,
+    block_slot_B,
+    block_start_B,
+    block_len_B,
+    block_pos_B,
+    *,
+    block_size: int,
+    page_offset: int | jax.Array,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H=None,
+    interpret: bool = False,
+    tile: Tile | None = None,
+):
+    """See `paged_attention.prefill`. `tile` is chosen from the shapes unless given."""
+    P, H, K = query_PHK.shape
+    G = key_pages.shape[2]
+    B = block_slot_B.shape[0]
+    if P == 0 or B == 0:
+        return jnp.zeros_like(query_PHK)
+    tile = tile or prefill_tile(K, key_pages.dtype.itemsize, block_size)
+    parts = pl.cdiv(block_size, tile.rows)
+    kernel = functools.partial(
+        _prefill_kernel,
+        tile=tile,
+        parts=parts,
+        group=H // G,
+        score=_score(scale, softcap),
+        window=window,
+    )
+    inputs = (
+        query_PHK.astype(key_pages.dtype),
+        key_pages,
+        value_pages,
+        page_table_SN,
+        block_slot_B,
+        block_start_B,
+        block_len_B,
+        block_pos_B,
+        _sinks(sinks_H, H),
+        _scalar(page_offset),
+        jnp.zeros_like(query_PHK),  # becomes the output: tokens of no block stay 0
+    )
+    return pl.pallas_call(
+        kernel,
+        grid=(H, B * parts),
+        out_shape=jax.ShapeDtypeStruct(query_PHK.shape, query_PHK.dtype),
+        input_output_aliases={len(inputs) - 1: 0},
+        compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=interpret,
+        name="paged_prefill",
+    )(*inputs)
+
+
+# ---- kernels ----
+
+
+def _decode_kernel(
+    query_ref,
+    key_ref,
+    value_ref,
+    table_ref,
+    slot_ref,
+    len_ref,
+    sink_ref,
+    offset_ref,
+    out_ref,
+    lse_ref,
+    *,
+    tile,
+    splits,
+    group,
+    score,
+    window,
+):
+    """Row r, KV head g, one of `splits` equal shares of the row's blocks of keys."""
+    r, g, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    K = query_ref.shape[-1]
+    end = len_ref[r]
+    first = jnp.int32(0) if window is None else jnp.maximum(end - window, 0)
+    first_block, end_block = first // tile.keys, pl.cdiv(end, tile.keys)
+    share = pl.cdiv(end_block - first_block, splits)
+    begin = first_block + split * share
+
+    row = jnp.arange(max(16, _power_of_two(group)))  # a matrix product has at least 16 rows
+    head, is_head = g * group + row, row < group
+    query = _load_heads(query_ref, (r, head[:, None]), K, is_head)
+    pages = _PageTable(table_ref, slot_ref[r], key_ref.shape[1], offset_ref[0])
+
+    def attend_block(block, state):
+        position = block * tile.keys + jnp.arange(tile.keys)
+        seen = (position >= first) & (position < end)
+        page, offset = pages.locate(position, seen)
+        key = _load_heads(key_ref, (page[:, None], offset[:, None], g), K, seen)
+        value = _load_heads(value_ref, (page[:, None], offset[:, None], g), K, seen)
+        logits = jnp.where(seen[None, :], score(_dot(query, key.T)), NEG_INF)
+        return _update(state, logits, value)
+
+    # The sink is a key without a value, seen by one of the splits.
+    sink = plt.load(sink_ref.at[head], mask=is_head & (split == 0), other=jnp.float32(NEG_INF))
+    state = _start(sink * LOG2_E, query.shape[1])
+    state = lax.fori_loop(begin, jnp.minimum(begin + share, end_block), attend_block, state)
+    out, lse = _finish(state)
+    _store_heads(out_ref, (r, split, head[:, None]), K, is_head, out)
+    plt.store(lse_ref.at[r, split, head], lse, mask=is_head)
+
+
+def _combine_kernel(part_ref, lse_ref, out_ref):
+    """The softmax-weighted mean of one row's and head's partial results."""
+    r, h = pl.program_id(0), pl.program_id(1)
+    splits, _, K = part_ref.shape[1:]
+    split = jnp.arange(splits)
+    lse = plt.load(lse_ref.at[r, split, h])
+    weight = jnp.exp2(lse - lse.max(axis=0))
+    column = jnp.arange(_power_of_two(K))
+    part = plt.load(
+        part_ref.at[r, split[:, None], h, column[None, :]],
+        mask=(split >= 0)[:, None] & (column < K)[None, :],
+        other=jnp.float32(0),
+    )
+    mean = (part * weight[:, None]).sum(axis=0) / weight.sum(axis=0)
+    plt.store(out_ref.at[r, h, column], mean.astype(out_ref.dtype), mask=column < K)
+
+
+def _prefill_kernel(
+    query_ref,
+    key_ref,
+    value_ref,
+    table_ref,
+    slot_ref,
+    start_ref,
+    len_ref,
+    pos_ref,
+    sink_ref,
+    offset_ref,
+    zeros_ref,
+    out_ref,
+    *,
+    tile,
+    parts,
+    group,
+    score,
+    window,
+):
+    """Head h, `tile.rows` consecutive queries of one block. Late blocks, the longest, start first."""
+    del zeros_ref  # the same memory as out_ref
+    h, part = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1)
+    g, K = h // group, query_ref.shape[-1]
+    block, skipped = part // parts, part % parts * tile.rows
+    length = jnp.clip(len_ref[block] - skipped, 0, tile.rows)
+    start, pos = start_ref[block] + skipped, pos_ref[block] + skipped
+    end = jnp.where(length > 0, pos + length, 0)
+
+    row = jnp.arange(tile.rows)
+    is_token = row < length
+    query = _load_heads(query_ref, ((start + row)[:, None], h), K, is_token)
+    pages = _PageTable(table_ref, slot_ref[block], key_ref.shape[1], offset_ref[0])
+
+    def attend_block(block, state, *, masked):
+        position = block * tile.keys + jnp.arange(tile.keys)
+        seen = position < end if masked else None
+        page, offset = pages.locate(position, seen)
+        key = _load_heads(key_ref, (page[:, None], offset[:, None], g), K, seen)
+        value = _load_heads(value_ref, (page[:, None], offset[:, None], g), K, seen)
+        logits = score(_dot(query, key.T))
+        if masked:
+            allowed = position[None, :] <= (pos + row)[:, None]
+            if window is not None:
+                allowed &= position[None, :] > (pos + row)[:, None] - window
+            logits = jnp.where(allowed, logits, NEG_INF)
+        return _update(state, logits, value)
+
+    # Only blocks that the diagonal or the window's edge crosses pay for a mask. A row that the
+    # window hides from a whole block counts its NEG_INF keys there with weight 1, until its first
+    # real key (every row sees itself) scales that by exp2(NEG_INF - real) = 0.
+    masked = functools.partial(attend_block, masked=True)
+    clear_end = jnp.where(length > 0, (pos + 1) // tile.keys, 0)
+    clear_begin = jnp.int32(0)
+    sink = plt.load(sink_ref.at[h]) * LOG2_E
+    state = _start(jnp.full((tile.rows,), sink, jnp.float32), query.shape[1])
+    if window is not None:
+        first = jnp.maximum(pos - window + 1, 0) // tile.keys
+        clear_begin = jnp.minimum(pl.cdiv(jnp.maximum(end - window, 0), tile.keys), clear_end)
+        state = lax.fori_loop(first, clear_begin, masked, state)
+    state = lax.fori_loop(clear_begin, clear_end, functools.partial(attend_block, masked=False), state)
+    state = lax.fori_loop(clear_end, pl.cdiv(end, tile.keys), masked, state)
+    out, _ = _finish(state)
+    _store_heads(out_ref, ((start + row)[:, None], h), K, is_token, out)
+
+
+# ---- parts of a kernel ----
+
+
+class _PageTable(NamedTuple):
+    """Where a sequence's tokens lie in the pools."""
+
+    table_ref: Any
+    slot: jax.Array
+    page_size: int
+    page_offset: jax.Array
+
+    def locate(self, position, seen):
+        """Pool page and offset of each position; unseen ones read nothing from the table."""
+        ref = self.table_ref.at[self.slot, position // self.page_size]
+        page = plt.load(ref) if seen is None else plt.load(ref, mask=seen, other=jnp.int32(0))
+        return page + self.page_offset, position % self.page_size
+
+
+def _load_heads(ref, index, K, is_row):
+    """[rows, K up to a power of two] of `ref[*index]`; 0 outside and in rows that are not."""
+    column = jnp.arange(_power_of_two(K))[None, :]
+    mask = _mask(column, K, is_row)
+    if mask is None:
+        return plt.load(ref.at[*index, column])
+    return plt.load(ref.at[*index, column], mask=mask, other=jnp.asarray(0, ref.dtype))
+
+
+def _store_heads(ref, index, K, is_row, value):
+    column = jnp.arange(_power_of_two(K))[None, :]
+    plt.store(ref.at[*index, column], value.astype(ref.dtype), mask=_mask(column, K, is_row))
+
+
+def _mask(column, K, is_row):
+    if is_row is None:
+        return None if column.shape[1] == K else column < K
+    return is_row[:, None] & (column < K)
+
+
+def _dot(a, b):
+    return plt.dot(a, b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
+
+
+def _score(scale, softcap):
+    """From products of query and key to base-2 logits."""
+    if softcap is None:
+        return lambda product: product * (scale * LOG2_E)
+    return lambda product: jnp.tanh(product * (scale / softcap)) * (softcap * LOG2_E)
+
+
+def _start(sink, columns):
+    """Online softmax after the sink alone: (maximum, sum of weights, weighted values).
+
+    NEG_INF stands for no sink: the first real key scales its weight of 1 to 0.
+    """
+    return sink, jnp.ones(sink.shape, jnp.float32), jnp.zeros((*sink.shape, columns), jnp.float32)
+
+
+def _update(state, logits, value):
+    old_maximum, total, out = state
+    maximum = jnp.maximum(old_maximum, logits.max(axis=1))
+    decay = jnp.exp2(old_maximum - maximum)
+    weight = jnp.exp2(logits - maximum[:, None])
+    out = out * decay[:, None] + _dot(weight.astype(value.dtype), value)
+    return maximum, total * decay + weight.sum(axis=1), out
+
+
+def _finish(state):
+    """The softmax's result and the base-2 logarithm of its denominator."""
+    maximum, total, out = state
+    return out / total[:, None], maximum + jnp.log2(total)
+
+
+# ---- outside the kernels ----
+
+
+def _scalar(value):
+    """One number as a kernel's operand. As a constant it would make every layer a kernel of its own."""
+    return jnp.full((1,), value, jnp.int32)
+
+
+def _sinks(sinks_H, H):
+    return jnp.full((H,), NEG_INF, jnp.float32) if sinks_H is None else sinks_H.astype(jnp.float32)
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()

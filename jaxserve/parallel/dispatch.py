@@ -1,0 +1,244 @@
+"""Expert dispatch: bringing tokens to the devices that hold their experts, and the results back.
+
+Everything here runs inside `shard_map` over `Mesh((dp, ep, tp))`. A dp rank's tokens are the same
+on every device of its attention group. Experts are sharded over (dp, ep) and their FFN over tp; or,
+under `none`, every device has a share of the FFN of all experts.
+
+All backends give the same sums in another order, and none ever drops a token.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxserve.config import ConfigError
+from jaxserve.mesh import AXES, GROUP
+from jaxserve.ops.grouped_gemm import Activation, ExpertWeights, feed_forward
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["none", "allgather", "all_to_all", "auto"]
+EXPERT_AXES = ("dp", "ep")
+
+
+def choose_backend(asked: str | None, ep: int) -> Backend:
+    """The backend for a configuration's `moe_a2a_backend`, with a log line where it is another name's.
+
+    Raises: ConfigError for `ragged`.
+    """
+    if asked == "ragged":
+        raise ConfigError(
+            "moe_a2a_backend='ragged' is not available in this version (XLA has no ragged all-to-all on "
+            "CPU, and reported it slow or wrong on GPU); use 'all_to_all' or 'allgather'"
+        )
+    if ep == 1:
+        if asked not in (None, "none"):
+            logger.info("moe_a2a_backend=%s needs ep > 1; at ep 1 every device has all experts: none", asked)
+        return "none"
+    match asked:
+        case None:
+            return "auto"
+        case "none":
+            logger.info("moe_a2a_backend=none with ep=%d means allgather", ep)
+            return "allgather"
+        case "deepep":
+            logger.info("moe_a2a_backend=deepep means all_to_all here")
+            return "all_to_all"
+        case "allgather" | "all_to_all":
+            return asked
+    raise AssertionError(f"moe_a2a_backend={asked!r}")
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """How the experts of one instance are reached. `auto` decides for each step shape."""
+
+    mesh: Mesh | None = None
+    backend: Backend = "none"
+
+    def __call__(
+        self,
+        hidden_TD: jax.Array,
+        expert_TX: jax.Array,
+        weight_TX: jax.Array,
+        weights: ExpertWeights,
+        activation: Activation,
+    ) -> jax.Array:
+        """As `grouped_gemm.feed_forward`, over the mesh, in the dtype of `hidden_TD`."""
+        if self.mesh is None:
+            out_TD = feed_forward(hidden_TD, expert_TX, weight_TX, weights, activation)
+            return out_TD.astype(hidden_TD.dtype)
+        sizes = dict(self.mesh.shape)
+        route = _gathered
+        if self.backend != "none":
+            plan = Exchange.plan(hidden_TD.shape[0] // sizes["dp"], expert_TX.shape[1], sizes)
+            if self.backend == "all_to_all" or (self.backend == "auto" and plan.is_worth_it):
+                route = plan.run
+        experts, ffn = ((), AXES) if self.backend == "none" else (EXPERT_AXES, ("tp",))
+
+        def on_device(hidden_tD, expert_tX, weight_tX, weights: ExpertWeights) -> jax.Array:
+            if weights.down_bias_ED is not None:  # each share of the FFN would add it again
+                bias_eD = jnp.where(lax.axis_index(ffn) == 0, weights.down_bias_ED, 0)
+                weights = weights._replace(down_bias_ED=bias_eD)
+            return route(hidden_tD, expert_tX, weight_tX, weights, activation, bool(experts))
+
+        rank = PartitionSpec("dp")
+        return jax.shard_map(
+            on_device,
+            mesh=self.mesh,
+            in_specs=(rank, rank, rank, _weight_specs(experts, ffn)),
+            out_specs=rank,
+            check_vma=False,  # the kernels' outputs carry no replication types
+        )(hidden_TD, expert_TX, weight_TX, weights)
+
+
+def _weight_specs(experts: tuple[str, ...], ffn: tuple[str, ...]) -> ExpertWeights:
+    up: Any = PartitionSpec(experts, ffn)
+    down: Any = PartitionSpec(experts, None, ffn)
+    whole: Any = PartitionSpec(experts)
+    return ExpertWeights(
+        gate_EFD=up,
+        up_EFD=up,
+        down_EDF=down,
+        gate_bias_EF=up,
+        up_bias_EF=up,
+        down_bias_ED=whole,
+        gate_scale=up,
+        up_scale=up,
+        down_scale=down,
+    )
+
+
+# ---- all tokens to all devices ----
+
+
+def _gathered(hidden_tD, expert_tX, weight_tX, weights, activation, experts_are_split: bool) -> jax.Array:
+    """Every device sees all tokens and adds what its experts, or its share of them, contribute."""
+    hidden_TD, expert_TX, weight_TX = (
+        lax.all_gather(x, "dp", tiled=True) for x in (hidden_tD, expert_tX, weight_tX)
+    )
+    if experts_are_split:
+        num_local = weights.gate_EFD.shape[0]
+        expert_TX = _local(expert_TX, lax.axis_index(EXPERT_AXES) * num_local, num_local)
+    out_TD = feed_forward(hidden_TD, expert_TX, weight_TX, weights, activation).astype(hidden_tD.dtype)
+    out_tD = lax.psum_scatter(out_TD, "dp", tiled=True)  # first, so that fewer rows are summed below
+    return lax.psum(out_tD, GROUP)
+
+
+def _local(expert: jax.Array, first: jax.Array, count: int) -> jax.Array:
+    """Ids within [first, first + count) counted from `first`; -1 for all others."""
+    local = expert - first
+    return jnp.where((expert >= 0) & (local >= 0) & (local < count), local, -1)
+
+
+# ---- each token to the devices that need it ----
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """An all-to-all in which a token travels once to each device that holds any of its experts.
+
+    Devices of a group have the same tokens, so each sends a share. Buffers have room for
+    `capacity` tokens from every device to every other. When any device has more for one
+    destination, all of them take the gathered path instead.
+    """
+
+    num_tokens: int  # of a rank
+    share: int  # tokens that one device sends
+    capacity: int
+    num_ranks: int
+    num_destinations: int
+
+    @classmethod
+    def plan(cls, num_tokens: int, num_choices: int, sizes: dict[str, int]) -> "Exchange":
+        """Room for a quarter more than evenly spread choices need, and a few tokens more for small steps."""
+        e = sizes["dp"] * sizes["ep"]
+        share = -(-num_tokens // sizes["ep"])
+        reached = 1 - (1 - 1 / e) ** num_choices  # chance that a token needs a given destination
+        capacity = min(share, math.ceil(1.25 * reached * share) + 8)
+        return cls(num_tokens, share, capacity, sizes["dp"], e)
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether it moves clearly fewer rows than gathering does.
+
+        Three quarters: its rows take a sort, a scatter and a second collective more.
+        """
+        return self.num_destinations * self.capacity < 0.75 * self.num_ranks * self.num_tokens
+
+    def run(self, hidden_tD, expert_tX, weight_tX, weights, activation, experts_are_split: bool) -> jax.Array:
+        assert experts_are_split
+        e, C, num_local = self.num_destinations, self.capacity, weights.gate_EFD.shape[0]
+        hidden_sD, expert_sX, weight_sX = self._my_share(hidden_tD, expert_tX, weight_tX)
+
+        # Where each token goes: once to each destination that any of its choices names.
+        dest_sX = jnp.where(expert_sX >= 0, expert_sX // num_local, e)
+        X = dest_sX.shape[1]
+        earlier_sXX = (dest_sX[:, :, None] == dest_sX[:, None, :]) & jnp.tri(X, X, -1, dtype=bool)
+        sends_sX = (dest_sX < e) & ~earlier_sXX.any(axis=2)
+        sends_se = jnp.zeros((self.share, e + 1), bool).at[jnp.arange(self.share)[:, None], dest_sX].set(True)
+        sends_se = sends_se[:, :e]
+        place_se = jnp.cumsum(sends_se, axis=0, dtype=jnp.int32) - 1
+
+        def exchange() -> jax.Array:
+            row_se = jnp.where(sends_se & (place_se < C), jnp.arange(e) * C + place_se, e * C)
+            token_M = jnp.full((e * C,), -1, jnp.int32)
+            token_M = token_M.at[row_se].set(jnp.arange(self.share, dtype=jnp.int32)[:, None], mode="drop")
+            at_M = jnp.maximum(token_M, 0)
+            first_M = jnp.repeat(jnp.arange(e, dtype=jnp.int32) * num_local, C)
+            expert_MX = jnp.where(token_M[:, None] >= 0, expert_sX[at_M], -1)
+            expert_MX = _local(expert_MX, first_M[:, None], num_local)
+            # One message for ids and weights: float bits travel as integers.
+            routing = jnp.concatenate(
+                [expert_MX, lax.bitcast_convert_type(weight_sX[at_M], jnp.int32)], axis=1
+            )
+            hidden_MD, routing = _swap(hidden_sD[at_M]), _swap(routing)
+            out_MD = feed_forward(
+                hidden_MD,
+                routing[:, :X],
+                lax.bitcast_convert_type(routing[:, X:], jnp.float32),
+                weights,
+                activation,
+            )
+            back_MD = _swap(out_MD.astype(hidden_tD.dtype))
+            row_sX = jnp.take_along_axis(
+                jnp.pad(row_se, ((0, 0), (0, 1)), constant_values=e * C), dest_sX, axis=1
+            )
+            part_sXD = back_MD[jnp.minimum(row_sX, e * C - 1)].astype(jnp.float32)
+            out_sD = jnp.sum(jnp.where(sends_sX[..., None], part_sXD, 0), axis=1).astype(hidden_tD.dtype)
+            out_tD = lax.all_gather(lax.psum(out_sD, "tp"), "ep", tiled=True)
+            return out_tD[: self.num_tokens]
+
+        if self.share == C:
+            return exchange()
+        has_room = jnp.all(sends_se.sum(axis=0) <= C)
+        all_have_room = lax.pmin(has_room.astype(jnp.int32), AXES) == 1
+
+        def gather() -> jax.Array:
+            return _gathered(hidden_tD, expert_tX, weight_tX, weights, activation, True)
+
+        return lax.cond(all_have_room, exchange, gather)
+
+    def _my_share(self, hidden_tD, expert_tX, weight_tX) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """This device's part of its rank's tokens; the last one is filled up with padding."""
+        inner = self.num_destinations // self.num_ranks
+        if inner == 1:
+            return hidden_tD, expert_tX, weight_tX
+        missing, start = inner * self.share - self.num_tokens, lax.axis_index("ep") * self.share
+
+        def part(x, fill):
+            x = jnp.pad(x, ((0, missing), (0, 0)), constant_values=fill)
+            return lax.dynamic_slice_in_dim(x, start, self.share)
+
+        return part(hidden_tD, 0), part(expert_tX, -1), part(weight_tX, 0)
+
+
+def _swap(x_MD: jax.Array) -> jax.Array:
+    """Block i of the rows goes to device i, and comes from it."""
+    return lax.all_to_all(x_MD, EXPERT_AXES, split_axis=0, concat_axis=0, tiled=True)

@@ -1,0 +1,90 @@
+"""Native data parallelism: full replicas of a model behind one port, taken in turn.
+
+`--dp-size N` without `--enable-dp-attention` starts N engine processes of `tp` devices each. Requests
+go round robin, without regard to prefixes; the gateway (`python -m router.launch_server`) routes by
+cached prefix and survives a dead replica, and is what to use in production.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import msgspec
+
+from jaxserve.config import ServerConfig
+from jaxserve.messages import CacheEvent, EngineClient, Generate, Info, Output, RankLoad
+
+
+def replica_configs(config: ServerConfig) -> list[ServerConfig]:
+    """One configuration a replica, on devices of its own; just the given one where dp is inside."""
+    if config.dp_size == 1 or config.enable_dp_attention:
+        return [config]
+    return [
+        replace(config, dp_size=1, base_gpu_id=config.base_gpu_id + i * config.tp)
+        for i in range(config.dp_size)
+    ]
+
+
+class Replicas(EngineClient):
+    """An EngineClient over several; a replica's number is what clients see as dp rank."""
+
+    def __init__(self, clients: Sequence[EngineClient]):
+        self._clients = clients
+        self._turn = count()
+        infos = [client.info for client in clients]
+        self._info = msgspec.structs.replace(
+            infos[0],
+            dp_size=len(clients),
+            num_devices=sum(i.num_devices for i in infos),
+            max_total_num_tokens=sum(i.max_total_num_tokens for i in infos),
+            max_running_requests=sum(i.max_running_requests for i in infos),
+            weight_bytes=sum(i.weight_bytes for i in infos),
+            kv_cache_bytes=sum(i.kv_cache_bytes for i in infos),
+        )
+
+    @property
+    def info(self) -> Info:
+        return self._info
+
+    @property
+    def loads(self) -> list[RankLoad]:
+        return [load for client in self._clients for load in client.loads]
+
+    def generate(self, request: Generate) -> AsyncIterator[Output]:
+        number = next(self._turn) % len(self._clients) if request.dp_rank is None else request.dp_rank
+        stream = self._clients[number].generate(msgspec.structs.replace(request, dp_rank=None))
+        return _Numbered(stream, number)
+
+    async def abort(self, rids: list[str], all: bool = False) -> None:
+        await asyncio.gather(*(client.abort(rids, all) for client in self._clients))
+
+    async def call(self, method: str) -> Any:
+        answers = await asyncio.gather(*(client.call(method) for client in self._clients))
+        if method == "loads":
+            return [{**row, "dp_rank": number} for number, rows in enumerate(answers) for row in rows]
+        if method == "stats":
+            # Lists have one entry a dp rank, numbers are totals: both add up.
+            return {name: sum((a[name] for a in answers[1:]), answers[0][name]) for name in answers[0]}
+        return answers
+
+    async def watch_cache(self, take: Callable[[list[CacheEvent]], None]) -> None:
+        def numbered(number: int) -> Callable[[list[CacheEvent]], None]:
+            return lambda events: take([msgspec.structs.replace(e, rank=number) for e in events])
+
+        await asyncio.gather(*(c.watch_cache(numbered(i)) for i, c in enumerate(self._clients)))
+
+
+class _Numbered(AsyncIterator[Output]):
+    """A replica's outputs under its number."""
+
+    def __init__(self, stream: Any, number: int):
+        self._stream = stream
+        self._number = number
+
+    async def __anext__(self) -> Output:
+        return msgspec.structs.replace(await anext(self._stream), dp_rank=self._number)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()

@@ -1,0 +1,213 @@
+"""The application: the route table, the gate in front of it, and the server that runs it."""
+
+import asyncio
+import contextlib
+import hmac
+import socket
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jaxserve.config import ServerConfig
+from jaxserve.messages import EngineClient
+from jaxserve.server import control, native, openai
+from jaxserve.server.errors import RequestError, unavailable
+from jaxserve.server.metrics import Metrics
+from jaxserve.server.service import Service
+from jaxserve.server.stream import endpoint, error_response
+from jaxserve.text.chat_template import ChatTemplate
+from jaxserve.text.tokenizer import Tokenizer
+
+OPEN_PATHS = ("/health", "/metrics")  # and what begins with them: no key asked
+GENERATING = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
+REQUEST_ID_HEADER = "x-request-id"
+ROUTES: tuple[tuple[str, tuple[str, ...], Any], ...] = (
+    ("/", ("GET",), control.root),
+    ("/health", ("GET",), control.health),
+    ("/health_generate", ("GET",), control.health_generate),
+    ("/model_info", ("GET",), control.model_info),
+    ("/get_model_info", ("GET",), control.model_info),
+    ("/server_info", ("GET",), control.server_info),
+    ("/get_server_info", ("GET",), control.server_info),
+    ("/v1/loads", ("GET",), control.loads),
+    ("/get_load", ("GET",), control.get_load),
+    ("/metrics", ("GET",), control.metrics),
+    ("/flush_cache", ("GET", "POST"), control.flush_cache),
+    ("/generate", ("POST", "PUT"), native.generate),
+    ("/abort_request", ("POST",), native.abort_request),
+    ("/tokenize", ("POST",), native.tokenize),
+    ("/v1/tokenize", ("POST",), native.tokenize),
+    ("/detokenize", ("POST",), native.detokenize),
+    ("/v1/detokenize", ("POST",), native.detokenize),
+    ("/v1/models", ("GET",), openai.models),
+    ("/v1/models/{model:path}", ("GET",), openai.model),
+    ("/v1/completions", ("POST",), openai.completions),
+    ("/v1/chat/completions", ("POST",), openai.chat_completions),
+)
+
+
+def create_app(
+    client: EngineClient,
+    config: ServerConfig,
+    tokenizer: Tokenizer | None = None,
+    *,
+    chat_template: ChatTemplate | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+    health_timeout_s: float = control.HEALTH_TIMEOUT_S,
+) -> Starlette:
+    """The ASGI application over an engine that is ready.
+
+    `app.state.ready` and `app.state.draining` are the launcher's switches; `app.state.service` has
+    `num_running` and `wait_idle`.
+    """
+    app = Starlette(
+        routes=[Route(path, endpoint(handler), methods=list(methods)) for path, methods, handler in ROUTES],
+        exception_handlers={HTTPException: _routing_error},
+        middleware=[Middleware(Gate, api_key=config.api_key)],
+    )
+    app.router.redirect_slashes = False
+    metrics = Metrics(config.served_model_name or client.info.model_path, client.info)
+    app.state.metrics = metrics
+    app.state.service = Service(
+        client,
+        config,
+        tokenizer,
+        chat_template=chat_template,
+        generation_config=generation_config,
+        metrics=metrics,
+    )
+    app.state.ready = True
+    app.state.draining = False
+    app.state.health_timeout_s = health_timeout_s
+    return app
+
+
+async def _routing_error(request: Request, error: Exception) -> Response:
+    """404 and 405, in the one error body."""
+    assert isinstance(error, HTTPException), error
+    path = request.url.path[:200]
+    messages = {
+        404: f"no route {request.method} {path}",
+        405: f"{path} does not take {request.method}; it takes {(error.headers or {}).get('Allow')}",
+    }
+    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
+    message = messages.get(error.status_code, error.detail)
+    headers = dict(error.headers or {})
+    return error_response(RequestError(message, status=error.status_code, code=code, headers=headers))
+
+
+class Gate:
+    """In front of every route: request ids, the API key, and no new work while draining."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None):
+        self.app = app
+        self.expected = f"Bearer {api_key}".encode() if api_key is not None else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = [v for k, v in scope["headers"] if k == REQUEST_ID_HEADER.encode()]
+        request_id = given[0][:256].decode("latin-1") if given and given[0] else uuid.uuid4().hex
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            await send(message)
+
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            await error_response(refusal)(scope, receive, send_with_id)
+        else:
+            await self.app(scope, receive, send_with_id)
+
+    def _refusal(self, scope: Scope) -> RequestError | None:
+        path = scope["path"]
+        if self.expected is not None and not path.startswith(OPEN_PATHS):
+            keys = [v for k, v in scope["headers"] if k == b"authorization"]
+            if len(keys) != 1 or not hmac.compare_digest(keys[0], self.expected):
+                return RequestError(
+                    "the API key is missing or wrong; send 'Authorization: Bearer KEY'",
+                    status=401,
+                    code="invalid_api_key",
+                    headers={"www-authenticate": "Bearer"},
+                )
+        state = scope["app"].state
+        if path in GENERATING and (state.draining or not state.ready):
+            return unavailable("the server is draining" if state.draining else "the server is starting", 5)
+        return None
+
+
+class _Server(uvicorn.Server):
+    """Signals belong to the launcher."""
+
+    def capture_signals(self):  # type: ignore[override]
+        return contextlib.nullcontext()
+
+
+async def serve(
+    app: Starlette,
+    host: str,
+    port: int,
+    *,
+    stop: asyncio.Event | None = None,
+    grace_s: float = 30.0,
+    log_level: str = "info",
+    started: Callable[[int], None] | None = None,
+) -> None:
+    """Serve until `stop` is set; then take nothing new, let what runs finish for `grace_s`, and return.
+
+    `started` is called with the port once connections are accepted (useful with port 0).
+    Raises OSError when the address cannot be bound.
+    """
+    stop = stop or asyncio.Event()
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level=log_level,
+        access_log=False,
+        lifespan="off",
+        http="httptools",
+        ws="none",
+        timeout_keep_alive=75,  # longer than the idle timeout of the usual proxies in front
+        timeout_graceful_shutdown=1,
+        server_header=False,
+    )
+    sock = _listen(host, port)
+    server = _Server(config)
+    running = asyncio.ensure_future(server.serve(sockets=[sock]))
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        if started is not None:
+            while not server.started and not running.done():  # noqa: ASYNC110 (uvicorn has no event)
+                await asyncio.sleep(0.005)
+            if server.started:
+                started(sock.getsockname()[1])
+        await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            app.state.draining = True
+            try:
+                await asyncio.wait_for(app.state.service.wait_idle(), grace_s)
+            except TimeoutError:
+                await app.state.service.abort(None, abort_all=True)
+    finally:
+        stopping.cancel()
+        server.should_exit = True
+        await running
+        sock.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)

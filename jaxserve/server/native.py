@@ -1,0 +1,66 @@
+"""SGLang's own data routes: /generate, /abort_request, /tokenize, /detokenize."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jaxserve.server.errors import RequestError
+from jaxserve.server.generate import encode, reply, stream
+from jaxserve.server.sampling import check_token_ids, sequence_limit
+from jaxserve.server.schema import AbortBody, DetokenizeBody, GenerateBody, TokenizeBody, parse
+from jaxserve.server.service import Service
+from jaxserve.server.stream import EventStream, json_response, read_json_body, sse, unless_gone
+
+
+async def generate(request: Request) -> Response:
+    """POST or PUT /generate."""
+    service: Service = request.app.state.service
+    body = parse(GenerateBody, await read_json_body(request))
+    if body.stream:
+        return EventStream(_events(service, body))
+    return json_response(await unless_gone(request, reply(service, body)))
+
+
+async def _events(service: Service, body: GenerateBody) -> AsyncGenerator[bytes]:
+    async with aclosing(stream(service, body)) as events:
+        async for event in events:
+            yield sse(event)
+
+
+async def abort_request(request: Request) -> Response:
+    """POST /abort_request {rid} or {abort_all}. A rid that does not run is no error."""
+    body = parse(AbortBody, await read_json_body(request))
+    if not body.rid and not body.abort_all:
+        raise RequestError("give rid, or abort_all=true", param="rid")
+    await request.app.state.service.abort(body.rid, body.abort_all)
+    return Response(status_code=200)
+
+
+async def tokenize(request: Request) -> Response:
+    """POST /tokenize {prompt, add_special_tokens}: {tokens, count, max_model_len}, lists for a list."""
+    service: Service = request.app.state.service
+    body = parse(TokenizeBody, await read_json_body(request))
+    texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    tokens = await encode(service, texts, "prompt", body.add_special_tokens)
+    limit = sequence_limit(service.client.info)
+    if isinstance(body.prompt, str):
+        return json_response({"tokens": tokens[0], "count": len(tokens[0]), "max_model_len": limit})
+    return json_response({"tokens": tokens, "count": [len(t) for t in tokens], "max_model_len": limit})
+
+
+async def detokenize(request: Request) -> Response:
+    """POST /detokenize {tokens, skip_special_tokens}: {text}, a list for a list of lists."""
+    service: Service = request.app.state.service
+    body = parse(DetokenizeBody, await read_json_body(request))
+    if service.tokenizer is None:
+        raise RequestError("tokens cannot be decoded: this server runs with --skip-tokenizer-init")
+    batch = any(isinstance(entry, list) for entry in body.tokens)
+    if batch and not all(isinstance(entry, list) for entry in body.tokens):
+        raise RequestError("tokens mixes token ids and lists", param="tokens")
+    lists = body.tokens if batch else [body.tokens]
+    for ids in lists:
+        check_token_ids(ids, service.client.info, "tokens")  # type: ignore[arg-type]
+    texts = [service.tokenizer.decode(ids, body.skip_special_tokens) for ids in lists]  # type: ignore[arg-type]
+    return json_response({"text": texts if batch else texts[0]})

@@ -1,0 +1,253 @@
+"""OpenAI's routes: /v1/models, /v1/completions, /v1/chat/completions."""
+
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jaxserve.server.errors import RequestError
+from jaxserve.server.generate import (
+    as_meta_info,
+    build_sequences,
+    check_dp_rank,
+    check_rid,
+    encode,
+    make_salt,
+)
+from jaxserve.server.openai_reply import (
+    Answer,
+    chat_choice,
+    chat_chunks,
+    completion_choice,
+    completion_chunks,
+)
+from jaxserve.server.openai_schema import (
+    COMPLETION_MAX_TOKENS,
+    MAX_COMPLETION_LOGPROBS,
+    ChatBody,
+    CompletionBody,
+    OpenAIBody,
+    chat_max_tokens,
+    check_chat,
+    check_common,
+    check_messages,
+    completion_prompts,
+    sampling_params,
+)
+from jaxserve.server.sampling import openai_name
+from jaxserve.server.schema import MAX_BATCH, MAX_TOP_LOGPROBS, SamplingParams, out_of_range, parse, show
+from jaxserve.server.sequence import Sequence
+from jaxserve.server.service import Service, new_rid
+from jaxserve.server.stream import EventStream, json_response, read_json_body, sse, unless_gone
+from jaxserve.text.chat_template import ChatTemplateError
+
+ANY_MODEL = ("", "default")  # names by which clients ask for whatever is served
+STARTED_S = int(time.time())
+
+Chunks = Callable[[Sequence], list[dict[str, Any]]]
+
+
+async def models(request: Request) -> Response:
+    return json_response({"object": "list", "data": [_card(request.app.state.service)]})
+
+
+async def model(request: Request) -> Response:
+    service: Service = request.app.state.service
+    check_model(service, request.path_params["model"])
+    return json_response(_card(service))
+
+
+def _card(service: Service) -> dict[str, Any]:
+    info = service.client.info
+    return {
+        "id": service.model_name,
+        "object": "model",
+        "created": STARTED_S,
+        "owned_by": "jaxserve",
+        "root": info.model_path,
+        "max_model_len": min(info.context_len, info.max_req_len),
+    }
+
+
+def check_model(service: Service, name: str | None) -> None:
+    """Raises RequestError 404 for a model that is not the one served."""
+    config = service.config
+    if name is None or name in ANY_MODEL or name in (service.model_name, config.model_path):
+        return
+    raise RequestError(
+        f"model {show(name)} is not served; {service.model_name!r} is",
+        param="model",
+        status=404,
+        code="model_not_found",
+    )
+
+
+# ---- completions ----
+
+
+async def completions(request: Request) -> Response:
+    service: Service = request.app.state.service
+    body = parse(CompletionBody, await read_json_body(request))
+    check_model(service, body.model)
+    include_usage = check_common(body)
+    if body.best_of is not None and body.best_of != body.n:
+        raise RequestError(
+            f"best_of={show(body.best_of)} is not supported unless it equals n={show(body.n)}",
+            param="best_of",
+        )
+    prompts, texts = await _completion_prompts(service, body)
+    logprobs = {}
+    if body.logprobs is not None:
+        if not 0 <= body.logprobs <= MAX_COMPLETION_LOGPROBS:
+            raise out_of_range("logprobs", body.logprobs, 0, MAX_COMPLETION_LOGPROBS)
+        start = 0 if body.echo else -1
+        logprobs = {"return_logprob": True, "logprob_start_len": start, "top_logprobs_num": body.logprobs}
+    max_tokens = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    params = sampling_params(body, max_tokens, sampling_defaults(service))
+    answer = _answer(
+        "text_completion", "cmpl", service, body, include_usage, prompts, params, logprobs, "prompt"
+    )
+    echoes = texts if body.echo else [None] * len(prompts)
+
+    def echo(sequence: Sequence) -> str | None:
+        return echoes[sequence.index // body.n]
+
+    if body.stream:
+        chunks: Chunks = lambda s: completion_chunks(answer, s, echo(s))  # noqa: E731
+        return EventStream(_events(service, answer, chunks))
+    await unless_gone(request, _run(service, answer))
+    choices = [completion_choice(answer, s, echo(s)) for s in answer.sequences]
+    return json_response(answer.whole(choices))
+
+
+async def _completion_prompts(service: Service, body: CompletionBody) -> tuple[list[list[int]], list[str]]:
+    """(token ids, texts for echo). Raises RequestError."""
+    prompts, is_text = completion_prompts(body)
+    if len(prompts) > MAX_BATCH:
+        raise RequestError(f"prompt must hold 1 to {MAX_BATCH} prompts, got {len(prompts)}", param="prompt")
+    if service.tokenizer is None:
+        raise RequestError("this route needs a tokenizer; the server runs with --skip-tokenizer-init")
+    if is_text:
+        return await encode(service, prompts, "prompt"), prompts  # type: ignore[arg-type, return-value]
+    for ids in prompts:
+        if not all(0 <= t < 2**32 for t in ids):  # type: ignore[operator]  # what the tokenizer can be asked
+            raise RequestError("prompt holds a token id outside the vocabulary", param="prompt")
+    texts = [service.tokenizer.decode(p, False) for p in prompts] if body.echo else []  # type: ignore[arg-type]
+    return prompts, texts  # type: ignore[return-value]
+
+
+# ---- chat ----
+
+
+async def chat_completions(request: Request) -> Response:
+    service: Service = request.app.state.service
+    body = parse(ChatBody, await read_json_body(request))
+    check_model(service, body.model)
+    include_usage = check_common(body)
+    check_chat(body)
+    if not 0 <= body.top_logprobs <= MAX_TOP_LOGPROBS:
+        raise out_of_range("top_logprobs", body.top_logprobs, 0, MAX_TOP_LOGPROBS)
+    if service.tokenizer is None:
+        raise RequestError("this route needs a tokenizer; the server runs with --skip-tokenizer-init")
+    prompt, param = await _chat_prompt(service, body)
+    logprobs = {"return_logprob": True, "top_logprobs_num": body.top_logprobs} if body.logprobs else {}
+    params = sampling_params(body, chat_max_tokens(body), sampling_defaults(service))
+    answer = _answer(
+        "chat.completion", "chatcmpl", service, body, include_usage, [prompt], params, logprobs, param
+    )
+    if body.stream:
+        chunks: Chunks = lambda s: chat_chunks(answer, s, service.tokenizer)  # noqa: E731
+        return EventStream(_events(service, answer, chunks))
+    await unless_gone(request, _run(service, answer))
+    return json_response(answer.whole([chat_choice(answer, s, service.tokenizer) for s in answer.sequences]))
+
+
+async def _chat_prompt(service: Service, body: ChatBody) -> tuple[list[int], str]:
+    """(token ids, the parameter they came from). Raises RequestError."""
+    if body.input_ids is not None:
+        return body.input_ids, "input_ids"
+    messages = check_messages(body.messages)
+    if service.chat_template is None:
+        raise RequestError(
+            "this model has no chat template; start the server with --chat-template, or use /v1/completions",
+            param="messages",
+        )
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        variables["reasoning_effort"] = body.reasoning_effort
+    try:
+        text = service.chat_template.render(
+            messages,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            variables=variables,
+        )
+    except ChatTemplateError as error:
+        raise RequestError(f"messages: {error}", param="messages") from None
+    ids = await encode(service, [text], "messages", add_special_tokens=False)
+    return ids[0], "messages"
+
+
+# ---- both ----
+
+
+def sampling_defaults(service: Service) -> dict[str, Any]:
+    """generation_config.json's sampling values under `--sampling-defaults model`."""
+    return service.generation_config if service.config.sampling_defaults == "model" else {}
+
+
+def _answer(
+    kind: str,
+    prefix: str,
+    service: Service,
+    body: OpenAIBody,
+    include_usage: bool,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    logprobs: dict[str, Any],
+    param: str,
+) -> Answer:
+    """The checked sequences of a body. Raises RequestError."""
+    rid = check_rid(body.rid) if body.rid is not None else f"{prefix}-{new_rid()}"
+    sequences = build_sequences(
+        service,
+        prompts,
+        [params] * len(prompts),
+        param=param,
+        name=openai_name,
+        logprobs=[logprobs] * len(prompts),
+        rid=rid,
+        priority=body.priority,
+        salt=make_salt(body.cache_salt, body.extra_key),
+        dp_rank=check_dp_rank(service, body.routed_dp_rank, body.data_parallel_rank),
+        logprob_text=True,
+    )
+    return Answer(
+        kind,
+        rid,
+        body.model or service.model_name,
+        sequences,
+        body.n,
+        include_usage,
+        body.return_token_ids,
+        as_meta_info if body.return_meta_info else None,
+    )
+
+
+async def _run(service: Service, answer: Answer) -> None:
+    with service.admitted(answer.sequences):
+        await service.run_all(answer.sequences)
+
+
+async def _events(service: Service, answer: Answer, chunks: Chunks) -> AsyncGenerator[bytes]:
+    with service.admitted(answer.sequences):
+        async with aclosing(service.follow(answer.sequences)) as events:
+            async for sequence in events:
+                due = chunks(sequence)
+                if due:
+                    yield b"".join([sse(chunk) for chunk in due])
+    if answer.include_usage:
+        yield sse(answer.chunk(None))

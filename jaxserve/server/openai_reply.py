@@ -1,0 +1,204 @@
+"""Answers and stream chunks of the OpenAI routes, from Sequences."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxserve.server.sequence import Entry, Sequence
+from jaxserve.text.tokenizer import Tokenizer
+
+
+@dataclass
+class Answer:
+    """What the chunks of one answer have in common, and what of each sequence has been sent."""
+
+    kind: str  # "chat.completion" or "text_completion"
+    id: str
+    model: str
+    sequences: list[Sequence]
+    n: int
+    include_usage: bool = False
+    token_ids: bool = False
+    meta_info: Callable[[Sequence], dict[str, Any]] | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+    sent: dict[int, "Sent"] = field(default_factory=dict)  # by sequence index
+
+    def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": self.kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "usage": self.usage(),
+        }
+
+    def chunk(self, choice: dict[str, Any] | None) -> dict[str, Any]:
+        """One chunk of a stream; without a choice it is the one with the usage."""
+        chunk: dict[str, Any] = {
+            "id": self.id,
+            "object": "chat.completion.chunk" if self.kind == "chat.completion" else self.kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": [choice] if choice else [],
+        }
+        if self.include_usage:
+            chunk["usage"] = None if choice else self.usage()
+        return chunk
+
+    def usage(self) -> dict[str, Any]:
+        """A prompt counts once, whatever n is."""
+        first = [s for s in self.sequences if s.index % self.n == 0]
+        prompt = sum(len(s.request.input_ids) for s in first)
+        completion = sum(len(s.token_ids) for s in self.sequences)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in first)},
+        }
+
+    def extras(self, sequence: Sequence, start: int) -> dict[str, Any]:
+        """The choice's fields that were asked for; token ids from `start` on."""
+        out: dict[str, Any] = {}
+        if self.token_ids:
+            out["token_ids"] = sequence.token_ids[start:]
+        if self.meta_info is not None and sequence.finish is not None:
+            out["meta_info"] = self.meta_info(sequence)
+        return out
+
+
+@dataclass
+class Sent:
+    """How much of a sequence its stream has carried."""
+
+    tokens: int = 0
+    offset: int = 0  # characters of all tokens reported in logprobs
+
+
+def finish_fields(sequence: Sequence) -> dict[str, Any]:
+    finish = sequence.finish or {}
+    return {"finish_reason": finish.get("type"), "matched_stop": finish.get("matched")}
+
+
+# ---- chat ----
+
+
+def chat_choice(answer: Answer, sequence: Sequence, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    return {
+        "index": sequence.index,
+        "message": {"role": "assistant", "content": sequence.text, "refusal": None},
+        "logprobs": chat_logprobs(sequence, tokenizer, 0),
+        **finish_fields(sequence),
+        **answer.extras(sequence, 0),
+    }
+
+
+def chat_chunks(answer: Answer, sequence: Sequence, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
+    """The chunks due for a sequence that has moved on: role, text, finish."""
+    chunks: list[dict[str, Any]] = []
+    sent = answer.sent.get(sequence.index)
+    if sent is None:
+        sent = answer.sent[sequence.index] = Sent()
+        chunks.append(_delta(answer, sequence, {"role": "assistant", "content": ""}))
+    text = sequence.take_text()
+    if text or (sequence.finish is not None and sent.tokens < len(sequence.output_logprobs)):
+        logprobs = chat_logprobs(sequence, tokenizer, sent.tokens)
+        extras = {"token_ids": sequence.token_ids[sent.tokens :]} if answer.token_ids else {}
+        chunks.append(_delta(answer, sequence, {"content": text}, logprobs, **extras))
+        sent.tokens = len(sequence.token_ids)
+    if sequence.finish is not None:
+        extras = {**finish_fields(sequence), **answer.extras(sequence, sent.tokens)}
+        chunks.append(_delta(answer, sequence, {}, None, **extras))
+    return chunks
+
+
+def _delta(
+    answer: Answer, sequence: Sequence, delta: dict[str, Any], logprobs: Any = None, **more: Any
+) -> dict[str, Any]:
+    choice = {
+        "index": sequence.index,
+        "delta": delta,
+        "logprobs": logprobs,
+        "finish_reason": None,
+        "matched_stop": None,
+    }
+    return answer.chunk(choice | more)
+
+
+def chat_logprobs(sequence: Sequence, tokenizer: Tokenizer | None, start: int) -> dict[str, Any] | None:
+    """The logprobs of the output tokens from `start` on; None when none were asked for."""
+    if not sequence.request.return_logprob:
+        return None
+    content = []
+    for i, entry in enumerate(sequence.output_logprobs[start:], start):
+        top = sequence.output_top[i] if sequence.output_top else []
+        content.append({**_token(entry, tokenizer), "top_logprobs": [_token(t, tokenizer) for t in top]})
+    return {"content": content, "refusal": None}
+
+
+def _token(entry: Entry, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    logprob, token, text = entry
+    return {
+        "token": text or "",
+        "bytes": list(tokenizer.token_bytes(token)) if tokenizer else None,
+        "logprob": logprob,
+    }
+
+
+# ---- completions ----
+
+
+def completion_choice(answer: Answer, sequence: Sequence, echo: str | None) -> dict[str, Any]:
+    """`echo`: the prompt's text, or None when it is not wanted."""
+    sent = Sent()
+    return {
+        "index": sequence.index,
+        "text": (echo or "") + sequence.text,
+        "logprobs": completion_logprobs(sequence, sent, echo),
+        **finish_fields(sequence),
+        **answer.extras(sequence, 0),
+    }
+
+
+def completion_chunks(answer: Answer, sequence: Sequence, echo: str | None) -> list[dict[str, Any]]:
+    sent = answer.sent.get(sequence.index)
+    first = sent is None
+    if sent is None:
+        sent = answer.sent[sequence.index] = Sent()
+    text = (echo or "" if first else "") + sequence.take_text()
+    if not text and sequence.finish is None:
+        return []
+    choice = {
+        "index": sequence.index,
+        "text": text,
+        "logprobs": completion_logprobs(sequence, sent, echo if first else None),
+        **finish_fields(sequence),
+        **answer.extras(sequence, sent.tokens),
+    }
+    sent.tokens = len(sequence.token_ids)
+    return [answer.chunk(choice)]
+
+
+def completion_logprobs(sequence: Sequence, sent: Sent, echo: str | None) -> dict[str, Any] | None:
+    """The tokens after `sent` (and the prompt's with `echo`) in parallel lists; moves `sent.offset`."""
+    if not sequence.request.return_logprob:
+        return None
+    entries = _zip(sequence.output_logprobs[sent.tokens :], sequence.output_top[sent.tokens :])
+    if echo is not None:
+        entries = [*_zip(sequence.input_logprobs, sequence.input_top), *entries]
+    offsets = []
+    for entry, _ in entries:
+        offsets.append(sent.offset)
+        sent.offset += len(entry[2] or "")
+    return {
+        "tokens": [e[2] or "" for e, _ in entries],
+        "token_logprobs": [e[0] for e, _ in entries],
+        "top_logprobs": [{t[2] or "": t[0] for t in top} if top else None for _, top in entries],
+        "text_offset": offsets,
+    }
+
+
+def _zip(entries: list[Entry], tops: list[Any]) -> list[tuple[Entry, Any]]:
+    return [(entry, tops[i] if tops else None) for i, entry in enumerate(entries)]

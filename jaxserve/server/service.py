@@ -1,0 +1,218 @@
+"""What all routes share: the engine, the text layer, who runs, who may start.
+
+`Service` is the one mutable object of the HTTP process. `jaxserve.Engine` makes one too, so nothing
+here or in `generate` knows of HTTP.
+"""
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from typing import Any
+
+from jaxserve.config import ServerConfig
+from jaxserve.messages import EngineClient, EngineDeadError
+from jaxserve.server.errors import RequestError, unavailable
+from jaxserve.server.metrics import Metrics
+from jaxserve.server.sequence import Sequence
+from jaxserve.text.chat_template import ChatTemplate
+from jaxserve.text.tokenizer import Tokenizer
+
+
+class Service:
+    """The engine behind its limits. All methods run on one event loop."""
+
+    def __init__(
+        self,
+        client: EngineClient,
+        config: ServerConfig,
+        tokenizer: Tokenizer | None = None,
+        *,
+        chat_template: ChatTemplate | None = None,
+        generation_config: Mapping[str, Any] | None = None,
+        metrics: Metrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """`generation_config`: the checkpoint's; its sampling values become the OpenAI routes' defaults
+        under `--sampling-defaults model`. `metrics`: None counts nothing (in-process use)."""
+        self.client = client
+        self.config = config
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.generation_config = dict(generation_config or {})
+        self.metrics = metrics
+        self.clock = clock
+        self.num_outputs = 0  # outputs the engine has sent, a sign of life
+        self._dead: str | None = None
+        self._running: dict[str, Sequence] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def model_name(self) -> str:
+        return self.config.served_model_name or self.client.info.model_path
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        ids = frozenset(self.client.info.eos_token_ids)
+        return ids | self.tokenizer.eos_token_ids if self.tokenizer else ids
+
+    @property
+    def num_running(self) -> int:
+        """Sequences submitted and not finished, waiting ones included."""
+        return len(self._running)
+
+    @property
+    def dead(self) -> str | None:
+        """Why the engine is gone, once it is."""
+        closed = getattr(self.client, "closed", None)  # a connection knows before anybody asks it
+        return self._dead or (str(closed) if closed else None)
+
+    async def wait_idle(self) -> None:
+        await self._idle.wait()
+
+    @contextlib.contextmanager
+    def admitted(self, sequences: list[Sequence], limited: bool = True) -> Iterator[None]:
+        """Holds a place for each. Raises RequestError: 503 when the queue is full, 400 for a rid in use."""
+        limit = self.client.info.max_running_requests + self.config.max_queued_requests
+        if limited and self.num_running + len(sequences) > limit:
+            raise unavailable(
+                f"{self.num_running} requests run or wait and {len(sequences)} more would pass "
+                f"max_running_requests + max_queued_requests = {limit}; try again later"
+            )
+        added: list[str] = []
+        try:
+            for sequence in sequences:
+                rid = sequence.request.rid
+                if rid in self._running:
+                    raise RequestError(f"rid {rid!r} is in use by a running request", param="rid")
+                self._running[rid] = sequence
+                added.append(rid)
+            self._idle.clear()
+            yield
+        finally:
+            for rid in added:
+                self._running.pop(rid, None)
+            if not self._running:
+                self._idle.set()
+
+    async def abort(self, rid: str | None, abort_all: bool = False) -> None:
+        """End requests by the id their client gave or by their own; their streams get an abort finish."""
+        rids = [r for r, s in self._running.items() if rid is not None and rid in (r, s.public_rid)]
+        if rids or abort_all:
+            with self.engine_errors():
+                await self.client.abort(rids, abort_all)
+
+    async def call(self, method: str) -> Any:
+        """Raises EngineRefusal, EngineDeadError."""
+        with self.engine_errors():
+            return await self.client.call(method)
+
+    @contextlib.contextmanager
+    def engine_errors(self) -> Iterator[None]:
+        """Remembers the engine's death, for the health routes."""
+        try:
+            yield
+        except EngineDeadError as error:
+            self._dead = str(error) or "the engine is gone"
+            raise
+
+    async def run(self, sequence: Sequence, every_event: bool = True) -> AsyncGenerator[Sequence]:
+        """Submit and follow one admitted sequence; yields it when an event is due, at last when finished.
+
+        Closing the iterator aborts it in the engine. Raises RequestError with the engine's status
+        when the engine refused it, EngineDeadError.
+        """
+        clock, metrics = self.clock, self.metrics if sequence.log_metrics else None
+        interval = sequence.rules.stream_interval
+        sequence.started_s = last_s = clock()
+        told = 0  # tokens at the last event
+        try:
+            with self.engine_errors():
+                stream = self.client.generate(sequence.request)
+                async with contextlib.aclosing(stream):  # type: ignore[type-var]
+                    async for output in stream:
+                        self.num_outputs += 1
+                        before = len(sequence.token_ids)
+                        sequence.feed(output)
+                        count = len(sequence.token_ids)
+                        if metrics is not None:
+                            now_s = clock()
+                            metrics.output(output, before, count, now_s - sequence.started_s, now_s - last_s)
+                            last_s = now_s
+                        if sequence.finish is not None:
+                            break
+                        if every_event and count > before and (told == 0 or count - told >= interval):
+                            told = count
+                            yield sequence
+                    else:
+                        raise EngineDeadError("the engine ended a stream without a finish")
+        finally:
+            sequence.closed = True
+            sequence.e2e_latency_s = clock() - sequence.started_s
+            if metrics is not None:
+                metrics.finished(sequence)
+        status = sequence.finish.get("status_code")
+        if status is not None and status >= 400:
+            headers = {"retry-after": "1"} if status == 503 else None
+            raise RequestError(sequence.finish["message"], status=status, headers=headers)
+        yield sequence
+
+    async def run_all(self, sequences: list[Sequence]) -> None:
+        """Follow all to their end. The first error ends the others and is raised."""
+        if len(sequences) == 1:
+            await self._finish(sequences[0])
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                for sequence in sequences:
+                    group.create_task(self._finish(sequence))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    async def follow(self, sequences: list[Sequence]) -> AsyncGenerator[Sequence]:
+        """Events of all sequences as they come. A reader slower than the engine gets fewer, larger events."""
+        if len(sequences) == 1:
+            async with contextlib.aclosing(self.run(sequences[0])) as events:
+                async for sequence in events:
+                    yield sequence
+            return
+        due: asyncio.Queue[Sequence | BaseException] = asyncio.Queue()  # at most one entry a sequence
+
+        async def watch(sequence: Sequence) -> None:
+            try:
+                async with contextlib.aclosing(self.run(sequence)) as events:
+                    async for _ in events:
+                        if not sequence.pending:
+                            sequence.pending = True
+                            due.put_nowait(sequence)
+            except Exception as error:
+                due.put_nowait(error)
+
+        tasks = [asyncio.create_task(watch(s)) for s in sequences]
+        left = len(sequences)
+        try:
+            while left:
+                event = await due.get()
+                if isinstance(event, BaseException):
+                    raise event
+                event.pending = False
+                if event.finish is not None:
+                    if not event.closed:  # it is about to be queued once more, complete
+                        continue
+                    left -= 1
+                yield event
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _finish(self, sequence: Sequence) -> None:
+        async with contextlib.aclosing(self.run(sequence, every_event=False)) as events:
+            async for _ in events:
+                pass
+
+
+def new_rid() -> str:
+    return uuid.uuid4().hex

@@ -1,0 +1,191 @@
+"""Chat messages to prompt text, by a checkpoint's Jinja template.
+
+Owns the sandboxed environment that Hugging Face templates expect and where a template is found.
+Templates come from the operator's checkpoint or `--chat-template`, never from a request.
+"""
+
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+from jaxserve.text.tokenizer import TokenizerError, read_json
+
+LOOPS_OVER_CONTENT = re.compile(
+    r"\bfor\s+\w+\s+in\s+(?:content\b|\w+\.content\b|\w+\[\s*['\"]content['\"]\s*\])"
+)
+TESTS_FOR_STRING = re.compile(r"\bis\s+(?:not\s+)?string\b")
+
+
+class ChatTemplateError(ValueError):
+    """The template refused the messages, or failed on them; the message says why."""
+
+
+class ChatTemplate:
+    """One compiled template with the special tokens it may name."""
+
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str] | None = None, tool_source: str | None = None
+    ):
+        """`tool_source`: another template, used when tools are given. Raises ChatTemplateError."""
+        self.source = source
+        self._special_tokens = dict(special_tokens or {})
+        self._template = _compile(source)
+        self._tool_template = _compile(tool_source) if tool_source else self._template
+        self._takes_parts = bool(LOOPS_OVER_CONTENT.search(source))
+        self._takes_strings = not self._takes_parts or bool(TESTS_FOR_STRING.search(source))
+
+    @classmethod
+    def from_dir(
+        cls,
+        path: str | Path,
+        override: str | Path | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> "ChatTemplate | None":
+        """The template of a tokenizer directory; `override` is a file that wins over it.
+
+        None when there is none. Raises ChatTemplateError or TokenizerError, which name the file.
+        """
+        try:
+            if override is not None:
+                return cls(Path(override).read_text("utf-8"), special_tokens)
+            file = Path(path) / "chat_template.jinja"
+            if file.is_file():
+                return cls(file.read_text("utf-8"), special_tokens)
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(f"chat_template={override or file}: {error}") from error
+        found = read_json(Path(path) / "tokenizer_config.json").get("chat_template")
+        if isinstance(found, str):
+            return cls(found, special_tokens)
+        if isinstance(found, list):  # several, by name
+            named = {str(t.get("name")): str(t.get("template")) for t in found if isinstance(t, dict)}
+            if named:
+                default = named.get("default") or next(iter(named.values()))
+                return cls(default, special_tokens, named.get("tool_use"))
+        return None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt. `continue_final_message` leaves the last message open for the model to go on;
+        `variables` are further names for the template.
+
+        Raises ChatTemplateError.
+        """
+        prepared = [self._prepare(m) for m in messages]
+        template = self._tool_template if tools else self._template
+        try:
+            text = template.render(
+                {
+                    **self._special_tokens,
+                    **(variables or {}),
+                    "messages": prepared,
+                    "tools": list(tools) if tools else None,
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt and not continue_final_message,
+                }
+            )
+        except jinja2.TemplateError as error:
+            raise ChatTemplateError(str(error.message or type(error).__name__)) from error
+        except (
+            Exception
+        ) as error:  # templates run into TypeError, KeyError, ... on messages they do not expect
+            raise ChatTemplateError(f"the chat template cannot render these messages: {error}") from error
+        if continue_final_message:
+            return _open_end(text, text_of(messages[-1].get("content")))
+        return text
+
+    def _prepare(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Content in the form the template takes; tool-call arguments as objects, not JSON text."""
+        out = dict(message)
+        content = out.get("content")
+        if isinstance(content, list) and not self._takes_parts:
+            out["content"] = text_of(content)
+        elif isinstance(content, str) and not self._takes_strings:
+            out["content"] = [{"type": "text", "text": content}]
+        if isinstance(out.get("tool_calls"), list):
+            out["tool_calls"] = [_parsed_arguments(call) for call in out["tool_calls"]]
+        return out
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content: a string, or a list of text parts joined by a space."""
+    if isinstance(content, list):
+        return " ".join(
+            p["text"] for p in content if isinstance(p, Mapping) and isinstance(p.get("text"), str)
+        )
+    return content if isinstance(content, str) else ""
+
+
+def _open_end(text: str, final: str) -> str:
+    """The rendered text cut right after the final message's own text."""
+    stripped = final.strip()
+    at = text.rfind(stripped) if stripped else -1
+    if at < 0:
+        raise ChatTemplateError(
+            "continue_final_message: the final message's content is empty or the chat template changes it"
+        )
+    # Templates that strip their messages lose the trailing space; others keep it.
+    whole = text.rfind(final.lstrip())
+    return text[: whole + len(final.lstrip())] if whole >= 0 else text[: at + len(stripped)]
+
+
+def _parsed_arguments(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+    except ValueError:
+        return call
+
+
+def _compile(source: str) -> jinja2.Template:
+    try:
+        return _ENVIRONMENT.from_string(source)
+    except jinja2.TemplateError as error:
+        raise ChatTemplateError(f"the chat template is not valid Jinja: {error}") from error
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words for training; here the block is just its content."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
+    """Plain JSON; jinja2's own filter would escape <, > and & for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **how)
+
+
+def _make_environment() -> jinja2.Environment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+_ENVIRONMENT = _make_environment()

@@ -1,0 +1,272 @@
+"""The wire between the HTTP process and the engine: ZeroMQ and msgpack, or a queue in one process.
+
+`Connection` is the client's end (`jaxserve.messages.EngineClient`), whatever carries its messages;
+`ZmqEndpoint` and `QueueEndpoint` are the engine's. No jax here.
+"""
+
+import asyncio
+import queue
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from jaxserve.messages import (
+    Abort,
+    CacheEvent,
+    CacheEvents,
+    Call,
+    EngineDeadError,
+    EngineRefusal,
+    Fatal,
+    FromEngine,
+    Generate,
+    Info,
+    Output,
+    Outputs,
+    Progress,
+    RankLoad,
+    Reply,
+    ToEngine,
+)
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+_decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+
+
+# ---- the engine's end ----
+
+
+class ZmqEndpoint:
+    """The engine process's end of a socket that the HTTP process has bound."""
+
+    def __init__(self, address: str):
+        self._socket = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket.set_hwm(0)  # bounded by the requests that may run, not by dropping messages
+        self._socket.connect(address)
+
+    def receive(self, timeout_s: float | None) -> list[ToEngine]:
+        messages = []
+        if self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)):
+            while True:
+                try:
+                    messages.append(_decode_to_engine(self._socket.recv(zmq.NOBLOCK)))
+                except zmq.Again:
+                    break
+        return messages
+
+    def send(self, message: FromEngine) -> None:
+        self._socket.send(_encode(message))
+
+    def close(self) -> None:
+        """Deliver what was sent, up to a second."""
+        self._socket.close(linger=1000)
+
+
+class QueueEndpoint:
+    """The engine's end when it runs in a thread; `deliver` is called with every message it sends."""
+
+    def __init__(self, deliver: Callable[[FromEngine], None]):
+        self._queue: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._deliver = deliver
+
+    def put(self, message: ToEngine) -> None:
+        self._queue.put(message)
+
+    def receive(self, timeout_s: float | None) -> list[ToEngine]:
+        messages = []
+        try:
+            messages.append(
+                self._queue.get(timeout=timeout_s) if timeout_s != 0 else self._queue.get_nowait()
+            )
+            while True:
+                messages.append(self._queue.get_nowait())
+        except queue.Empty:
+            return messages
+
+    def send(self, message: FromEngine) -> None:
+        self._deliver(message)
+
+
+# ---- the client's end ----
+
+
+class Connection:
+    """An EngineClient over any carrier: `send` takes messages away, `deliver` brings answers.
+
+    Belongs to one asyncio loop. `closed` says why the engine is gone, once it is.
+    """
+
+    def __init__(
+        self, send: Callable[[ToEngine], None], on_progress: Callable[[Progress], None] | None = None
+    ):
+        self.send = send
+        self._on_progress = on_progress
+        self._ready: asyncio.Future[Info] = asyncio.get_running_loop().create_future()
+        self._streams: dict[str, OutputStream] = {}
+        self._left: dict[str, int] = {}  # rid -> how many streams were left whose finish is still to come
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._next_call = 0
+        self._take_cache_events: Callable[[list[CacheEvent]], None] | None = None
+        self._loads: list[RankLoad] = []
+        self.closed: EngineDeadError | None = None
+        self.last_heard_s = time.monotonic()
+
+    async def ready(self) -> Info:
+        """What the engine says of itself once it can serve. Raises EngineDeadError."""
+        return await asyncio.shield(self._ready)
+
+    @property
+    def info(self) -> Info:
+        return self._ready.result()
+
+    @property
+    def loads(self) -> list[RankLoad]:
+        return self._loads or [RankLoad(0, 0, 0, 0.0)] * self.info.dp_size
+
+    @property
+    def waits(self) -> bool:
+        """Whether the engine owes an answer."""
+        return bool(self._streams or self._calls)
+
+    def generate(self, request: Generate) -> AsyncIterator[Output]:
+        if self.closed:
+            raise self.closed
+        if request.rid in self._streams:
+            raise EngineRefusal(f"rid {request.rid!r} is in use by a running request")
+        stream = self._streams[request.rid] = OutputStream(self, request.rid)
+        self.send(request)
+        return stream
+
+    async def abort(self, rids: list[str], all: bool = False) -> None:
+        if not self.closed:
+            self.send(Abort(rids, all))
+
+    async def call(self, method: Any) -> Any:
+        if self.closed:
+            raise self.closed
+        self._next_call += 1
+        answer = self._calls[self._next_call] = asyncio.get_running_loop().create_future()
+        try:
+            self.send(Call(self._next_call, method))
+            return await answer
+        finally:
+            del self._calls[self._next_call]
+
+    async def watch_cache(self, take: Callable[[list[CacheEvent]], None]) -> None:
+        self._take_cache_events = take
+        await self.call("watch_cache")
+
+    def deliver(self, message: FromEngine) -> None:
+        """Take one message from the engine; call it in the connection's loop."""
+        self.last_heard_s = time.monotonic()
+        match message:
+            case Outputs(items, loads):
+                if loads:
+                    self._loads = loads
+                for output in items:
+                    self._deliver_output(output)
+            case CacheEvents(changes):
+                if self._take_cache_events:
+                    self._take_cache_events(changes)
+            case Reply(call_id, ok, value, text):
+                future = self._calls.get(call_id)
+                if future and not future.done():
+                    future.set_result(value) if ok else future.set_exception(EngineRefusal(text))
+            case Info():
+                self._ready.set_result(message)
+            case Progress():
+                if self._on_progress:
+                    self._on_progress(message)
+            case Fatal(_, text):
+                self.fail(text)
+
+    def _deliver_output(self, output: Output) -> None:
+        """Every request gets one finish, in order: a left one's comes before its rid's next user's."""
+        rid = output.rid
+        if left := self._left.get(rid, 0):
+            if output.finish is not None and left > 1:
+                self._left[rid] = left - 1
+            elif output.finish is not None:
+                del self._left[rid]
+        elif stream := self._streams.get(rid):
+            if output.finish is not None:
+                del self._streams[rid]
+            stream.put(output)
+
+    def fail(self, reason: str) -> None:
+        """The engine is gone: everyone who waits is told, and whoever comes later."""
+        if self.closed:
+            return
+        self.closed = EngineDeadError(reason)
+        futures = [self._ready, *self._calls.values()]
+        for future in futures:
+            if not future.done():
+                future.set_exception(EngineDeadError(reason))
+        self._ready.exception()  # seen: nobody may be waiting for it
+        for stream in self._streams.values():
+            stream.put(EngineDeadError(reason))
+        self._streams.clear()
+
+    def forget(self, stream: "OutputStream") -> None:
+        """A stream was left: stop its request, unless that has ended already."""
+        rid = stream.rid
+        if self._streams.get(rid) is stream and not self.closed:
+            del self._streams[rid]
+            self._left[rid] = self._left.get(rid, 0) + 1
+            self.send(Abort([rid]))
+
+
+class OutputStream(AsyncIterator[Output]):
+    """The outputs of one request, in order; ends after the one with `finish`."""
+
+    def __init__(self, connection: Connection, rid: str):
+        self._connection = connection
+        self.rid = rid
+        self._items: asyncio.Queue[Output | EngineDeadError] = asyncio.Queue()
+        self._ended = False
+
+    def put(self, item: Output | EngineDeadError) -> None:
+        self._items.put_nowait(item)
+
+    async def __anext__(self) -> Output:
+        if self._ended:
+            raise StopAsyncIteration
+        item = await self._items.get()
+        if isinstance(item, EngineDeadError):
+            self._ended = True
+            raise item
+        self._ended = item.finish is not None
+        return item
+
+    async def aclose(self) -> None:
+        self._ended = True
+        self._connection.forget(self)
+
+
+class ZmqCarrier:
+    """The HTTP process's socket: bound to `address`, read by a task that feeds a Connection."""
+
+    def __init__(self, address: str, on_progress: Callable[[Progress], None] | None = None):
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        self._socket.bind(address)
+        self._out = zmq.Socket.shadow(self._socket)  # sends at once, without a task for each message
+        self.connection = Connection(self._send, on_progress)
+        self._task = asyncio.create_task(self._read())
+
+    def _send(self, message: ToEngine) -> None:
+        self._out.send(_encode(message), zmq.NOBLOCK)
+
+    async def _read(self) -> None:
+        while True:
+            self.connection.deliver(_decode_from_engine(await self._socket.recv()))
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._socket.close(linger=0)

@@ -1,0 +1,306 @@
+"""Filling an abstract model: from a checkpoint, or with random weights.
+
+Knows parameters (their declared shape, dtype, sources) and arrays, not formats and not meshes.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xxhash
+from flax import nnx
+from jax.sharding import Sharding
+
+from jaxserve.layers.weight import Assemble, Stacked
+from jaxserve.weights.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Index,
+    TensorInfo,
+    find_tensor,
+    full_index,
+)
+
+logger = logging.getLogger(__name__)
+
+Shardings = Callable[[nnx.Param], Sharding]
+Progress = Callable[[int, int], None]
+
+# Buffers that some checkpoints carry and every engine computes itself.
+_COMPUTED = ("rotary_emb.inv_freq", "rope.freqs", "attn.masked_bias", "attn.bias")
+
+
+def load(model: nnx.Module, checkpoint: Checkpoint, shardings: Shardings, progress: Progress) -> None:
+    """Replace every abstract parameter of `model` by an array of its sharding.
+
+    One parameter at a time; a device reads only its own part where the parameter is one stored
+    tensor. Host memory: the sources of one parameter, plus one more that is still on its way to
+    the device. Every shape is checked before anything is read. `progress(done, total)` counts
+    bytes of the filled model. Tensors that no parameter uses are named in one warning.
+
+    Raises: CheckpointError for a missing or misshapen tensor.
+    """
+    params = list(_parameters(model))
+    for path, param in params:
+        _check_sources(checkpoint, path, param)
+    _report_unused(checkpoint, {source for _, param in params for source in param.sources})
+    total = sum(_num_bytes(param) for _, param in params)
+    done, previous = 0, None
+    progress(done, total)
+    for path, param in params:
+        want = param.get_raw_value()
+        read = _reader(checkpoint, path, param)
+        array = jax.make_array_from_callback(want.shape, shardings(param), read, dtype=want.dtype)
+        if previous is not None:
+            previous.block_until_ready()  # its host copy is free now; two at most are alive
+        param.set_raw_value(array)
+        previous = array
+        done += array.nbytes
+        progress(done, total)
+    if previous is not None:
+        previous.block_until_ready()
+
+
+def load_dummy(model: nnx.Module, shardings: Shardings, seed: int, progress: Progress) -> None:
+    """Fill `model` with random weights made on the devices; no host memory, no host randomness.
+
+    Norm scales (rank 1) are ones, biases zeros; `init="ones"` or `"zeros"` in a parameter's
+    metadata says otherwise. Everything else is uniform with variance 1 / its last dimension, the
+    fan-in of an [out, in] layer, so that activations keep their size. Values depend on `seed` and
+    the parameter's path alone, not on the sharding. One compiled program a distinct shape.
+    """
+    params = list(_parameters(model))
+    total, done = sum(_num_bytes(param) for _, param in params), 0
+    progress(done, total)
+    for path, param in params:
+        want = param.get_raw_value()
+        make = _dummy_program(want.shape, jnp.dtype(want.dtype), _dummy_kind(param), shardings(param))
+        array = make(np.uint32(seed & 0xFFFFFFFF), np.uint32(xxhash.xxh32_intdigest(path.encode())))
+        param.set_raw_value(array)
+        done += array.nbytes
+        progress(done, total)
+    for _, param in params:
+        param.get_raw_value().block_until_ready()
+
+
+# ---- parameters ----
+
+
+def _parameters(model: nnx.Module) -> Iterator[tuple[str, nnx.Param]]:
+    """(dotted path, parameter), in the model's order; a shared parameter comes once."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Param):
+            yield ".".join(map(str, path)), node
+
+
+def _num_bytes(param: nnx.Param) -> int:
+    want = param.get_raw_value()
+    return math.prod(want.shape) * jnp.dtype(want.dtype).itemsize
+
+
+# ---- from a checkpoint ----
+
+
+def _check_sources(checkpoint: Checkpoint, path: str, param: nnx.Param) -> None:
+    assert param.sources, f"{path} names no checkpoint tensor"
+    infos = [find_tensor(checkpoint.tensors, source, checkpoint.path) for source in param.sources]
+    if isinstance(param.assemble, Stacked):
+        return _check_slices(path, param, infos)
+    if param.assemble is not None:
+        return  # its result is checked when it is made
+    assert len(infos) == 1, f"{path} has {len(infos)} sources and no way to assemble them"
+    want, info = tuple(param.get_raw_value().shape), infos[0]
+    if _split_dimensions(info.shape, want) is None:
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name} has shape {list(info.shape)}, expected "
+            f"{list(_unsplit(want, len(info.shape)))}"
+        )
+
+
+def _check_slices(path: str, param: nnx.Param, infos: list[TensorInfo]) -> None:
+    want = tuple(param.get_raw_value().shape)
+    slices = param.assemble.slices(tuple(infos))
+    assert len(slices) == want[0], f"{path} has {len(slices)} slices, its shape is {want}"
+    if param.assemble.each is not None:
+        return
+    for (info,) in slices:
+        if info.shape != want[1:]:
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} has shape {list(info.shape)}, expected {list(want[1:])}"
+            )
+
+
+def _unsplit(want: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """What to call expected: leading dimensions merged if that is how the ranks can agree."""
+    if 0 < rank < len(want):
+        lead = len(want) - rank + 1
+        return (math.prod(want[:lead]), *want[lead:])
+    return want
+
+
+def _split_dimensions(stored: tuple[int, ...], want: tuple[int, ...]) -> list[range] | None:
+    """For each stored dimension the wanted ones it is split into ([H*K, D] -> [H, K, D]), or None.
+
+    Nothing but splitting: a tensor of the right size and another shape is a wrong tensor.
+    """
+    groups, at = [], 0
+    for size in stored:
+        begin, product = at, 1
+        while at < len(want) and (at == begin or product < size):
+            product *= want[at]
+            at += 1
+        if product != size or at == begin:
+            return None
+        groups.append(range(begin, at))
+    return groups if at == len(want) else None
+
+
+def _reader(checkpoint: Checkpoint, path: str, param: nnx.Param) -> Callable[[Index | None], np.ndarray]:
+    """Index of the parameter -> that part in the parameter's dtype; equal parts are read once."""
+    want = param.get_raw_value()
+    dtype = jnp.dtype(want.dtype)
+    parts: dict[Any, np.ndarray] = {}
+    whole: list[np.ndarray] = []
+
+    def read(index: Index | None) -> np.ndarray:
+        index = full_index(want.shape, index)
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in parts:
+            if param.assemble is None:
+                part = _read_split(checkpoint, param.sources[0], want.shape, index)
+            elif isinstance(param.assemble, Stacked):
+                part = _read_slices(checkpoint, path, param, index)
+            else:
+                if not whole:
+                    whole.append(_assembled(checkpoint, path, param))
+                part = whole[0][index]
+            # An own contiguous copy: on CPU the array may keep this memory as it is.
+            parts[key] = np.ascontiguousarray(part.astype(dtype, copy=False))
+        return parts[key]
+
+    return read
+
+
+def _read_split(checkpoint: Checkpoint, name: str, want: tuple[int, ...], index: Index) -> np.ndarray:
+    """Part `index` of the tensor seen in shape `want`, reading as little as its layout allows."""
+    groups = _split_dimensions(checkpoint.tensors[name].shape, want)
+    assert groups is not None, (name, want)
+    stored_index, rest, shape = [], [], []
+    for group in groups:
+        first, *inner = group
+        if all(index[i] == slice(0, want[i]) for i in inner):
+            row = math.prod(want[i] for i in inner)
+            stored_index.append(slice(index[first].start * row, index[first].stop * row))
+            rest.append(slice(None))
+            shape.append(index[first].stop - index[first].start)
+        else:
+            stored_index.append(slice(None))
+            rest.append(index[first])
+            shape.append(want[first])
+        rest.extend(index[i] for i in inner)
+        shape.extend(want[i] for i in inner)
+    return checkpoint.read(name, tuple(stored_index)).reshape(shape)[tuple(rest)]
+
+
+def _read_slices(checkpoint: Checkpoint, path: str, param: nnx.Param, index: Index) -> np.ndarray:
+    """Part `index` of stacked slices, reading no others; in the parameter's dtype."""
+    want, stack = param.get_raw_value(), param.assemble
+    out = np.empty([part.stop - part.start for part in index], jnp.dtype(want.dtype))
+    for at, sources in enumerate(stack.slices(param.sources)[index[0]]):
+        if stack.each is None:
+            out[at] = checkpoint.read(sources[0], index[1:])
+            continue
+        arrays = [checkpoint.read(source) for source in sources]
+        whole = _assemble(checkpoint, path, stack.each, sources, arrays, tuple(want.shape[1:]))
+        out[at] = whole[index[1:]]
+    return out
+
+
+def _assembled(checkpoint: Checkpoint, path: str, param: nnx.Param) -> np.ndarray:
+    want = tuple(param.get_raw_value().shape)
+    sources = [checkpoint.read(source) for source in param.sources]
+    return _assemble(checkpoint, path, param.assemble, param.sources, sources, want)
+
+
+def _assemble(
+    checkpoint: Checkpoint,
+    path: str,
+    assemble: Assemble,
+    names: tuple[str, ...],
+    sources: list[np.ndarray],
+    want: tuple[int, ...],
+) -> np.ndarray:
+    shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in zip(names, sources))
+    file = checkpoint.tensors[names[0]].file
+    try:
+        out = assemble(*sources)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {shapes} do not make {path} {list(want)}: {error}") from error
+    if out.shape != want:
+        raise CheckpointError(f"{file}: {shapes} make {path} {list(out.shape)}, expected {list(want)}")
+    return out
+
+
+def _report_unused(checkpoint: Checkpoint, used: set[str]) -> None:
+    tied = checkpoint.config.get("tie_word_embeddings", False)
+    unused = [
+        name
+        for name in checkpoint.tensors
+        if name not in used and not name.endswith(_COMPUTED) and not (tied and name == "lm_head.weight")
+    ]
+    if unused:
+        more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+        logger.warning(
+            "%s: %d tensors are not used by this model: %s%s",
+            checkpoint.path,
+            len(unused),
+            ", ".join(unused[:5]),
+            more,
+        )
+
+
+# ---- random ----
+
+
+def _dummy_kind(param: nnx.Param) -> str:
+    kind = param.get_metadata().get("init")
+    if kind is not None:
+        return kind
+    if param.sources and all(source.endswith("bias") for source in param.sources):
+        return "zeros"
+    return "ones" if len(param.get_raw_value().shape) == 1 else "random"
+
+
+@cache
+def _dummy_program(
+    shape: tuple[int, ...], dtype: Any, kind: str, sharding: Sharding
+) -> Callable[..., jax.Array]:
+    assert kind in ("ones", "zeros", "random"), kind
+
+    def make(seed, path_hash):
+        if kind != "random":
+            return jnp.full(shape, 1 if kind == "ones" else 0, dtype)
+        bits = _mix(_mix(seed) ^ path_hash)
+        for axis in range(len(shape)):
+            bits = _mix(bits ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis))
+        unit = (bits >> 8).astype(jnp.float32) * 2.0**-23 - 1  # in [-1, 1), as 24 bits allow
+        return (unit * math.sqrt(3 / shape[-1])).astype(dtype)
+
+    return jax.jit(make, out_shardings=sharding)
+
+
+def _mix(bits: jax.Array) -> jax.Array:
+    """A bijection of 32 bits that spreads every bit over all (two rounds of multiply and xor-shift).
+
+    Elementwise, so the whole program is one loop without temporaries. `jax.random.uniform` took 8
+    times the output in temporaries on CPU (8192 x 4096 bf16), too much for a large embedding.
+    Source: the constants are those of C. Wellons' lowbias32 (public domain).
+    """
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
+    bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
+    return bits ^ (bits >> 16)

@@ -1,0 +1,120 @@
+"""What the whole suite shares: the platform, one compile cache, and engines that live for a session.
+
+Tests run on eight virtual CPU devices, so that mesh tests run anywhere and in any order. `-m gpu`
+alone runs on the GPU instead. `--slow` adds tests marked `slow`.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `tests.models.tiny` and its like
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")  # a mixed dtype is a mistake in the making
+
+GOLDEN = Path(__file__).parent / "golden"
+SMALL = {
+    "skip_tokenizer_init": True,
+    "dtype": "float32",
+    "device": "cpu",
+    "max_running_requests": 4,
+    "chunked_prefill_size": 32,
+    "max_total_tokens": 1024,
+    "log_level": "warning",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not on_gpu(config):
+        os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that tests start
+        jax.config.update("jax_platforms", "cpu")
+    # Programs of an earlier run are read back, which more than halves the time of the next one.
+    jax.config.update("jax_compilation_cache_dir", compile_cache_dir(config))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not on_gpu(config):
+            item.add_marker(pytest.mark.skip(reason="runs under -m gpu"))
+        if "slow" in item.keywords and not config.option.slow:
+            item.add_marker(pytest.mark.skip(reason="runs under --slow"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the backend before a test that runs an engine here asks for another number of devices."""
+    if not on_gpu(session.config):  # there the engine sets memory limits first
+        jax.devices()
+
+
+def on_gpu(config: pytest.Config) -> bool:
+    return config.option.markexpr == "gpu"
+
+
+def compile_cache_dir(config: pytest.Config) -> str:
+    return str(config.cache.mkdir("xla"))
+
+
+@pytest.fixture(scope="session")
+def compile_cache(request: pytest.FixtureRequest) -> str:
+    """The directory of compiled programs, for engines in processes of their own."""
+    return compile_cache_dir(request.config)
+
+
+MakeEngine = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def engine(compile_cache: str) -> Iterator[MakeEngine]:
+    """`engine(family, **server_args)`: a tiny `jaxserve.Engine`, made once a session.
+
+    At the end each is audited: every page and slot has one owner, nothing is in use, and no program
+    was compiled after readiness.
+    """
+    import jaxserve
+
+    made: dict[Any, jaxserve.Engine] = {}
+
+    def make(family: str = "llama", **options: Any) -> jaxserve.Engine:
+        key = (family, *sorted(options.items()))
+        if key not in made:
+            path = str(GOLDEN / family) if (GOLDEN / family).is_dir() else family
+            options = {**SMALL, "compile_cache_dir": compile_cache, **options}
+            made[key] = jaxserve.Engine(model_path=path, **options)
+        return made[key]
+
+    yield make
+    problems = []
+    for key, made_engine in made.items():
+        try:
+            audit(made_engine)
+        except Exception as error:  # a dead engine too; the others are audited all the same
+            problems.append(f"{key}: {error!r}")
+    assert not problems, "\n".join(problems)
+
+
+def audit(engine: Any) -> None:
+    """Shut an idle engine down and check that it lost nothing. Raises AssertionError."""
+    try:
+        engine.flush_cache()
+        stats = engine.stats()
+        assert stats["requests"] == 0
+        assert stats["compiles_after_ready"] == 0
+        assert [row["num_used_tokens"] for row in engine.loads()] == [0] * engine.info.dp_size
+    finally:
+        engine.shutdown()
+    scheduler = engine._engine.scheduler  # its thread has ended
+    scheduler.check()
+    free = [rank.pool.num_free for rank in scheduler.ranks]
+    assert free == [scheduler.limits.num_pages] * len(scheduler.ranks), "pages are lost"

@@ -1,0 +1,69 @@
+"""Rotary embedding: frequencies against recorded ones, rotation against complex numbers."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.config import ConfigError
+from jaxserve.layers.rope import Rope, rope_parameters
+
+RECORDED = json.loads((Path(__file__).parent.parent / "golden" / "rope.json").read_text())
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_scaled_frequencies_are_the_recorded_ones(name):
+    """The recording computes in float32, we in float64; YaRN's blend loses some digits to 1 - x."""
+    recorded = RECORDED[name]
+    rope = Rope.from_parameters(rope_parameters({"rope_parameters": recorded["parameters"]}), 64, 131072)
+    np.testing.assert_allclose(rope.frequencies, recorded["frequencies"], rtol=1e-5)
+    assert rope.amplitude == pytest.approx(recorded["amplitude"], rel=1e-6)
+
+
+def test_rotation_turns_the_pair_i_and_i_plus_half_by_position_times_frequency():
+    rope = Rope((1.0, 0.25), amplitude=2.0)
+    x_THK = np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float32)
+    position_T = np.array([0, 5, 100], np.int32)
+    turned = (x_THK[..., :2] + 1j * x_THK[..., 2:]) * np.exp(
+        1j * position_T[:, None, None] * np.array([1.0, 0.25])
+    )
+    want = 2.0 * np.concatenate([turned.real, turned.imag], axis=-1)
+    got = rope.table(jnp.asarray(position_T)).rotate(jnp.asarray(x_THK))
+    np.testing.assert_allclose(got, want, atol=1e-5)  # cosine of 100 rad in float32
+
+
+def test_old_and_new_spellings_of_a_config_mean_the_same():
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 8192
+    old = {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **scaling}}
+    new = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, **scaling}}
+    assert rope_parameters(old) == rope_parameters(new)
+
+
+def test_oldest_spelling_says_type():
+    config = {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    rope = Rope.from_parameters(rope_parameters(config), 4, 100)
+    assert rope.frequencies == pytest.approx((0.5, 0.005))
+
+
+def test_config_without_any_rope_key_has_base_10000():
+    assert rope_parameters({}) == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def test_unknown_rope_type_is_refused_by_name_with_the_known_ones():
+    with pytest.raises(
+        ConfigError, match="rope_type='dynamic' is not supported; use one of 'default', 'linear'"
+    ):
+        Rope.from_parameters(rope_parameters({"rope_scaling": {"type": "dynamic", "factor": 2.0}}), 64, 100)
+
+
+def test_missing_rope_key_is_named():
+    with pytest.raises(ConfigError, match="rope_type='llama3' needs low_freq_factor"):
+        Rope.from_parameters({"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}, 64, 100)
+
+
+def test_partial_rotation_is_refused():
+    with pytest.raises(ConfigError, match=r"partial_rotary_factor=0\.5"):
+        Rope.from_parameters(rope_parameters({"partial_rotary_factor": 0.5}), 64, 100)

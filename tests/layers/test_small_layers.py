@@ -1,0 +1,112 @@
+"""Norm, feed-forward, vocabulary and products against plain numpy."""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxserve.layers.embed import Vocabulary
+from jaxserve.layers.linear import Projections, project
+from jaxserve.layers.mlp import GatedMLP
+from jaxserve.layers.norm import RMSNorm
+
+rng = np.random.default_rng(0)
+EXACT = 2e-6  # float32 rounding of sums of a few terms of size one
+
+
+def filled(module: nnx.Module) -> nnx.Module:
+    for _, param in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        want = param.get_value()
+        param.set_value(jnp.asarray(rng.normal(size=want.shape), want.dtype))
+    return module
+
+
+def test_norm_with_offset_one_scales_by_one_plus_weight():
+    norm = filled(RMSNorm("n", 8, eps=1e-6, offset=1.0, dtype=jnp.float32))
+    x = rng.normal(size=(3, 8)).astype(np.float32)
+    want = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * (1 + np.asarray(norm.weight[...]))
+    np.testing.assert_allclose(norm(jnp.asarray(x)), want, atol=EXACT)
+
+
+def test_norm_of_bfloat16_is_rounded_once_at_the_end():
+    norm = filled(RMSNorm("n", 8, eps=1e-6, dtype=jnp.bfloat16))
+    x = jnp.asarray(rng.normal(size=(5, 8)), jnp.bfloat16)
+    wide = np.asarray(x, np.float32)
+    want = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(norm.weight[...], np.float32)
+    got = norm(x)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(got, np.float32), want, rtol=2**-8
+    )  # half a bfloat16 step and a bit
+
+
+def test_product_with_head_weights_contracts_every_input_dimension():
+    weight = nnx.Param(jnp.asarray(rng.normal(size=(6, 2, 4)), jnp.float32))
+    bias = nnx.Param(jnp.asarray(rng.normal(size=(6,)), jnp.float32))
+    x_THK = jnp.asarray(rng.normal(size=(3, 2, 4)), jnp.float32)
+    want = np.einsum("thk,dhk->td", x_THK, weight[...]) + np.asarray(bias[...])
+    np.testing.assert_allclose(project(x_THK, weight, bias), want, atol=EXACT)
+
+
+def test_product_keeps_heads_apart_in_its_result():
+    weight = nnx.Param(jnp.asarray(rng.normal(size=(2, 4, 6)), jnp.float32))
+    x_TD = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)
+    np.testing.assert_allclose(project(x_TD, weight), np.einsum("td,hkd->thk", x_TD, weight[...]), atol=EXACT)
+
+
+def test_mlp_gates_with_silu_and_adds_its_biases():
+    mlp = filled(GatedMLP("m", 4, 6, activation="silu", bias=True, dtype=jnp.float32))
+    x = rng.normal(size=(3, 4)).astype(np.float32)
+    (gate_w, up_w), (gate_b, up_b) = mlp.gate_up.weights, mlp.gate_up.biases
+    gate = x @ gate_w[...].T + gate_b[...]
+    up = x @ up_w[...].T + up_b[...]
+    want = (gate / (1 + np.exp(-gate)) * up) @ mlp.down[...].T + mlp.down_bias[...]
+    np.testing.assert_allclose(mlp(jnp.asarray(x)), want, atol=1e-5)
+
+
+def test_fused_projections_give_what_the_separate_ones_gave():
+    weights = [
+        nnx.Param(jnp.asarray(rng.normal(size=shape), jnp.float32)) for shape in ((4, 3, 6), (2, 3, 6))
+    ]
+    biases = [nnx.Param(jnp.asarray(rng.normal(size=shape), jnp.float32)) for shape in ((4, 3), (2, 3))]
+    projections = Projections(weights, biases)
+    x_TD = jnp.asarray(rng.normal(size=(5, 6)), jnp.float32)
+    separate = projections(x_TD)
+    projections.fuse()
+    assert len(projections.weights) == 1
+    for got, want in zip(projections(x_TD), separate, strict=True):
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, atol=EXACT)
+
+
+def test_mlp_gates_with_the_tanh_form_of_gelu():
+    mlp = filled(GatedMLP("m", 4, 6, activation="gelu_pytorch_tanh", dtype=jnp.float32))
+    x = rng.normal(size=(3, 4)).astype(np.float32)
+    gate_w, up_w = mlp.gate_up.weights
+    gate = np.asarray(x @ gate_w[...].T)
+    gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+    np.testing.assert_allclose(mlp(jnp.asarray(x)), gelu * (x @ up_w[...].T) @ mlp.down[...].T, atol=1e-5)
+
+
+def test_tied_vocabulary_declares_one_matrix_and_uses_it_at_both_ends():
+    vocabulary = filled(Vocabulary("model.", 5, 4, tied=True, dtype=jnp.float32))
+    (only,) = nnx.to_flat_state(nnx.state(vocabulary, nnx.Param)).leaves
+    assert only.sources == ("model.embed_tokens.weight",)
+    hidden_TD = vocabulary.embed(jnp.array([3, 1]))
+    np.testing.assert_array_equal(hidden_TD, only[...][np.array([3, 1])])
+    np.testing.assert_allclose(vocabulary.logits(hidden_TD), hidden_TD @ only[...].T, atol=EXACT)
+
+
+def test_embedding_scale_is_rounded_to_the_model_dtype_before_it_multiplies():
+    vocabulary = filled(Vocabulary("model.", 5, 4, tied=True, scale=50.596, dtype=jnp.bfloat16))
+    got = np.asarray(vocabulary.embed(jnp.array([2])), np.float32)
+    want = jnp.asarray(vocabulary.embedding[...][2:3], jnp.float32) * 50.5  # bfloat16 of 50.596
+    np.testing.assert_array_equal(got, np.asarray(want.astype(jnp.bfloat16), np.float32))
+
+
+def test_softcapped_logits_are_float32_and_below_the_cap():
+    vocabulary = filled(Vocabulary("", 50, 4, tied=True, softcap=2.0, dtype=jnp.bfloat16))
+    hidden_RD = jnp.asarray(rng.normal(size=(3, 4)) * 3, jnp.bfloat16)
+    logits_RV = vocabulary.logits(hidden_RD)
+    plain = np.asarray(hidden_RD, np.float32) @ np.asarray(vocabulary.embedding[...], np.float32).T
+    assert logits_RV.dtype == jnp.float32
+    np.testing.assert_allclose(logits_RV, 2 * np.tanh(plain / 2), atol=EXACT)

@@ -1,0 +1,63 @@
+"""Models over a mesh of virtual CPU devices give the logits of one device."""
+
+import numpy as np
+import pytest
+
+from jaxserve.mesh import Layout
+from tests.models.tiny import Chunk, Golden, TinyEngine, load_tiny
+
+TOLERANCE = 1e-4  # as in test_families.py; a mesh only splits the sums once more
+
+# What each case adds: one device in a mesh; KV heads divided; KV heads fewer than the group
+# (2 heads on 4 devices, 1 head on 2); several ranks; an `ep` axis inside the group.
+CASES = [
+    ("llama", Layout(1)),
+    ("llama", Layout(2)),
+    ("llama", Layout(4)),
+    ("llama", Layout(4, dp=2)),
+    ("llama", Layout(4, dp=1, ep=2)),
+    ("llama", Layout(8, dp=4)),
+    ("llama3_tied", Layout(4, dp=2)),
+    ("qwen2", Layout(2)),
+    ("qwen3", Layout(4, dp=2)),
+    ("mistral", Layout(4)),
+    ("gemma3", Layout(2)),
+    ("gemma3", Layout(4, dp=2)),
+]
+
+
+def name(case):
+    return f"{case[0]}-{'x'.join(map(str, case[1].shape))}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_ranks_with_their_own_mix_of_work_give_the_recorded_logits(case):
+    """Ranks decode beside a prefill, prefill only, or have nothing, all in one step."""
+    family, layout = case
+    golden = Golden.read(family)
+    engine = TinyEngine(load_tiny(family), layout=layout)
+    short, long = golden.prompts[2], golden.prompts[3]
+    last = len(short) - 1
+    nothing = [[] for _ in range(layout.dp)]
+
+    first = [[Chunk(0, 0, short[:last])] for _ in range(layout.dp)]
+    engine.step(nothing, first, R=2, P=48)
+
+    decode, prefill = list(nothing), list(nothing)
+    decode[0], prefill[0] = [Chunk(0, last, short[last:])], [Chunk(1, 0, long[:37])]
+    if layout.dp > 1:
+        prefill[1] = [Chunk(3, 0, long[:48])]
+    logits = engine.step(decode, prefill, R=2, P=48)
+    close(logits[0][0], golden.logits[2][last])
+    close(logits[0][2:39], golden.logits[3][:37])
+    if layout.dp > 1:
+        close(logits[1][2:50], golden.logits[3][:48])
+
+    # A step without prefill tokens, after one in which some ranks were idle.
+    decode = [[Chunk(0, last, short[last:])] for _ in range(layout.dp)]
+    for rank in engine.step(decode, nothing, R=2, P=0):
+        close(rank[0], golden.logits[2][last])
+
+
+def close(got, want):
+    np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)

@@ -1,0 +1,163 @@
+"""Tiny recorded checkpoints, loaded into models and driven through a step context.
+
+The loader here reads safetensors in a few lines on purpose: these tests are about the models, and
+the product's streaming loader has its own.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from safetensors.numpy import load_file
+
+from jaxserve.layers.attention import StepContext, pool_layout
+from jaxserve.mesh import Layout, make_mesh, rules, weight_sharding
+from jaxserve.models import resolve
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+FAMILIES = ("llama", "llama3_tied", "qwen2", "qwen3", "mistral", "gemma3")
+MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What tools/make_golden.py recorded: per prompt its tokens, logits [T, V], greedy tokens, margins."""
+
+    prompts: list[np.ndarray]
+    logits: list[np.ndarray]
+    greedy: np.ndarray
+    margin: np.ndarray
+
+    @classmethod
+    def read(cls, family: str) -> "Golden":
+        file = np.load(GOLDEN / family / "golden.npz")
+        prompts = [row[row >= 0] for row in file["prompt_NT"]]
+        ends = np.cumsum([len(prompt) for prompt in prompts])
+        logits = np.split(file["logits_XV"], ends[:-1])
+        return cls(prompts, logits, file["greedy_NO"], file["margin_NO"])
+
+
+def load_tiny(family: str, dtype=jnp.float32) -> nnx.Module:
+    """The recorded checkpoint of a family as a model with weights."""
+    return build(read_config(family), read_tensors(family), dtype)
+
+
+def read_config(family: str) -> dict[str, Any]:
+    return json.loads((GOLDEN / family / "config.json").read_text())
+
+
+def read_tensors(family: str) -> dict[str, np.ndarray]:
+    return load_file(GOLDEN / family / "model.safetensors")
+
+
+def build(config: dict[str, Any], tensors: dict[str, np.ndarray], dtype=jnp.float32) -> nnx.Module:
+    model = resolve(config)(config, dtype)
+    fill(model, tensors)
+    return model
+
+
+def fill(model: nnx.Module, tensors: dict[str, np.ndarray]) -> None:
+    """Replaces every abstract parameter by its checkpoint tensors."""
+    for _, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        sources = [tensors[name] for name in param.sources]
+        array = param.assemble(*sources) if param.assemble else sources[0]
+        want = param.get_value()
+        param.set_value(jnp.asarray(array.reshape(want.shape), want.dtype))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one sequence that a step computes, from position `start` on."""
+
+    slot: int
+    start: int
+    tokens: np.ndarray
+
+
+class TinyEngine:
+    """Runs steps of decode rows and prefill chunks over a pool whose pages are in random order."""
+
+    page_size, block_size = 8, 16
+    num_slots, pages_per_slot = 6, 24
+
+    def __init__(self, model: nnx.Module, *, layout: Layout | None = None, seed: int = 0, dtype=jnp.float32):
+        self.ranks = layout.dp if layout else 1
+        self.mesh = make_mesh(layout, jax.devices()) if layout else None
+        self.num_pages = self.num_slots * self.pages_per_slot + 5
+        shape, spec = pool_layout(
+            model.kv, model.num_q_heads, num_pages=self.num_pages, page_size=self.page_size, mesh=self.mesh
+        )
+        rng = np.random.default_rng(seed)
+        used = self.num_slots * self.pages_per_slot
+        tables = [rng.permutation(self.num_pages)[:used] for _ in range(self.ranks)]
+        self.page_table = np.concatenate(tables).reshape(-1, self.pages_per_slot).astype(np.int32)
+        # A page that was never written holds NaN, so that reading one shows.
+        self.pools = [jnp.full(shape, jnp.nan, dtype) for _ in range(2)]
+        self.structure, self.params = nnx.split(model)
+        if layout:
+            heads = {"num_q_heads": model.num_q_heads, "num_kv_heads": model.kv.num_kv_heads}
+            table = rules(layout, vocab_size=model.vocab_size, **heads)
+            shardings = nnx.map_state(
+                lambda path, param: param.replace(weight_sharding(self.mesh, table, param)), self.params
+            )
+            self.params = jax.device_put(self.params, shardings)
+            self.pools = jax.device_put(self.pools, NamedSharding(self.mesh, spec))
+        self._forward = jax.jit(self._trace, static_argnames="R", donate_argnums=(1,))
+
+    def step(self, decode: list[list[Chunk]], prefill: list[list[Chunk]], R: int, P: int):
+        """Runs one step; a list per rank. Returns each rank's logits [R + P, V]."""
+        ranks = [self._pack(d, p, R, P) for d, p in zip(decode, prefill, strict=True)]
+        arrays = {name: np.concatenate([rank[name] for rank in ranks]) for name in ranks[0]}
+        arrays["page_table_SN"] = self.page_table
+        logits, self.pools = self._forward(self.params, self.pools, arrays, R=R)
+        return np.split(np.asarray(logits), self.ranks)
+
+    def _trace(self, params, pools, arrays, R):
+        model = nnx.merge(self.structure, params)
+        token_T = arrays.pop("token_T")
+        step = StepContext(
+            key_pages=pools[0],
+            value_pages=pools[1],
+            R=R,
+            block_size=self.block_size,
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+            mesh=self.mesh,
+            **arrays,
+        )
+        logits_TV = model.logits(model(token_T, step))
+        return logits_TV, [step.key_pages, step.value_pages]
+
+    def _pack(self, decode: list[Chunk], prefill: list[Chunk], R: int, P: int) -> dict[str, np.ndarray]:
+        B = P // self.block_size + self.num_slots
+        token, position = np.zeros(R + P, np.int32), np.zeros(R + P, np.int32)
+        slot, context_len = np.full(R + P, -1, np.int32), np.zeros(R, np.int32)
+        blocks = np.zeros((4, B), np.int32)
+        for row, chunk in enumerate(decode):
+            token[row], position[row], slot[row] = chunk.tokens[0], chunk.start, chunk.slot
+            context_len[row] = chunk.start + 1
+        at, block = R, 0
+        for chunk in prefill:
+            n = len(chunk.tokens)
+            token[at : at + n], slot[at : at + n] = chunk.tokens, chunk.slot
+            position[at : at + n] = chunk.start + np.arange(n)
+            for first in range(0, n, self.block_size):
+                length = min(self.block_size, n - first)
+                blocks[:, block] = chunk.slot, at - R + first, length, chunk.start + first
+                block += 1
+            at += n
+        assert at <= R + P
+        names = ("block_slot_B", "block_start_B", "block_len_B", "block_pos_B")
+        return {
+            "token_T": token,
+            "position_T": position,
+            "slot_T": slot,
+            "context_len_R": context_len,
+            **dict(zip(names, blocks, strict=True)),
+        }

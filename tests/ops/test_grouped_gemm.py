@@ -1,0 +1,194 @@
+"""Experts: the reference against every expert computed densely, the kernels against the same."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve.ops import backend, grouped_gemm
+from jaxserve.ops.grouped_gemm import ExpertWeights
+from jaxserve.ops.grouped_gemm.fast import Tile
+from jaxserve.ops.grouped_gemm.rows import group
+from tests.ops.cases import H100
+
+
+def silu(gate, up):
+    return jax.nn.silu(gate) * up
+
+
+def clamped(gate, up):
+    return jnp.minimum(gate, 1.0) * (jnp.clip(up, -1.0, 1.0) + 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    T: int = 7
+    X: int = 2
+    E: int = 4
+    D: int = 32
+    F: int = 16
+    dtype: str = "float32"
+    biases: bool = False
+    block: int | None = None  # of float8 weights
+    padding: float = 0.3  # share of ids that are -1
+    activation: Any = silu
+    seed: int = 0
+
+    def arguments(self):
+        rng = np.random.default_rng(self.seed)
+
+        def normal(*shape, scale=1.0):
+            return jnp.asarray(rng.normal(size=shape) * scale, self.dtype)
+
+        expert = np.stack([rng.permutation(self.E)[: self.X] for _ in range(self.T)]).astype(np.int32)
+        expert[rng.random(expert.shape) < self.padding] = -1
+        E, D, F = self.E, self.D, self.F
+        weights = ExpertWeights(
+            normal(E, F, D, scale=D**-0.5), normal(E, F, D, scale=D**-0.5), normal(E, D, F, scale=F**-0.5)
+        )
+        if self.biases:
+            weights = weights._replace(
+                gate_bias_EF=normal(E, F), up_bias_EF=normal(E, F), down_bias_ED=normal(E, D)
+            )
+        if self.block:
+            for name in ("gate", "up", "down"):
+                field = f"{name}_EDF" if name == "down" else f"{name}_EFD"
+                matrix = getattr(weights, field)
+                scale = rng.uniform(0.5, 2, [n // self.block if i else n for i, n in enumerate(matrix.shape)])
+                weights = weights._replace(
+                    **{
+                        field: matrix.astype(jnp.float8_e4m3fn),
+                        f"{name}_scale": jnp.asarray(scale, jnp.float32),
+                    }
+                )
+        weight = jnp.asarray(rng.uniform(0.1, 1, expert.shape), jnp.float32)
+        return normal(self.T, D), jnp.asarray(expert), weight, weights
+
+    def expected(self) -> np.ndarray:
+        """Every expert on every token in float64, then those that the token names."""
+        hidden, expert, weight, weights = self.arguments()
+        wide = {name: self.dense(weights, name) for name in ("gate", "up", "down")}
+        x = np.asarray(hidden, np.float64)
+        gate, up = (np.einsum("td,efd->tef", x, wide[n][0]) + wide[n][1] for n in ("gate", "up"))
+        inner = np.asarray(self.activation(jnp.asarray(gate), jnp.asarray(up)), np.float64)
+        out = np.einsum("tef,edf->ted", inner, wide["down"][0]) + wide["down"][1]
+        picked = np.zeros(x.shape)
+        for t, x_ in np.argwhere(np.asarray(expert) >= 0):
+            picked[t] += out[t, expert[t, x_]] * float(weight[t, x_])
+        return picked
+
+    def dense(self, weights, name):
+        matrix = np.asarray(getattr(weights, f"{name}_EDF" if name == "down" else f"{name}_EFD"), np.float64)
+        if self.block:
+            scale = np.asarray(getattr(weights, f"{name}_scale"))
+            matrix = matrix * scale.repeat(self.block, 1).repeat(self.block, 2)
+        bias = getattr(weights, f"{name}_bias_ED" if name == "down" else f"{name}_bias_EF")
+        return matrix, 0 if bias is None else np.asarray(bias, np.float64)
+
+    def tolerance(self) -> float:
+        """float32: summation order. bfloat16: rounding (2**-8) of inner values and outputs of size 1..4."""
+        return 1e-5 if self.dtype == "float32" else 5e-2
+
+
+def run(case, where="reference", **options):
+    function = grouped_gemm.fast.feed_forward if options else grouped_gemm.feed_forward
+    function = functools.partial(function, activation=case.activation, **options)
+    with backend.use(where):
+        return np.asarray(jax.jit(function)(*case.arguments()))
+
+
+def check(case, where="reference", **options):
+    got = run(case, where, **options)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, case.expected(), rtol=0, atol=case.tolerance())
+
+
+cases = st.builds(
+    Case,
+    T=st.integers(1, 40),
+    X=st.integers(1, 4),
+    E=st.sampled_from([4, 5, 16]),
+    padding=st.sampled_from([0.0, 0.5, 1.0]),
+    biases=st.booleans(),
+    activation=st.sampled_from([silu, clamped]),
+    seed=st.integers(0, 99),
+)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(case=cases)
+def test_each_token_gets_the_weighted_sum_of_the_experts_it_names(case):
+    check(case)
+
+
+KERNEL_CASES = (
+    Case(),
+    Case(T=40, X=3, E=5, biases=True, activation=clamped),
+    Case(T=3, X=2, E=16, D=48, F=24),  # neither is a power of two
+    Case(T=20, D=64, F=32, dtype="bfloat16"),
+    Case(T=20, D=64, F=96, block=32),
+    Case(T=9, D=64, F=32, dtype="bfloat16", block=16, biases=True),
+    Case(T=300, X=2, E=2, D=32, F=32, dtype="bfloat16"),  # more than 64 rows an expert
+)
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
+def test_kernel_equals_the_dense_sum(case):
+    check(case, "reference")
+    check(case, "interpret")
+
+
+def test_kernel_gives_the_same_for_any_tile():
+    for tile in (Tile(16, 16, 16, 4, 2), Tile(32, 64, 32, 4, 2), Tile(64, 32, 64, 4, 2)):
+        check(Case(T=30, D=48, F=40, biases=True), "interpret", interpret=True, tile=tile)
+
+
+def test_step_of_padding_alone_gives_zero():
+    case = Case(padding=1.1)
+    for where in ("reference", "interpret"):
+        assert (run(case, where) == 0).all()
+
+
+def test_padding_has_no_block_of_rows():
+    """Two tokens of expert 1, one of expert 3, the rest padding: two blocks, whatever the shape."""
+    expert = np.full((64, 1), -1, np.int32)
+    expert[[5, 9], 0], expert[60, 0] = 1, 3
+    blocks = group(jnp.asarray(expert), 4, 16)
+    assert int(blocks.count) == 2
+    assert [int(x) for x in blocks.expert_B[:2]] == [1, 3]
+    assert [(int(s), int(e)) for s, e in zip(blocks.start_B, blocks.end_B)][:3] == [(0, 2), (2, 3), (0, 0)]
+    assert [int(x) for x in blocks.order_M[:3]] == [5, 9, 60]
+
+
+def test_nothing_that_padding_carries_reaches_a_result():
+    case = Case(T=6, padding=0.0)
+    hidden, expert, weight, weights = case.arguments()
+    want = run(case)[:4]
+    hidden, weight = hidden.at[4:].set(jnp.nan), weight.at[4:].set(jnp.nan)
+    expert = expert.at[4:].set(-1)
+    for where in ("reference", "interpret"):
+        with backend.use(where):
+            got = jax.jit(functools.partial(grouped_gemm.feed_forward, activation=silu))(
+                hidden, expert, weight, weights
+            )
+        np.testing.assert_allclose(got[:4], want, atol=1e-6)
+        assert not np.asarray(got[4:]).any()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*KERNEL_CASES, Case(T=32, X=8, E=128, D=2048, F=768, dtype="bfloat16")][3:],
+    ids=str,
+)
+def test_kernel_lowers_to_cuda_without_a_gpu(case):
+    arguments = jax.eval_shape(case.arguments)
+    function = functools.partial(grouped_gemm.feed_forward, activation=case.activation)
+    with backend.use("fast"), jax.sharding.use_abstract_mesh(H100):
+        text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("xla.gpu.triton") == 2

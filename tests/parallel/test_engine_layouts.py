@@ -1,0 +1,130 @@
+"""Whole engines on virtual devices: greedy tokens of every family with experts, layout and backend
+are the recorded ones of one device, and every token's choice of experts is counted."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxserve.config import ConfigError
+from jaxserve.parallel.dispatch import choose_backend
+from tests.models.tiny import MOE_FAMILIES, Golden, read_config
+
+GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+
+
+def dpa(dp):
+    return {"dp_size": dp, "enable_dp_attention": True}
+
+
+LAYOUTS = {
+    "tp1": {},
+    "tp2": {"tp": 2},
+    "dpa2": {"tp": 2, **dpa(2)},
+    "dpa4": {"tp": 4, **dpa(4)},
+    "dpa8": {"tp": 8, **dpa(8)},
+    "ep2": {"tp": 2, "ep": 2},
+    "ep4": {"tp": 4, "ep": 4},
+    "ep8": {"tp": 8, "ep": 8},
+    "dpa8-ep8": {"tp": 8, "ep": 8, **dpa(8)},
+    "tp4-dpa2": {"tp": 4, **dpa(2)},
+    "tp4-ep2": {"tp": 4, "ep": 2},
+    "tp4-dpa2-ep2": {"tp": 4, "ep": 2, **dpa(2)},
+    "tp8-dpa2-ep4": {"tp": 8, "ep": 4, **dpa(2)},
+    "tp8-dpa4-ep8": {"tp": 8, "ep": 8, **dpa(4)},
+}
+BACKENDS = ("allgather", "all_to_all", None)
+
+
+def cells():
+    """Every family on every layout, with every backend where there is more than one."""
+    for family in MOE_FAMILIES:
+        for layout, options in LAYOUTS.items():
+            for backend in BACKENDS if options.get("ep", 1) > 1 else (None,):
+                yield family, layout, backend
+
+
+def sample(all_cells):
+    """A fixed part: each layout, each backend and each family comes up."""
+    return [cell for number, cell in enumerate(all_cells) if number % 11 == 0]
+
+
+ALL = list(cells())
+FAST = sample(ALL)
+
+
+def name(cell):
+    return "-".join(str(part) for part in cell if part)
+
+
+def marked(cell):
+    return pytest.param(*cell, id=name(cell), marks=() if cell in FAST else pytest.mark.slow)
+
+
+def test_sample_covers_every_family_and_backend():
+    assert {family for family, _, _ in FAST} == set(MOE_FAMILIES)
+    assert {backend for _, _, backend in FAST} == set(BACKENDS)
+
+
+def num_choices(family):
+    """Experts that a token chooses in one layer."""
+    return read_config(family)["num_experts_per_tok"]
+
+
+@pytest.mark.parametrize("family, layout, backend", [marked(cell) for cell in ALL])
+def test_greedy_tokens_are_those_of_one_device_and_all_choices_are_counted(engine, family, layout, backend):
+    golden = Golden.read(family)
+    served = engine(family, **LAYOUTS[layout], **({"moe_a2a_backend": backend} if backend else {}))
+    runner = served._engine.runner
+    before = runner.expert_load().copy()
+    prompts = [prompt.tolist() for prompt in golden.prompts]
+    replies = served.generate(input_ids=prompts, sampling_params=GREEDY)
+    assert [list(reply["output_ids"]) for reply in replies] == golden.greedy.tolist()
+
+    # The last sampled token of a request is never computed.
+    computed = sum(len(p) + 23 - r["meta_info"]["cached_tokens"] for p, r in zip(prompts, replies))
+    per_layer = (runner.expert_load() - before).sum(axis=1)
+    # A step already launched when a request ended computes one token more of it.
+    assert (per_layer >= computed * num_choices(family)).all()
+    assert (per_layer <= (computed + len(prompts)) * num_choices(family)).all()
+    served.flush_cache()
+
+
+def test_ep_on_a_dense_model_is_refused(engine):
+    with pytest.raises(ConfigError, match="ep=2: this model has no experts; use ep 1"):
+        engine("llama", tp=2, ep=2)
+
+
+def test_ep_that_does_not_divide_the_experts_is_refused_with_valid_ones(tmp_path, engine):
+    config = {**read_config("mixtral"), "num_local_experts": 6}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"6 experts do not divide over ep=4; use ep 1, 2$"):
+        engine(str(tmp_path), tp=4, ep=4, load_format="dummy")
+
+
+def test_ragged_backend_is_refused_with_the_ones_there_are(engine):
+    with pytest.raises(ConfigError, match=r"moe_a2a_backend='ragged' is not available.*use 'all_to_all'"):
+        engine("mixtral", tp=2, ep=2, moe_a2a_backend="ragged")
+
+
+def test_names_of_other_runtimes_are_mapped_with_a_log_line(caplog):
+    with caplog.at_level("INFO"):
+        assert choose_backend("deepep", ep=8) == "all_to_all"
+        assert choose_backend("none", ep=8) == "allgather"
+        assert choose_backend("deepep", ep=1) == "none"
+    assert [r.message for r in caplog.records] == [
+        "moe_a2a_backend=deepep means all_to_all here",
+        "moe_a2a_backend=none with ep=8 means allgather",
+        "moe_a2a_backend=deepep needs ep > 1; at ep 1 every device has all experts: none",
+    ]
+    assert choose_backend(None, ep=8) == "auto"
+    assert choose_backend(None, ep=1) == "none"
+
+
+def test_load_counters_survive_wrapping_at_32_bits(engine):
+    runner = engine("mixtral")._engine.runner
+    total = runner.expert_load().copy()
+    near = np.full_like(runner._load_seen, 2**32 - 3)
+    runner._load_seen = near
+    runner._expert_load = (runner._expert_load[0] * 0 + 4,)  # wrapped: 7 more than `near`
+    assert (runner.expert_load() - total == 7).all()

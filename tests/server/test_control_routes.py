@@ -1,0 +1,169 @@
+"""Information, loads, metrics, cache and text routes."""
+
+import pytest
+from fake_engine import LOAD
+
+
+def test_root_says_what_runs(server):
+    assert server.http.get("/").json()["name"] == "jaxserve"
+
+
+@pytest.mark.parametrize("path", ["/model_info", "/get_model_info"])
+def test_model_info(server, path):
+    assert server.http.get(path).json() == {
+        "model_path": "tiny/model",
+        "tokenizer_path": "tiny/model",
+        "is_generation": True,
+        "preferred_sampling_params": None,
+        "weight_version": "default",
+        "has_image_understanding": False,
+        "has_audio_understanding": False,
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+    }
+
+
+@pytest.mark.parametrize("path", ["/server_info", "/get_server_info"])
+def test_server_info_has_configuration_and_states(server, path):
+    info = server.http.get(path).json()
+    assert info["page_size"] == 16
+    assert info["max_total_num_tokens"] == 4096
+    assert info["instance_id"] == "instance-1"
+    assert [s["dp_rank"] for s in info["internal_states"]] == [0, 1]
+
+
+def test_loads_of_all_ranks(server):
+    reply = server.http.get("/v1/loads").json()
+    assert (reply["accelerator"], reply["num_accelerators"]) == ("cpu", 1)
+    assert reply["loads"] == [{"dp_rank": 0, **LOAD}, {"dp_rank": 1, **LOAD}]
+
+
+def test_loads_of_one_rank_and_of_chosen_sections(server):
+    rows = server.http.get("/v1/loads?dp_rank=1&include=core,memory").json()["loads"]
+    assert [r["dp_rank"] for r in rows] == [1]
+    assert "memory" in rows[0] and "queues" not in rows[0]
+    assert "memory" not in server.http.get("/v1/loads?include=core").json()["loads"][0]
+
+
+def test_loads_for_prometheus(server):
+    text = server.http.get("/v1/loads?format=prometheus").text
+    assert 'sglang:num_running_reqs{model_name="tiny/model",dp_rank="1"} 1\n' in text
+
+
+@pytest.mark.parametrize(
+    "query, param",
+    [("dp_rank=2", "dp_rank"), ("dp_rank=x", "dp_rank"), ("include=a", "include"), ("format=x", "format")],
+)
+def test_loads_names_a_wrong_parameter(server, query, param):
+    response = server.http.get(f"/v1/loads?{query}")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_get_load_is_the_older_form(server):
+    row = server.http.get("/get_load").json()[1]
+    assert row.pop("ts_tic") > 0
+    assert row == {
+        "dp_rank": 1,
+        "num_reqs": 3,
+        "num_waiting_reqs": 2,
+        "num_tokens": 55,
+        "num_pending_tokens": 7,
+    }
+
+
+# ---- metrics ----
+
+
+def sample(server, name, rank=0):
+    for line in server.http.get("/metrics").text.splitlines():
+        if line.startswith(f'sglang:{name}{{dp_rank="{rank}",model_name="tiny/model"'):
+            return float(line.rpartition(" ")[2])
+        if line.startswith(f'sglang:{name}{{model_name="tiny/model",dp_rank="{rank}"'):
+            return float(line.rpartition(" ")[2])
+    raise AssertionError(f"no sample of {name}")
+
+
+def test_metrics_count_requests_and_tokens(server):
+    names = ["num_requests_total", "prompt_tokens_total", "generation_tokens_total", "cached_tokens_total"]
+    histograms = ["time_to_first_token", "inter_token_latency", "e2e_request_latency", "queue_time"]
+    names += [f"{h}_seconds_count" for h in histograms]
+    before = [sample(server, n, 1) for n in names]
+    server.generate(input_ids=[5, 6, 7], routed_dp_rank=1)
+    after = [sample(server, n, 1) for n in names]
+    assert [a - b for a, b in zip(after, before)] == [1, 3, 4, 2, 1, 3, 1, 1]
+
+
+def test_requests_that_ask_for_it_are_not_counted(server):
+    before = sample(server, "num_requests_total")
+    server.generate(text="x", log_metrics=False)
+    server.http.get("/health_generate")
+    assert sample(server, "num_requests_total") == before
+
+
+def test_gauges_come_from_the_engine(server):
+    assert sample(server, "num_running_reqs", 1) == 1
+    assert sample(server, "num_queue_reqs") == 2
+    assert sample(server, "token_usage") == 0.25
+    assert sample(server, "num_retracted_reqs", 1) == 1
+    assert sample(server, "compiles_after_ready") == 0
+    assert sample(server, "num_retractions") == 3
+    assert sample(server, "engine_startup_time") == 2
+
+
+# ---- commands ----
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_flush_cache(server, method):
+    response = server.http.request(method, "/flush_cache")
+    assert (response.status_code, response.text) == (200, "Cache flushed.\n")
+    assert "flush_cache" in server.engine.calls
+
+
+def test_flush_cache_is_refused_while_requests_run(server):
+    server.engine.busy = 1
+    response = server.http.post("/flush_cache")
+    assert (response.status_code, response.text) == (400, "Cache not flushed: 0 requests run\n")
+
+
+def test_flush_cache_waits_on_demand(server):
+    server.engine.busy = 2
+    assert server.http.post("/flush_cache?timeout=5").status_code == 200
+    assert server.engine.calls.count("flush_cache") == 3
+
+
+@pytest.mark.parametrize("timeout", ["-1", "x", "nan", "inf"])
+def test_flush_cache_names_a_wrong_timeout(server, timeout):
+    response = server.http.post(f"/flush_cache?timeout={timeout}")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "timeout")
+
+
+# ---- text ----
+
+
+@pytest.mark.parametrize("prefix", ["", "/v1"])
+def test_tokenize_and_back(server, prefix):
+    reply = server.http.post(f"{prefix}/tokenize", json={"prompt": "hello world"}).json()
+    ids = server.tokenizer.encode("hello world")
+    assert reply == {"tokens": ids, "count": 3, "max_model_len": 500}
+    back = server.http.post(f"{prefix}/detokenize", json={"tokens": ids}).json()
+    assert back == {"text": "hello world"}
+
+
+def test_tokenize_of_a_list(server):
+    reply = server.http.post("/tokenize", json={"prompt": ["hello", ""]}).json()
+    assert reply["count"] == [len(server.tokenizer.encode("hello")), 0]
+    back = server.http.post("/detokenize", json={"tokens": reply["tokens"]}).json()
+    assert back == {"text": ["hello", ""]}
+
+
+def test_detokenize_shows_special_tokens_on_demand(server):
+    body = {"tokens": [2, 1], "skip_special_tokens": False}
+    assert server.http.post("/detokenize", json=body).json() == {"text": "<|im_start|></s>"}
+
+
+def test_request_id_is_the_clients_or_new(server):
+    given = server.http.get("/health", headers={"x-request-id": "abc"})
+    assert given.headers["x-request-id"] == "abc"
+    fresh = [server.http.get(path).headers["x-request-id"] for path in ("/health", "/nothing")]
+    assert len(set(fresh)) == 2 and all(len(i) == 32 for i in fresh)

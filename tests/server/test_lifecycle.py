@@ -1,0 +1,281 @@
+"""Clients that leave, aborts, limits, health, draining, death."""
+
+import json
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+from fake_engine import INFO, FakeEngine
+from live_server import Running, make_app
+
+from jaxserve.messages import Finish
+
+SLOW = {"text": "x", "sampling_params": {"max_new_tokens": 400, "ignore_eos": True, "stop_token_ids": [319]}}
+
+
+def wait_for(condition, timeout_s=5.0):
+    """Until the server's thread has done what the condition tells of."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def ask_and_leave(server, body, sequences):
+    """Send a request, and close the connection when the engine has it."""
+    content = json.dumps(body).encode()
+    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.http.base_url.port)) as connection:
+        connection.sendall(head.encode() + content)
+        wait_for(lambda: len(server.engine.requests) == sequences)
+
+
+def slow(server):
+    server.engine.delay_s = 0.02
+    server.engine.script = lambda request: [5] * 400
+
+
+# ---- clients that leave ----
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+def test_leaving_a_stream_aborts_the_request(server, path):
+    slow(server)
+    body = {
+        "/generate": SLOW,
+        "/v1/completions": {"prompt": "x", "max_tokens": 400},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+    }[path]
+    with server.http.stream("POST", path, json={**body, "stream": True}) as response:
+        next(response.iter_lines())
+    wait_for(lambda: server.engine.aborted == [server.engine.requests[0].rid])
+    wait_for(lambda: server.app.state.service.num_running == 0)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_leaving_a_plain_request_aborts_all_its_sequences(server, n):
+    slow(server)
+    body = {**SLOW, "sampling_params": {**SLOW["sampling_params"], "n": n}}
+    ask_and_leave(server, body, n)
+    wait_for(lambda: len(server.engine.aborted) == n)
+    wait_for(lambda: server.app.state.service.num_running == 0)
+
+
+def test_leaving_before_the_first_token_aborts(server):
+    server.engine.hang = True
+    ask_and_leave(server, {**SLOW, "stream": True}, 1)
+    wait_for(lambda: len(server.engine.aborted) == 1)
+    wait_for(lambda: server.app.state.service.num_running == 0)
+
+
+def test_one_bad_sequence_of_a_batch_ends_the_others(server):
+    slow(server)
+    server.engine.script = lambda r: 1 / 0 if r.input_ids == [6] else [5] * 400
+    body = {"input_ids": [[5], [6], [7]], "sampling_params": SLOW["sampling_params"]}
+    assert server.generate(**body).status_code == 500
+    wait_for(lambda: not server.engine.running)
+
+
+# ---- aborts ----
+
+
+def test_abort_request_by_rid_ends_the_stream_with_an_abort(server):
+    slow(server)
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(server.generate(**SLOW, rid="mine")))
+    thread.start()
+    wait_for(lambda: "mine" in server.engine.running)
+    assert server.http.post("/abort_request", json={"rid": "mine"}).status_code == 200
+    thread.join(5)
+    assert answers[0].status_code == 200
+    finish = answers[0].json()["meta_info"]["finish_reason"]
+    assert finish == {"type": "abort", "message": "aborted by request"}
+
+
+def test_abort_request_by_rid_ends_all_samples_but_no_other(server):
+    slow(server)
+    sampling = {**SLOW["sampling_params"], "n": 3}
+    threads = [
+        threading.Thread(target=lambda: server.generate(text="x", rid="a", sampling_params=sampling)),
+        threading.Thread(target=lambda: server.generate(**SLOW, rid="a1")),
+    ]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(server.engine.running) == 4)
+    server.http.post("/abort_request", json={"rid": "a"})
+    threads[0].join(5)
+    assert list(server.engine.running) == ["a1"]
+    server.http.post("/abort_request", json={"abort_all": True})
+    threads[1].join(5)
+
+
+def test_abort_of_an_unknown_rid_is_no_error(server):
+    assert server.http.post("/abort_request", json={"rid": "nobody"}).status_code == 200
+
+
+def test_abort_request_names_what_is_missing(server):
+    error = server.http.post("/abort_request", json={}).json()["error"]
+    assert error["param"] == "rid"
+
+
+def test_rid_in_use_is_refused(server):
+    slow(server)
+    thread = threading.Thread(target=lambda: server.generate(**SLOW, rid="mine"))
+    thread.start()
+    wait_for(lambda: "mine" in server.engine.running)
+    refused = server.generate(text="x", rid="mine")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "rid")
+    server.http.post("/abort_request", json={"rid": "mine"})
+    thread.join(5)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/generate", {"text": "x"}),
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ],
+)
+def test_status_of_an_engines_abort_is_the_answers(server, path, body, stream):
+    server.engine.fail = Finish(type="abort", message="no room for it", status_code=503)
+    response = server.http.post(path, json={**body, "stream": stream})
+    assert response.status_code == 503
+    assert response.json()["error"]["message"] == "no room for it"
+    assert response.headers["retry-after"] == "1"
+
+
+# ---- limits ----
+
+
+def test_full_queue_is_503_with_retry_after(tokenizer):
+    engine = FakeEngine(lambda request: [5] * 400)
+    engine.delay_s = 0.02
+    app = make_app(engine, tokenizer, limit=2)
+    running = Running(app)
+    url = f"http://127.0.0.1:{running.port}"
+    with httpx.Client(base_url=url, timeout=10) as http:
+        body = {"input_ids": [[5]] * 11, "sampling_params": SLOW["sampling_params"]}
+        refused = http.post("/generate", json=body)  # max_running_requests=8 and 2 waiting
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "1"
+        body["input_ids"].pop()
+        thread = threading.Thread(target=lambda: http.post("/generate", json=body))
+        thread.start()
+        wait_for(lambda: len(engine.running) == 10)
+        assert http.post("/generate", json={"text": "x"}).status_code == 503
+        http.post("/abort_request", json={"abort_all": True})
+        thread.join(5)
+    running.stop()
+    running.thread.join(5)
+
+
+# ---- health, draining, death ----
+
+
+def test_health_follows_readiness_and_draining(server):
+    assert server.http.get("/health").text == "OK"
+    for name, value in (("ready", False), ("draining", True)):
+        before = getattr(server.app.state, name)
+        setattr(server.app.state, name, value)
+        for path in ("/health", "/health_generate"):
+            assert server.http.get(path).status_code == 503
+        assert server.generate(text="x").status_code == 503
+        setattr(server.app.state, name, before)
+    assert server.http.get("/health").status_code == 200
+
+
+def test_health_generate_makes_one_token(server):
+    assert server.http.get("/health_generate").status_code == 200
+    probe = server.engine.requests[0]
+    assert probe.rid.startswith("HEALTH_CHECK_")
+    assert (probe.input_ids, probe.sampling.max_new_tokens, probe.sampling.temperature) == ([0], 1, 0.0)
+
+
+def test_health_generate_does_not_wait_for_ever(server):
+    server.engine.hang = True
+    assert server.http.get("/health_generate").status_code == 503
+    assert len(server.engine.aborted) == 1
+
+
+def test_health_generate_is_content_with_tokens_of_others(server):
+    slow(server)
+    thread = threading.Thread(target=lambda: server.generate(**SLOW, rid="mine"))
+    thread.start()
+    wait_for(lambda: server.engine.running)
+    server.engine.delay_s = 0.02
+    server.engine.hang_prefix = "HEALTH_CHECK"
+    assert server.http.get("/health_generate").status_code == 200
+    server.http.post("/abort_request", json={"rid": "mine"})
+    thread.join(5)
+
+
+def test_dead_engine_is_503_everywhere(server):
+    server.engine.dead = True
+    for path, body in (("/generate", {"text": "x"}), ("/v1/completions", {"prompt": "x"})):
+        response = server.http.post(path, json=body)
+        assert response.status_code == 503
+        assert response.json()["error"]["type"] == "service_unavailable_error"
+    for path in ("/health", "/health_generate", "/v1/loads", "/server_info", "/flush_cache"):
+        assert server.http.get(path).status_code == 503, path
+    assert server.http.get("/metrics").status_code == 200
+
+
+def test_stop_lets_running_requests_finish(tokenizer):
+    engine = FakeEngine(lambda request: tokenizer.encode("abcdefghij"))
+    engine.delay_s = 0.03
+    running = Running(make_app(engine, tokenizer))
+    url = f"http://127.0.0.1:{running.port}"
+    answers = []
+    thread = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{url}/generate", json={"text": "x"}))
+    )
+    with httpx.Client(base_url=url) as http:
+        assert http.get("/health").status_code == 200
+        thread.start()
+        wait_for(lambda: engine.running)
+        running.stop()
+        wait_for(lambda: http.get("/health").status_code == 503)
+        assert http.post("/generate", json={"text": "x"}).status_code == 503
+    thread.join(5)
+    assert answers[0].json()["text"] == "abcdefghij"
+    running.thread.join(5)
+    assert not running.thread.is_alive()
+
+
+def test_stop_aborts_what_outlasts_the_grace_period(tokenizer):
+    engine = FakeEngine(lambda request: [])
+    engine.hang = True
+    running = Running(make_app(engine, tokenizer), grace_s=0.1)
+    url = f"http://127.0.0.1:{running.port}"
+    answers = []
+    thread = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{url}/generate", json={"text": "x"}))
+    )
+    thread.start()
+    wait_for(lambda: engine.running)
+    running.stop()
+    thread.join(5)
+    assert answers[0].json()["meta_info"]["finish_reason"]["type"] == "abort"
+    running.thread.join(5)
+    assert not running.thread.is_alive()
+
+
+def test_api_key_guards_all_but_health_and_metrics(tokenizer):
+    running = Running(make_app(FakeEngine(lambda request: [5], INFO), tokenizer, api_key="secret"))
+    with httpx.Client(base_url=f"http://127.0.0.1:{running.port}") as http:
+        for path in ("/health", "/metrics"):
+            assert http.get(path).status_code == 200
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}):
+            refused = http.post("/generate", json={"text": "x"}, headers=headers)
+            assert refused.status_code == 401
+            assert refused.json()["error"]["code"] == "invalid_api_key"
+        key = {"authorization": "Bearer secret"}
+        assert http.post("/generate", json={"text": "x"}, headers=key).status_code == 200
+        info = http.get("/server_info", headers=key)
+        assert info.json()["api_key"] == "***"
+    running.stop()
+    running.thread.join(5)

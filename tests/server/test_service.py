@@ -1,0 +1,139 @@
+"""The part that `jaxserve.Engine` uses too: bodies in, reply dictionaries out, no HTTP."""
+
+import asyncio
+import subprocess
+import sys
+from contextlib import aclosing
+
+import pytest
+from fake_engine import FakeEngine
+
+from jaxserve.config import ServerConfig
+from jaxserve.messages import EngineDeadError, Output
+from jaxserve.server.errors import RequestError
+from jaxserve.server.generate import reply, stream
+from jaxserve.server.schema import GenerateBody, parse
+from jaxserve.server.service import Service
+
+
+def body(**fields):
+    return parse(GenerateBody, fields)
+
+
+@pytest.fixture
+def engine(tokenizer):
+    return FakeEngine(lambda request: tokenizer.encode("hello world"))
+
+
+def run(engine, tokenizer, work):
+    """The result of `work(service)` in a loop of its own; nothing may be left running."""
+
+    async def main():
+        service = Service(engine, ServerConfig(model_path="m"), tokenizer)
+        try:
+            return await work(service)
+        finally:
+            assert service.num_running == 0
+            await asyncio.wait_for(service.wait_idle(), 1)
+
+    result = asyncio.run(main())
+    assert not engine.running
+    return result
+
+
+def test_reply_is_what_generate_answers(engine, tokenizer):
+    answer = run(engine, tokenizer, lambda service: reply(service, body(text="x")))
+    assert answer["text"] == "hello world"
+    batch = run(engine, tokenizer, lambda service: reply(service, body(text=["x", "y"])))
+    assert [r["text"] for r in batch] == ["hello world", "hello world"]
+
+
+def test_stream_dicts_are_snapshots(engine, tokenizer):
+    async def work(service):
+        return [event async for event in stream(service, body(text="x", return_logprob=True))]
+
+    events = run(engine, tokenizer, work)
+    assert [len(e["output_ids"]) for e in events] == [1, 2, 3, 4]
+    assert [len(e["meta_info"]["output_token_logprobs"]) for e in events] == [1, 2, 3, 4]
+
+
+def test_closing_a_stream_aborts_every_sequence(engine, tokenizer):
+    async def work(service):
+        sampling = {"n": 3, "ignore_eos": True, "stop_token_ids": [319]}
+        async with aclosing(stream(service, body(text="x", rid="r", sampling_params=sampling))) as events:
+            await anext(events)
+
+    run(engine, tokenizer, work)
+    assert sorted(engine.aborted) == ["r_0", "r_1", "r_2"]
+
+
+def test_cancelling_a_reply_aborts_every_sequence(engine, tokenizer):
+    engine.hang = True
+
+    async def work(service):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reply(service, body(text=["x", "y"], rid="r")), 0.05)
+
+    run(engine, tokenizer, work)
+    assert sorted(engine.aborted) == ["r_0", "r_1"]
+
+
+def test_each_sequence_finishes_once_when_its_stream_closes_slowly(engine, tokenizer):
+    engine.close_delay_s = 0.05  # the reader takes earlier events when the stop string is already found
+
+    async def work(service):
+        events = []
+        sampling = {"n": 3, "stop": "wor"}
+        async for event in stream(service, body(text="x", sampling_params=sampling)):
+            events.append(event)
+            await asyncio.sleep(0.005)
+        return events
+
+    events = run(engine, tokenizer, work)
+    finished = [e for e in events if e["meta_info"]["finish_reason"]]
+    assert sorted(e["index"] for e in finished) == [0, 1, 2]
+    assert all(e["text"] == "hello " for e in finished)
+    assert all(e["meta_info"]["e2e_latency"] >= 0.04 for e in finished)
+
+
+def test_slow_reader_gets_fewer_and_larger_events(engine, tokenizer):
+    engine.script = lambda request: [5] * 50
+
+    async def work(service):
+        lengths = []
+        async with aclosing(stream(service, body(text="x", sampling_params={"n": 2}))) as events:
+            async for event in events:
+                await asyncio.sleep(0.01)
+                lengths.append((event["index"], len(event["output_ids"])))
+        return lengths
+
+    lengths = run(engine, tokenizer, work)
+    assert len(lengths) < 40
+    assert (0, 51) in lengths and (1, 51) in lengths
+
+
+def test_first_error_of_a_batch_is_raised_as_itself(engine, tokenizer):
+    engine.dead = True
+    with pytest.raises(EngineDeadError):
+        run(engine, tokenizer, lambda service: reply(service, body(text=["x", "y"])))
+
+
+def test_stream_that_ends_without_a_finish_is_an_engine_error(engine, tokenizer):
+    async def cut(request):
+        yield Output(rid=request.rid, token_ids=[5])
+
+    engine.generate = cut
+    with pytest.raises(EngineDeadError, match="without a finish"):
+        run(engine, tokenizer, lambda service: reply(service, body(text="x")))
+
+
+def test_refused_body_submits_nothing(engine, tokenizer):
+    for fields in ({"text": ["x", ""]}, {"text": "x", "sampling_params": {"top_p": 2}}):
+        with pytest.raises(RequestError):
+            run(engine, tokenizer, lambda service, fields=fields: reply(service, body(**fields)))
+    assert not engine.requests
+
+
+def test_this_layer_imports_neither_http_nor_jax():
+    code = "import jaxserve.server.generate, sys; print({'starlette', 'uvicorn', 'jax'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
