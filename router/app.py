@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 import ssl
+from collections.abc import Awaitable
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -25,6 +26,7 @@ from router.limits import Keys
 from router.metrics import Metrics
 from router.policies import make_policy
 from router.proxy import Proxy
+from router.tracing import Tracer
 from router.upstream import Address, Pool
 from router.worker_api import WorkerApi
 from router.workers import Registry, Worker, WorkerSpec, breaker_numbers
@@ -47,10 +49,12 @@ class Gateway:
         self.exact: Exact | None = None
         if config.effective_policy == "cache_aware":
             self.exact = self.jobs.exact = Exact(self.registry, self.metrics, config.tokenizer_path)
+        self.tracer = Tracer(config.otlp_traces_endpoint) if config.enable_trace else None
         self.control = Control(self.registry, self.policy, self.metrics, lambda: self.draining)
         self.loop: asyncio.AbstractEventLoop | None = None
         self.proxy: Proxy | None = None
         self.draining = False
+        self._tls: ssl.SSLContext | None = None
         api = WorkerApi(self.registry, self.jobs)
         guarded = [*self.control.guarded_routes(), *api.routes()]
         self.guarded_paths = {route.path.partition("/{")[0] for route in guarded}
@@ -65,16 +69,20 @@ class Gateway:
         )
         self._watch_state()
 
-    async def __call__(self, scope, receive, send) -> None:
+    def __call__(self, scope, receive, send) -> Awaitable[None]:
+        """The ASGI application: data routes go to the proxy without another coroutine in between."""
+        if scope["type"] == "http":
+            route = ROUTES.get(scope["path"])
+            if route is not None and scope["method"] == "POST":
+                assert self.proxy is not None
+                return self.proxy.serve(route, scope, receive, send)
+        return self._serve_control(scope, receive, send)
+
+    async def _serve_control(self, scope, receive, send) -> None:
         if scope["type"] == "http":
             path = scope["path"]
-            route = ROUTES.get(path)
-            if route is not None:
-                if scope["method"] != "POST":
-                    await send_error(send, _method_not_allowed(scope["method"], path, (("allow", "POST"),)))
-                    return
-                assert self.proxy is not None
-                await self.proxy.serve(route, scope, receive, send)
+            if path in ROUTES:
+                await send_error(send, _method_not_allowed(scope["method"], path, (("allow", "POST"),)))
                 return
             if self.keys.tokens and "/" + path.split("/", 2)[1] in self.guarded_paths:
                 headers = dict(scope["headers"])
@@ -100,6 +108,7 @@ class Gateway:
             self.metrics,
             self.keys,
             exact=self.exact,
+            tracer=self.tracer,
             suspect=self.monitor.suspect,
         )
         if self.config.effective_policy != self.config.policy:
@@ -110,6 +119,8 @@ class Gateway:
         for url in self.config.worker_urls:
             self.jobs.add(WorkerSpec(url=url, api_key=self.config.worker_api_key), source="flags")
         background = [asyncio.create_task(self._sweep())]
+        if self.tracer is not None:
+            background.append(asyncio.create_task(self.tracer.run()))
         for source in self._sources():
             background.append(asyncio.create_task(source.run()))
         try:
@@ -118,6 +129,8 @@ class Gateway:
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
+            if self.tracer is not None:
+                await self.tracer.flush()
             await self.jobs.close()
             await self.monitor.close()
             if self.exact is not None:
@@ -152,7 +165,7 @@ class Gateway:
             timeout_max_s=c.cb_timeout_max_secs,
             enabled=not c.disable_circuit_breaker,
         )
-        tls = ssl.create_default_context() if address.scheme == "https" else None
+        tls = self._worker_tls() if address.scheme == "https" else None
         worker = Worker(spec, breaker, Pool(address, tls=tls), dp_rank=dp_rank)
 
         def changed(old: str, new: str) -> None:
@@ -162,6 +175,17 @@ class Gateway:
 
         breaker.on_change = changed
         return worker
+
+    def _worker_tls(self) -> ssl.SSLContext:
+        """Made once: reading the system's certificates takes 10 ms."""
+        if self._tls is None:
+            c = self.config
+            self._tls = ssl.create_default_context()
+            for path in c.ca_cert_paths:
+                self._tls.load_verify_locations(path)
+            if c.client_cert_path:
+                self._tls.load_cert_chain(c.client_cert_path, c.client_key_path)
+        return self._tls
 
     def _watch_state(self) -> None:
         registry, watch = self.registry, self.metrics.watch
@@ -236,6 +260,10 @@ class Gateway:
                 self.exact.lag_s,
             )  # fmt: skip
             watch("router_kv_pages", "pages known to be cached", by_worker, self.exact.pages)
+        watch(
+            "router_dispatch_waiting", "streams held back until a worker has room", (),
+            lambda: {(): float(self.proxy.dispatch.num_waiting() if self.proxy else 0)},
+        )  # fmt: skip
         watch(
             "router_policy_state", "sizes of the policy's memory", ("what",),
             lambda: {(name,): value for name, value in self.policy.stats().items()},

@@ -77,7 +77,7 @@ class Call:
     """One request on its way. `prompt` is undecoded JSON: equal prompts have equal leading bytes."""
 
     __slots__ = (
-        "admission",
+        "attempts",
         "body",
         "chain",
         "decision",
@@ -91,10 +91,12 @@ class Call:
         "request_id",
         "route",
         "routing_key",
+        "status",
         "stream",
         "target_worker",
         "token_ids",
         "tracker",
+        "worker_url",
     )
 
     def __init__(self, route: Route, body: bytes | bytearray) -> None:
@@ -115,7 +117,9 @@ class Call:
         self.tracker: Tracker | None = None  # of a stream that can be resumed
         self.decision = ""  # why this worker
         self.predicted_tokens = -1  # cached tokens expected there; -1: no opinion
-        self.admission = 1
+        self.attempts = 0
+        self.worker_url = ""  # of the last attempt
+        self.status = 0  # of the answer that goes to the client
 
     def parse(self, prompt: bool) -> None:
         """Read the body's routing fields; with `prompt`, its prompt too. Raises RequestError(400).

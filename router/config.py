@@ -70,6 +70,11 @@ class RouterConfig:
     cors_allowed_origins: tuple[str, ...] = key((), "origins that browsers may call from; * for any")
     tls_cert_path: str | None = key(None, "PEM certificate chain to serve HTTPS with")
     tls_key_path: str | None = key(None, "PEM key of --tls-cert-path")
+    enable_trace: bool = key(False, "export OpenTelemetry spans")
+    otlp_traces_endpoint: str = key("localhost:4318", "collector of OTLP over HTTP, JSON encoded")
+    ca_cert_paths: tuple[str, ...] = key((), "PEM certificates that https workers are checked against")
+    client_cert_path: str | None = key(None, "PEM certificate that the gateway shows to https workers")
+    client_key_path: str | None = key(None, "PEM key of --client-cert-path")
     prometheus_host: str = key("0.0.0.0", "address of --prometheus-port")
     prometheus_port: int | None = key(
         None, "a second port that serves only /metrics; default: /metrics of the main port", least=0
@@ -89,6 +94,12 @@ class RouterConfig:
     )
     eviction_interval_secs: float = key(120.0, "pause between two sweeps of the prefix tree", least=0.001)
     max_tree_size: int = key(67108864, "prompt characters remembered over all workers", least=256)
+    prefill_window_tokens: int | None = key(
+        None,
+        "cache_aware: prompt tokens of streams sent to a worker ahead of their first tokens; more wait "
+        "in the gateway, best cached first; 0: no waiting; default: two prefill chunks, at least 2048",
+        least=0,
+    )
     prefix_token_count: int = key(256, "prefix_hash: tokens of the prompt that are hashed", least=1)
     prefix_hash_load_factor: float = key(
         1.25, "prefix_hash: in-flight requests over the mean that make it spill", least=1
@@ -189,8 +200,9 @@ class RouterConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 65535 or less")
         if self.cache_threshold is not None and self.cache_threshold > 1:
             raise ConfigError(f"cache_threshold={self.cache_threshold} must lie in 0..1")
-        if bool(self.tls_cert_path) != bool(self.tls_key_path):
-            raise ConfigError("tls_cert_path and tls_key_path must be given together")
+        for one, other in (("tls_cert_path", "tls_key_path"), ("client_cert_path", "client_key_path")):
+            if bool(getattr(self, one)) != bool(getattr(self, other)):
+                raise ConfigError(f"{one} and {other} must be given together")
         if not self.health_check_endpoint.startswith("/"):
             raise ConfigError(f"health_check_endpoint={self.health_check_endpoint!r} must start with /")
         for url in self.worker_urls:

@@ -37,6 +37,7 @@ class Control:
             Route("/readiness", self.readiness, methods=["GET"]),
             Route("/health_generate", self.one_of("GET", "/health_generate"), methods=["GET"]),
             Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/models/{model:path}", self.model, methods=["GET"]),
             Route("/model_info", self.one_of("GET", "/model_info", "/get_model_info"), methods=["GET"]),
             Route("/get_model_info", self.one_of("GET", "/model_info", "/get_model_info"), methods=["GET"]),
             Route("/server_info", self.one_of("GET", "/server_info", "/get_server_info"), methods=["GET"]),
@@ -73,6 +74,18 @@ class Control:
         return Response(self.metrics.text(), headers={"content-type": METRICS_TYPE})
 
     async def models(self, request: Request) -> Response:
+        return _json({"object": "list", "data": list((await self._cards()).values())})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        card = (await self._cards()).get(name)
+        if card is None:
+            raise RequestError(
+                404, "model_not_found", f"No worker available for model {name!r}", param="model"
+            )
+        return _json(card)
+
+    async def _cards(self) -> dict[str, Any]:
         """Every model once, as its first worker describes it."""
         answers = await self._ask_all("GET", "/v1/models")
         cards: dict[str, Any] = {}
@@ -84,7 +97,7 @@ class Control:
                     cards.setdefault(card["id"], card)
             for name in worker.models:  # given at registration, or not listed any more
                 cards.setdefault(name, {"id": name, "object": "model", "created": 0, "owned_by": "router"})
-        return _json({"object": "list", "data": list(cards.values())})
+        return cards
 
     async def loads(self, request: Request) -> Response:
         """What the workers say of their load, and beside it what the gateway counts itself."""

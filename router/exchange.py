@@ -9,7 +9,7 @@ from router.breaker import NORMAL, Admission
 from router.call import Call
 from router.errors import stream_error_event
 from router.exact import body_with_ids
-from router.headers import Answer, ClientHeaders, number_after, read_answer, request_head, with_dp_rank
+from router.headers import Answer, ClientHeaders, read_answer, request_head, usage_in, with_dp_rank
 from router.resume import HEADER, Tracker, make_tracker
 from router.upstream import Connection, UpstreamError
 from router.workers import Worker
@@ -34,7 +34,8 @@ class Exchange:
     """One attempt at one worker: the load it is charged with, and what its outcome teaches."""
 
     __slots__ = (
-        "admission", "answer", "body", "call", "computed", "connection", "prompt_tokens", "proxy", "settled",
+        "admission", "answer", "body", "call", "completion_tokens", "computed", "connection",
+        "prompt_tokens", "proxy", "sent_tokens", "settled",
         "started", "started_s", "status", "todo_tokens", "told", "tracked", "worker",
     )  # fmt: skip
 
@@ -51,15 +52,21 @@ class Exchange:
         self.answer: Answer = None  # type: ignore[assignment]  # set with status
         self.body: bytes | None = None  # the whole answer, when it was read before relaying
         self.started = False  # bytes have gone to the client
-        self.prompt_tokens = 0  # as the worker counted them
+        self.prompt_tokens = self.completion_tokens = 0  # as the worker counted them
         self.tracked = False  # the stream can be resumed elsewhere
         self.computed = False  # the prompt: the policy knows
         self.told = False  # the client has been told that the stream broke
         self.settled = False  # the breaker knows
         self.todo_tokens = max(0, call.prompt_tokens - max(0, call.predicted_tokens))
+        call.attempts += 1
+        call.worker_url = worker.url
         worker.in_flight += 1
         worker.total += 1
         worker.pending_tokens += self.todo_tokens
+        self.sent_tokens = 0
+        if call.stream:
+            self.sent_tokens = self.todo_tokens
+            worker.sent_tokens += self.todo_tokens
         proxy.policy.placed(call, worker)
         proxy.recorder.placed(call, worker)
 
@@ -117,6 +124,7 @@ class Exchange:
         headers = answer.headers
         headers.append((b"x-request-id", call.request_id))
         headers.append((b"x-smg-routed-worker-id", self.worker.url.encode()))
+        call.status = self.status
         body = self.body
         if body is None:
             start = {"type": "http.response.start", "status": self.status, "headers": headers}
@@ -127,7 +135,7 @@ class Exchange:
         if to.connection is None or not to.connection.answer(self.status, headers, body):
             await to.send({"type": "http.response.start", "status": self.status, "headers": headers})
             await to.send({"type": "http.response.body", "body": body})
-        tokens = number_after(body, b'"completion_tokens"') or 0
+        tokens = self.completion_tokens
         recorder.finished(
             call, self.status, self.started_s, self.proxy.loop.time(), self.prompt_tokens, tokens
         )
@@ -176,7 +184,7 @@ class Exchange:
             raise
         await send({"type": "http.response.body", "body": data})
         self._succeeded()
-        tokens = number_after(data, b'"completion_tokens"') or events
+        tokens = usage_in(data)[1] or events
         recorder.finished(call, self.status, self.started_s, last_s, self.prompt_tokens, tokens)
         return tokens
 
@@ -217,15 +225,23 @@ class Exchange:
         self.worker.pending_tokens -= self.todo_tokens
         self.todo_tokens = 0
         self._prefilled()
+        self._arrived()
         if self.status != 200:
             return
-        cached = self.answer.cached_tokens
-        if cached is None:
-            cached = number_after(data, b'"cached_tokens"')
+        self.prompt_tokens, self.completion_tokens, cached = usage_in(data)
+        if self.answer.cached_tokens is not None:
+            cached = self.answer.cached_tokens
         if cached is not None:
-            prompt_tokens = self.prompt_tokens = number_after(data, b'"prompt_tokens"') or 0
-            self.proxy.recorder.cached(self.call, self.worker, prompt_tokens, cached)
-            self.proxy.policy.learned(self.call, self.worker, prompt_tokens, cached)
+            self.proxy.recorder.cached(self.call, self.worker, self.prompt_tokens, cached)
+            self.proxy.policy.learned(self.call, self.worker, self.prompt_tokens, cached)
+
+    def _arrived(self) -> None:
+        """The stream is no longer on the way to its first token: another may be sent."""
+        if self.sent_tokens:
+            self.worker.sent_tokens -= self.sent_tokens
+            self.sent_tokens = 0
+            if self.proxy.dispatch.waiting:
+                self.proxy.dispatch.freed(self.worker)
 
     def _prefilled(self) -> None:
         if self.call.pages and not self.computed:
@@ -281,6 +297,7 @@ class Exchange:
         worker.pending_tokens -= self.todo_tokens
         self.todo_tokens = 0
         self._prefilled()
+        self._arrived()
         if not self.settled:  # cancelled: says nothing of the worker
             worker.breaker.forget(self.admission)
         if self.connection is not None:

@@ -1,5 +1,6 @@
 """The bytes of one exchange: what of the client's request goes to the worker, what of its answer back."""
 
+import re
 from dataclasses import dataclass
 
 from router.call import Call
@@ -27,6 +28,7 @@ class ClientHeaders:
     x_api_key: bytes | None = None
     content_length: int = 0
     request_id: bytes | None = None
+    traceparent: bytes | None = None  # also in `forward`
     routing_key: str | None = None
     target_worker: str | None = None
 
@@ -53,6 +55,8 @@ def read_headers(headers: list[tuple[bytes, bytes]], id_ranks: dict[bytes, int])
             found.content_type = value
         elif name == b"x-smg-routing-key":
             found.routing_key = value.decode("latin-1") or None
+        elif name == b"traceparent":
+            found.traceparent = value
         elif name == b"x-api-key":
             found.x_api_key = value
         elif name in id_ranks:
@@ -149,20 +153,22 @@ def parse_load(value: bytes) -> Load | None:
     return load
 
 
-def number_after(data: bytes, key: bytes) -> int | None:
-    """The non-negative integer after the first `"key":` in JSON bytes, without decoding them.
+_find_cached = re.compile(rb'"cached_tokens" ?: ?(\d{1,15})').search
+_find_prompt = re.compile(rb'"prompt_tokens" ?: ?(\d{1,15})').search
+_find_completion = re.compile(rb'"completion_tokens" ?: ?(\d{1,15})').search
 
-    A quoted key inside a string value is escaped there and never matches.
+
+def usage_in(body: bytes) -> tuple[int, int, int | None]:
+    """(prompt tokens, completion tokens, cached tokens) as JSON bytes first name them; 0, 0, None without.
+
+    The body is not decoded: a quoted name inside a string value is escaped there and never matches.
     """
-    at = data.find(key)
-    if at < 0:
-        return None
-    at += len(key)
-    digits = data[at : at + 16].lstrip(b" :")
-    end = 0
-    while end < len(digits) and 48 <= digits[end] <= 57:
-        end += 1
-    return int(digits[:end]) if end else None
+    prompt, completion, cached = _find_prompt(body), _find_completion(body), _find_cached(body)
+    return (
+        int(prompt[1]) if prompt else 0,
+        int(completion[1]) if completion else 0,
+        int(cached[1]) if cached else None,
+    )
 
 
 def with_dp_rank(call: Call, worker: Worker, body: bytes | bytearray) -> bytes | bytearray:

@@ -133,13 +133,14 @@ class Monitor:
             if error.kind == "timeout" and not failures:
                 first_failure_s = started_s
             failures += 1
-            if worker.status != "ready":
+            if error.kind != "connect" and failures < self.config.health_failure_threshold:
                 continue
-            if error.kind == "connect":
-                self.eject(worker, str(error), dead=True)
-            elif failures >= self.config.health_failure_threshold:
-                frozen = error.kind == "timeout" and worker.pool.last_byte_s < first_failure_s
-                self.eject(worker, str(error), dead=frozen)
+            frozen = error.kind == "timeout" and worker.pool.last_byte_s < first_failure_s
+            dead = error.kind == "connect" or frozen
+            if worker.status == "ready":
+                self.eject(worker, str(error), dead=dead)
+            elif dead:  # draining: what runs on it will not end by itself
+                worker.pool.fail_active(UpstreamError(f"the worker is gone: {error}", kind="ejected"))
 
     async def _tick(self, worker: Worker, failures: int) -> bool:
         """Wait for the next look; whether a failed request asked for it."""

@@ -15,6 +15,8 @@ from router.config import RouterConfig
 from router.control import METRICS_TYPE
 from router.http_server import ClientConnection, GatewayServer
 
+KEEP_ALIVE_S = 75  # of an idle client connection; above the 60 s of common load balancers
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = RouterConfig.from_command_line(argv, prog="python -m router.launch_router")
@@ -53,6 +55,7 @@ def uvicorn_config(config: RouterConfig, app) -> uvicorn.Config:
         app,
         host=config.host,
         port=config.port,
+        interface="asgi3",  # a plain method that returns a coroutine is not recognised as such
         http=ClientConnection,
         ws="none",
         lifespan="on",
@@ -61,7 +64,7 @@ def uvicorn_config(config: RouterConfig, app) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         date_header=False,
-        timeout_keep_alive=75,
+        timeout_keep_alive=KEEP_ALIVE_S,
         backlog=4096,
         ssl_certfile=config.tls_cert_path,
         ssl_keyfile=config.tls_key_path,

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from router.breaker import NORMAL, Admission
 from router.call import Call, Route, new_request_id
 from router.config import RouterConfig
+from router.dispatch import Dispatch
 from router.errors import RequestError, send_error, stream_error_event
 from router.exact import Exact
 from router.exchange import Client, Exchange
@@ -21,6 +22,7 @@ from router.limits import Concurrency, Keys, TokenRate
 from router.metrics import Metrics
 from router.policies import Policy
 from router.recorder import Recorder
+from router.tracing import Tracer
 from router.upstream import UpstreamError
 from router.workers import Registry, Worker
 
@@ -47,6 +49,7 @@ class Proxy:
         keys: Keys,
         *,
         exact: Exact | None = None,
+        tracer: Tracer | None = None,
         suspect: Callable[[Worker, UpstreamError], None],
         sleep=asyncio.sleep,
         rng: random.Random | None = None,
@@ -56,6 +59,7 @@ class Proxy:
         self.policy = policy
         self.keys = keys
         self.exact = exact
+        self.tracer = tracer
         self.suspect = suspect
         self.sleep = sleep
         self.rng = rng or random.Random()
@@ -63,6 +67,7 @@ class Proxy:
         self.concurrency = Concurrency(
             config.max_concurrent_requests, config.queue_size, config.queue_timeout_secs
         )
+        self.dispatch = Dispatch(registry, policy, config.prefill_window_tokens, self.loop.time)
         self.token_rate = TokenRate(config.rate_limit_tokens_per_second, self.loop.time)
         self.recorder = Recorder(metrics, config.effective_policy)
         self.direct = not config.cors_allowed_origins  # nothing wraps `send`
@@ -83,6 +88,9 @@ class Proxy:
         client = read_headers(scope["headers"], self.id_ranks)
         request_id = client.request_id or new_request_id(route.id_prefix)
         call = None
+        status = 0
+        tracer = self.tracer
+        span = tracer.start(client, route.path) if tracer is not None else None
         try:
             try:
                 caller = self.keys.check(client.authorization, client.x_api_key)
@@ -117,6 +125,7 @@ class Proxy:
                 finally:
                     self.concurrency.leave()
             except RequestError as error:
+                status = error.status
                 recorder.refused(route.path, call, error, self.loop.time() - started_s)
                 await send_error(send, error, request_id)
             except CutOff:
@@ -130,6 +139,8 @@ class Proxy:
             task.uncancel()
             recorder.client_left(route.path)
         finally:
+            if span is not None and tracer is not None:
+                tracer.end(span, call, request_id, status or (call.status if call is not None else 0))
             if connection is not None:
                 connection.on_lost = None
             if watcher is not None:
@@ -248,6 +259,8 @@ class Proxy:
                 await self.sleep(pause_s)
                 if worker.status != "ready" or not worker.breaker.closed:
                     continue
+            if self.dispatch.enabled and call.stream and admission == NORMAL:
+                worker, admission = await self._turn(call, worker, tried)
             final = attempt == self.attempts - 1
             exchange = Exchange(self, call, worker, admission, started_s)
             try:
@@ -288,11 +301,27 @@ class Proxy:
                     self.recorder.retried(path)
             finally:
                 exchange.close()
-                if (exchange.status and exchange.status not in RETRYABLE) or exchange.started:
+                if blamed and (exchange.started or (exchange.status and exchange.status not in RETRYABLE)):
                     self._blame(blamed, call)
         self._blame(blamed, call)
         self.recorder.exhausted(path)
         raise last or RequestError(502, "upstream_error", "no attempt at the request succeeded")
+
+    async def _turn(self, call: Call, worker: Worker, tried: list[Worker]) -> tuple[Worker, Admission]:
+        """Wait until `worker`, or a better one by then, has room for a stream. Raises like `_select`."""
+        admission: Admission = NORMAL
+        started_s = self.loop.time()
+        waited = False
+        while admission == NORMAL and worker.healthy and not self.dispatch.has_room(worker):
+            waited = True
+            chosen = await self.dispatch.turn(call, worker, tried)
+            if chosen is not None:
+                worker = chosen
+                break
+            worker, admission = self._select(call, tried)  # its worker went away: that is no attempt
+        if waited:
+            self.recorder.held(self.loop.time() - started_s)
+        return worker, admission
 
     async def _resume(
         self,

@@ -46,7 +46,10 @@ class Recorder:
         self.metrics = metrics
         self.policy = policy
         self._routes: dict[tuple[str, str | None, bool], RouteCells] = {}
+        self._placed: dict[tuple[str, str | None, str], tuple[Cell, ...]] = {}
+        self._cached: dict[str, tuple[Cell, Cell]] = {}
         self._models: set[str] = set()
+        self._error = metrics.prediction_error.of()
         self.prompt_tokens = 0  # of answers that told their cached tokens
         self.cached_tokens = 0
 
@@ -72,10 +75,20 @@ class Recorder:
         return self.cells(call).stream
 
     def placed(self, call: Call, worker: Worker) -> None:
-        m, model = self.metrics, self.model_label(call.model)
-        m.worker_requests.of(worker.url, model).value += 1
-        m.selection.of("regular", "http", model, self.policy).value += 1
-        m.decisions.of(self.policy, call.decision).value += 1
+        key = (worker.url, call.model, call.decision)
+        cells = self._placed.get(key)
+        if cells is None:
+            m, model = self.metrics, self.model_label(call.model)
+            cells = (
+                m.worker_requests.of(worker.url, model),
+                m.selection.of("regular", "http", model, self.policy),
+                m.decisions.of(self.policy, call.decision),
+            )
+            if len(self._placed) > 16 * MAX_MODELS:
+                self._placed.clear()
+            self._placed[key] = cells
+        for cell in cells:
+            cell.value += 1
 
     def finished(
         self,
@@ -117,13 +130,20 @@ class Recorder:
         m.http_duration.of("POST", path).observe(elapsed_s)
 
     def cached(self, call: Call, worker: Worker, prompt_tokens: int, cached_tokens: int) -> None:
-        m = self.metrics
         self.prompt_tokens += prompt_tokens
         self.cached_tokens += cached_tokens
-        m.actual_tokens.of(worker.url).add(cached_tokens)
+        cells = self._cached.get(worker.url)
+        if cells is None:
+            m = self.metrics
+            cells = (m.actual_tokens.of(worker.url), m.predicted_tokens.of(worker.url))
+            self._cached[worker.url] = cells
+        cells[0].value += cached_tokens
         if call.predicted_tokens >= 0:
-            m.predicted_tokens.of(worker.url).add(call.predicted_tokens)
-            m.prediction_error.of().observe(abs(call.predicted_tokens - cached_tokens))
+            cells[1].value += call.predicted_tokens
+            self._error.observe(abs(call.predicted_tokens - cached_tokens))
+
+    def held(self, seconds: float) -> None:
+        self.metrics.stage.of("regular", "dispatch_wait").observe(seconds)
 
     def outcome(self, worker: Worker, outcome: str) -> None:
         self.metrics.cb_outcomes.of(worker.url, outcome).add()

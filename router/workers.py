@@ -63,6 +63,7 @@ class Worker:
         self.in_flight = 0
         self.total = 0  # requests ever sent
         self.pending_tokens = 0  # prompt tokens sent whose first output token has not come
+        self.sent_tokens = 0  # those of them that belong to streams, and were sent
         self.load: Load | None = None
         self.foreign_requests = 0  # requests of other gateways, by its last load report
         self.foreign_tokens = 0
@@ -148,6 +149,7 @@ class Registry:
         self.workers: dict[str, Worker] = {}
         self.by_url: dict[str, Worker] = {}
         self.on_removed: list[Callable[[Worker], None]] = []
+        self.on_changed: list[Callable[[], None]] = []
         self.version = 0  # grows with every change of who may be chosen
         self._usable: dict[str | None, tuple[Worker, ...]] = {}
 
@@ -187,6 +189,8 @@ class Registry:
         """Call after anything that `usable` depends on."""
         self.version += 1
         self._usable.clear()
+        for listener in self.on_changed:
+            listener()
 
     def pause(self, worker: Worker, loop: asyncio.AbstractEventLoop, pause_s: float) -> None:
         """Choose `worker` for nothing else during the next `pause_s`; a longer pause already set stays."""

@@ -167,7 +167,7 @@ async def families(command: str, scale: float, policy: str) -> Row:
     prefixes = [text_of(f"family {i}", 4096) for i in range(64)]
     order = [(f, k) for f in range(64) for k in range(int(32 * scale) or 1)]
     random.Random(1).shuffle(order)
-    raws = [generate(prefixes[f] + text_of(f"{f} {k}", 512)) for f, k in order]
+    raws = [generate(prefixes[f] + text_of(f"{f} {k}", 512), 8, True) for f, k in order]
     flags = ("--cache-blocks", "1536", "--prefill-us", "20", "--decode-us", "1000")
     async with setup(command, policy, 4, *flags) as s:
         started = time.perf_counter()
@@ -192,11 +192,13 @@ async def multiturn(command: str, scale: float, policy: str, concurrency: int = 
             while (item := await waiting.get()) is not None:
                 chat, turn, messages = item
                 messages.append({"role": "user", "content": text_of(f"chat {chat} {turn}", 512)})
-                body = {"model": "bench", "messages": messages, "max_tokens": 16}
+                body = {"model": "bench", "messages": messages, "max_tokens": 16, "stream": True}
                 result = await client.ask(request("/v1/chat/completions", body))
                 results.append(result)
                 if result.ok:
-                    messages.append(json.loads(result.body)["choices"][0]["message"])
+                    events = [json.loads(e[6:]) for e in result.body.split(b"\n\n")[:-2]]
+                    reply = "".join(e["choices"][0]["delta"]["content"] for e in events)
+                    messages.append({"role": "assistant", "content": reply})
                 left -= 1
                 if turn + 1 < turns:
                     waiting.put_nowait((chat, turn + 1, messages))
@@ -217,7 +219,7 @@ async def _quality(s: Setup, results: list[Result], took_s: float) -> Row:
         "req/s": len(results) / took_s,
         "hit": sum(w["cached_tokens"] for w in stats) / max(1, sum(w["prompt_tokens"] for w in stats)),
         "work max/mean": max(busy) / (sum(busy) / len(busy) or 1),
-        "p99 ms": percentile([r.latency_s for r in results], 0.99) * 1e3,
+        "TTFT p99 ms": percentile([r.first_s - r.started_s for r in results if r.first_s], 0.99) * 1e3,
         "failed": sum(not r.ok for r in results),
     }
 

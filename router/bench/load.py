@@ -19,6 +19,7 @@ class Result:
 
     status: int = 0
     started_s: float = 0.0
+    first_s: float = 0.0  # first body byte
     ended_s: float = 0.0
     events: int = 0
     body: bytes = b""
@@ -47,6 +48,7 @@ class _Connection(asyncio.Protocol):
         self.parser = httptools.HttpResponseParser(self)
         self.parts: list[bytes] = []
         self.stream = False
+        self.first_s = 0.0
         self.done = asyncio.get_running_loop().create_future()
         self.transport.write(raw)
         return self.done
@@ -66,6 +68,8 @@ class _Connection(asyncio.Protocol):
             self.stream = True
 
     def on_body(self, body: bytes) -> None:
+        if not self.parts:
+            self.first_s = time.perf_counter()
         self.parts.append(body)
 
     def on_message_complete(self) -> None:
@@ -94,6 +98,7 @@ class Client:
                     self.connection = connection
                 result.error = await connection.start(raw)
                 result.status = connection.parser.get_status_code() or 0
+                result.first_s = connection.first_s
                 result.body = b"".join(connection.parts)
                 if connection.stream:
                     result.events = result.body.count(b"\n\n")

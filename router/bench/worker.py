@@ -202,9 +202,9 @@ class Connection(asyncio.Protocol):
             self.transport.write(
                 b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
             )
-        self._token(0, usage)
+        self._token(path, reply, 0, usage)
 
-    def _token(self, i: int, usage: tuple[int, int, int]) -> None:
+    def _token(self, path: str, reply: str, i: int, usage: tuple[int, int, int]) -> None:
         num_tokens, num_out, cached = usage
         abort_after = self.device.faults.get("abort_after")
         if self.gone or (abort_after is not None and i >= abort_after):
@@ -215,15 +215,19 @@ class Connection(asyncio.Protocol):
             self.running = False
             self.transport.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
             return
-        event = (
-            b'data: {"text": "tok ", "output_ids": [%d], "meta_info": {"prompt_tokens": %d, '
-            b'"completion_tokens": %d, "cached_tokens": %d}}\n\n' % (i, num_tokens, i + 1, cached)
-        )
+        piece = (reply[4 * i : 4 * i + 4] or "tok ").encode()
+        if path == "/generate":
+            event = (
+                b'data: {"text": "%s", "output_ids": [%d], "meta_info": {"prompt_tokens": %d, '
+                b'"completion_tokens": %d, "cached_tokens": %d}}\n\n' % (piece, i, num_tokens, i + 1, cached)
+            )
+        else:
+            event = b'data: {"choices": [{"index": 0, "delta": {"content": "%s"}}]}\n\n' % piece
         self.transport.write(b"%x\r\n%s\r\n" % (len(event), event))
         if self.device.decode_us:
-            self.loop.call_later(self.device.decode_us * 1e-6, self._token, i + 1, usage)
+            self.loop.call_later(self.device.decode_us * 1e-6, self._token, path, reply, i + 1, usage)
         else:
-            self.loop.call_soon(self._token, i + 1, usage)
+            self.loop.call_soon(self._token, path, reply, i + 1, usage)
 
 
 async def serve(given: argparse.Namespace) -> None:

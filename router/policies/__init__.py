@@ -17,6 +17,7 @@ class Policy:
     """
 
     reads_prompt = False
+    orders = False  # `uncached` is known, so that waiting streams can be put in order
 
     def __init__(self, config: RouterConfig, rng: Random) -> None:
         self.config = config
@@ -28,6 +29,10 @@ class Policy:
 
     def placed(self, call: Call, worker: Worker) -> None:
         """The request is being sent to `worker`."""
+
+    def uncached(self, call: Call, worker: Worker) -> float:
+        """Prompt tokens that `worker` would have to compute, by what is known now."""
+        return call.prompt_tokens
 
     def prefilled(self, call: Call, worker: Worker) -> None:
         """The first output of the request has come from `worker`, or it ended without one."""

@@ -6,6 +6,7 @@ any earlier prompt in whole pages of 16 tokens of 4 characters.
 
 import asyncio
 import json
+import ssl
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,7 @@ class MockWorker:
     def __post_init__(self) -> None:
         self.faults = Faults()
         self.seen: list[Seen] = []
+        self.scheme = "http"
         self.probes = 0
         self.flushes = 0
         self.running = 0
@@ -60,10 +62,11 @@ class MockWorker:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{self.scheme}://127.0.0.1:{self.port}"
 
-    async def start(self) -> "MockWorker":
-        self.server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+    async def start(self, tls: ssl.SSLContext | None = None) -> "MockWorker":
+        self.scheme = "https" if tls else "http"
+        self.server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=tls)
         self.port = self.server.sockets[0].getsockname()[1]
         return self
 

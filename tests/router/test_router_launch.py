@@ -11,7 +11,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from router.config import ConfigError
+from router.app import build_app
+from router.config import ConfigError, RouterConfig
+from router.http_server import GatewayServer
+from router.launch_router import uvicorn_config
 from router.launch_server import make_parser, make_plan
 from router.replicas import free_ports
 
@@ -82,6 +85,17 @@ def test_free_ports_skip_the_taken_ones():
         taken.listen()
         port = taken.getsockname()[1]
         assert port not in free_ports(2, port)
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_ends_the_gateway_at_once(first):
+    config = RouterConfig(port=0)
+    gateway, app = build_app(config)
+    server = GatewayServer(uvicorn_config(config, app), gateway, 60)
+    server.handle_exit(first, None)
+    assert not server.force_exit
+    server.handle_exit(first, None)
+    assert server.should_exit and server.force_exit
 
 
 def environment() -> dict[str, str]:

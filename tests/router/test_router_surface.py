@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import re
+from pathlib import Path
 
 import httpx
+import yaml
 from gateway_harness import CHAT, RawClient, asynchronous, running, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -253,6 +256,8 @@ async def test_models_are_merged_once_each():
         listed = (await r.client.get("/v1/models")).json()
         assert listed["object"] == "list"
         assert sorted(card["id"] for card in listed["data"]) == ["a", "b"]
+        assert (await r.client.get("/v1/models/b")).json()["id"] == "b"
+        assert (await r.client.get("/v1/models/org/c")).status_code == 404
         response = await r.client.post("/v1/chat/completions", json={**CHAT, "model": "b"})
         assert response.headers["x-smg-routed-worker-id"] == workers[1].url
 
@@ -388,3 +393,15 @@ def test_no_input_causes_a_500(bodies, seed):
                 assert response.status_code not in (500, 502), (method, path, body, response.text)
 
     scenario()
+
+
+def test_example_configuration_is_valid_and_shows_the_real_defaults():
+    file = Path(__file__).parent.parent.parent / "configs" / "router.yaml"
+    config = RouterConfig.from_keywords(**yaml.safe_load(file.read_text()))
+    assert config.policy == "cache_aware"
+    effective = {"cache_threshold": 0.5, "balance_abs_threshold": 32, "balance_rel_threshold": 1.5}
+    shown = re.findall(r"^# (\w+): (\S+)", file.read_text(), re.MULTILINE)
+    assert len(shown) > 25
+    for name, text in shown:
+        default = effective.get(name, getattr(RouterConfig(), name))
+        assert yaml.safe_load(text) == (list(default) if isinstance(default, tuple) else default), name
