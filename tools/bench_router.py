@@ -80,7 +80,7 @@ async def setup(command: str, policy: str, count: int, *worker_flags: str):
     words = shlex.split(
         command.format(port=port, urls=urls, policy=policy, metrics_port=BASE_PORT + 9), posix=True
     )
-    made.process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    made.process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: ASYNC220 (between measurements, nothing else runs)
     try:
         probe = request("/generate", {"text": "warm", "sampling_params": {"max_new_tokens": 1}})
         deadline = time.monotonic() + 60
