@@ -4,7 +4,7 @@ Model code sees one device: tokens [T], heads [H]. `StepContext` alone knows pag
 blocks and the mesh.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
@@ -79,7 +79,7 @@ class StepContext:
         self.dispatch = Dispatch(mesh, expert_backend)
         self._chosen: dict[int, jax.Array] = {}
         self._rope_tables: dict[Rope, RopeTable] = {}
-        self._attentions: dict[Any, Callable[..., Any]] = {}
+        self._made: dict[Hashable, Callable[..., Any]] = {}
 
     def rope(self, rope: Rope) -> RopeTable:
         """The rotation of this step's positions, computed once for all layers that share `rope`."""
@@ -105,7 +105,9 @@ class StepContext:
         assert self.key_pages.shape[2] == group * split.num_kv, (
             f"pool has {self.key_pages.shape[2]} heads, the layout {group} x {split.num_kv}; see pool_layout"
         )
-        out_THK, (self.key_pages, self.value_pages) = self._attention(split, scale, window, softcap)(
+        cut = (split, scale, window, softcap)
+        attend = self.once(cut, lambda: self._attention(*cut))
+        out_THK, (self.key_pages, self.value_pages) = attend(
             jnp.int32(layer * self.num_pages),
             (self.key_pages, self.value_pages),
             query_THK,
@@ -123,11 +125,7 @@ class StepContext:
     def _attention(
         self, split: HeadSplit, scale: float, window: int | None, softcap: float | None
     ) -> Callable[..., Any]:
-        """`attend` on each device. Layers that differ only in weights share one, which jax traces once:
-        tracing the kernels in each of 32 layers took most of an engine's start."""
-        cut = (split, scale, window, softcap)
-        if cut in self._attentions:
-            return self._attentions[cut]
+        """`attend` on each device."""
 
         def on_device(
             page_offset,
@@ -146,11 +144,11 @@ class StepContext:
                 mine = split.heads_of(jax.lax.axis_index(GROUP))
                 key_TgK, value_TgK = (jnp.take(x, mine, axis=1) for x in (key_TgK, value_TgK))
             key_pages, value_pages = pools
-            at_T = _write_address(
+            at_T = write_address(
                 table_SN, position_T, slot_T, page_offset, self.page_size, key_pages.shape[0]
             )
-            key_pages = _write(key_pages, at_T, key_TgK)
-            value_pages = _write(value_pages, at_T, value_TgK)
+            key_pages = write_tokens(key_pages, at_T, key_TgK)
+            value_pages = write_tokens(value_pages, at_T, value_TgK)
             options: dict[str, Any] = {
                 "page_offset": page_offset,
                 "scale": scale,
@@ -188,8 +186,16 @@ class StepContext:
                 out_specs=(heads, pool),
                 check_vma=False,  # the kernels' outputs carry no replication types
             )
-        self._attentions[cut] = jax.jit(attend)
-        return self._attentions[cut]
+        return attend
+
+    def once(self, key: Hashable, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        """`make()` jitted, made once for all layers with an equal `key`: jax traces it once.
+
+        Tracing the kernels in each of 32 layers took most of an engine's start.
+        """
+        if key not in self._made:
+            self._made[key] = jax.jit(make())
+        return self._made[key]
 
     def feed_experts(
         self,
@@ -230,7 +236,7 @@ class StepContext:
         )(chosen_LTX)
 
 
-def _write_address(
+def write_address(
     table_SN: jax.Array,
     position_T: jax.Array,
     slot_T: jax.Array,
@@ -248,7 +254,7 @@ def _write_address(
     return page_T, position_T % page_size
 
 
-def _write(pages: jax.Array, at_T: tuple[jax.Array, jax.Array], x_TgK: jax.Array) -> jax.Array:
+def write_tokens(pages: jax.Array, at_T: tuple[jax.Array, jax.Array], x_TgK: jax.Array) -> jax.Array:
     return pages.at[at_T].set(x_TgK.astype(pages.dtype), mode="drop", unique_indices=True)
 
 

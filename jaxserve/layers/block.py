@@ -6,12 +6,12 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import Attention, StepContext
+from jaxserve.layers.attention import StepContext
 from jaxserve.layers.norm import RMSNorm
 
 
-class Feed(Protocol):
-    """A feed-forward layer: dense, or experts, which ask the step who computes them."""
+class Sublayer(Protocol):
+    """Attention, or a feed-forward layer: dense, or experts, which ask the step who computes them."""
 
     def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array: ...
 
@@ -20,7 +20,7 @@ class PreNormBlock(nnx.Module):
     """Norms before attention and feed-forward (Llama, Mistral, Qwen)."""
 
     def __init__(
-        self, name: str, attention: Attention, feed: Feed, *, hidden: int, eps: float, dtype: DTypeLike
+        self, name: str, attention: Sublayer, feed: Sublayer, *, hidden: int, eps: float, dtype: DTypeLike
     ):
         self.attention_norm = RMSNorm(f"{name}.input_layernorm", hidden, eps=eps, dtype=dtype)
         self.attention = attention

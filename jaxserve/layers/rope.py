@@ -23,12 +23,23 @@ class RopeTable:
     cos_TK: jax.Array
     sin_TK: jax.Array
 
-    def rotate(self, x_THK: jax.Array) -> jax.Array:
-        """Rotates the pairs (i, i + K/2) of every head. Source: Su et al. 2021, equation 34."""
-        first, second = jnp.split(x_THK.astype(jnp.float32), 2, axis=-1)
+    def rotate(self, x_THK: jax.Array, *, interleaved: bool = False) -> jax.Array:
+        """Rotates the pairs (i, i + n/2) of the first n numbers of every head; the rest stays.
+
+        n is all of the head but where a family rotates a part. `interleaved`: pairs are (2i, 2i + 1)
+        and come out as (i, i + n/2), the same change for queries and keys, which no score sees.
+        Source: Su et al. 2021, equation 34.
+        """
+        n = 2 * self.cos_TK.shape[-1]
+        turned, kept = x_THK[..., :n].astype(jnp.float32), x_THK[..., n:]
+        if interleaved:
+            first, second = turned[..., 0::2], turned[..., 1::2]
+        else:
+            first, second = jnp.split(turned, 2, axis=-1)
         cos, sin = self.cos_TK[:, None, :], self.sin_TK[:, None, :]
         rotated = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
-        return rotated.astype(x_THK.dtype)
+        rotated = rotated.astype(x_THK.dtype)
+        return jnp.concatenate((rotated, kept), axis=-1) if kept.shape[-1] else rotated
 
 
 @dataclass(frozen=True)
@@ -45,9 +56,14 @@ class Rope:
         if kind not in SCALINGS:
             known = ", ".join(repr(k) for k in SCALINGS)
             raise ConfigError(f"config.json: rope_type={kind!r} is not supported; use one of {known}")
-        if (share := parameters.get("partial_rotary_factor", 1.0)) != 1.0:
-            raise ConfigError(f"config.json: partial_rotary_factor={share} is not supported; use 1.0")
-        plain = parameters["rope_theta"] ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        rotated = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+        if rotated % 2 or not 0 < rotated <= head_dim:
+            share = parameters["partial_rotary_factor"]
+            raise ConfigError(
+                f"config.json: partial_rotary_factor={share} of head_dim={head_dim} rotates {rotated} "
+                f"numbers of a head; it must be an even number up to {head_dim}"
+            )
+        plain = parameters["rope_theta"] ** -(np.arange(0, rotated, 2, dtype=np.float64) / rotated)
         parameters = {"original_max_position_embeddings": max_position, **parameters}
         try:
             frequencies, amplitude = SCALINGS[kind](plain, parameters)
@@ -116,13 +132,13 @@ def _yarn(plain: np.ndarray, parameters: dict[str, Any]) -> tuple[np.ndarray, fl
     if amplitude is None:
         numerator, denominator = parameters.get("mscale"), parameters.get("mscale_all_dim")
         if numerator and denominator:
-            amplitude = _yarn_amplitude(factor, numerator) / _yarn_amplitude(factor, denominator)
+            amplitude = yarn_amplitude(factor, numerator) / yarn_amplitude(factor, denominator)
         else:
-            amplitude = _yarn_amplitude(factor, 1.0)
+            amplitude = yarn_amplitude(factor, 1.0)
     return frequencies, float(amplitude)
 
 
-def _yarn_amplitude(factor: float, weight: float) -> float:
+def yarn_amplitude(factor: float, weight: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 

@@ -4,8 +4,9 @@ A family is a module here with `ARCHITECTURES`, a tuple of names, each the name 
 
     class XForCausalLM(nnx.Module):
         def __init__(self, hf_config: dict, dtype): ...   # abstract weights, no memory touched
-        kv: KVSpec
+        kv: KVSpec | LatentSpec
         experts: ExpertSpec                               # only if some layers have experts
+        unserved: tuple[str, ...]                         # only if some prefixes are left out
         vocab_size: int; num_q_heads: int; max_position: int
         def __call__(self, token_T, step: StepContext) -> hidden_TD   # after the final norm
         def logits(self, hidden_RD) -> logits_RV                      # float32

@@ -66,6 +66,23 @@ def num_experts(config: dict[str, Any]) -> int:
     return need(config, "num_experts")
 
 
+def routing_groups(config: dict[str, Any]) -> dict[str, Any]:
+    """`n_group` and `topk_group` as the keywords of `Routing`. Raises ConfigError when they do not fit."""
+    groups, best, experts = config.get("n_group") or 1, config.get("topk_group") or 1, num_experts(config)
+    if experts % groups or not 1 <= best <= groups:
+        raise ConfigError(
+            f"config.json: n_group={groups} must divide the {experts} experts and topk_group={best} lie in "
+            f"1..{groups}"
+        )
+    return {"num_groups": groups, "top_groups": best}
+
+
+def extra_layers(config: dict[str, Any]) -> tuple[str, ...]:
+    """Prefixes of the multi-token prediction layers, which checkpoints number after the last layer."""
+    first, extra = need(config, "num_hidden_layers"), config.get("num_nextn_predict_layers") or 0
+    return tuple(f"model.layers.{first + n}." for n in range(extra))
+
+
 def one_of(config: dict[str, Any], key: str, valid: Collection[Any], default: Any) -> Any:
     """`config[key]` (or the default). Raises ConfigError when it is not a valid choice."""
     value = config.get(key)

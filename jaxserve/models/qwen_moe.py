@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxserve.layers.attention import Attention, KVSpec, StepContext
-from jaxserve.layers.block import Feed, PreNormBlock
+from jaxserve.layers.block import PreNormBlock, Sublayer
 from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.moe import Experts, ExpertSpec, MoE, Routing
@@ -63,7 +63,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
         self.experts = ExpertSpec(len(sparse), routing.num_experts)
         self.num_q_heads, self.vocab_size = size.H, size.V
 
-        def feed(layer: int, name: str) -> Feed:
+        def feed(layer: int, name: str) -> Sublayer:
             if layer not in sparse:
                 return GatedMLP(name, size.D, size.F, activation=activation, dtype=dtype)
             experts = Experts(

@@ -48,7 +48,8 @@ def load(model: nnx.Module, checkpoint: Checkpoint, shardings: Shardings, progre
     params = list(_parameters(model))
     for path, param in params:
         _check_sources(checkpoint, path, param)
-    _report_unused(checkpoint, {source for _, param in params for source in param.sources})
+    used = {source for _, param in params for source in param.sources}
+    _report_unused(checkpoint, used, getattr(model, "unserved", ()))
     total = sum(_num_bytes(param) for _, param in params)
     done, previous = 0, None
     progress(done, total)
@@ -246,12 +247,16 @@ def _assemble(
     return out
 
 
-def _report_unused(checkpoint: Checkpoint, used: set[str]) -> None:
+def _report_unused(checkpoint: Checkpoint, used: set[str], unserved: tuple[str, ...]) -> None:
+    """One warning for what no parameter uses, but for what the model says it leaves out (`unserved`)."""
     tied = checkpoint.config.get("tie_word_embeddings", False)
     unused = [
         name
         for name in checkpoint.tensors
-        if name not in used and not name.endswith(_COMPUTED) and not (tied and name == "lm_head.weight")
+        if name not in used
+        and not name.startswith(unserved)
+        and not name.endswith(_COMPUTED)
+        and not (tied and name == "lm_head.weight")
     ]
     if unused:
         more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""

@@ -64,6 +64,25 @@ def test_missing_rope_key_is_named():
         Rope.from_parameters({"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}, 64, 100)
 
 
-def test_partial_rotation_is_refused():
-    with pytest.raises(ConfigError, match=r"partial_rotary_factor=0\.5"):
-        Rope.from_parameters(rope_parameters({"partial_rotary_factor": 0.5}), 64, 100)
+def test_partial_rotation_turns_the_first_numbers_and_keeps_the_rest():
+    parameters = rope_parameters({"partial_rotary_factor": 0.25})
+    rope = Rope.from_parameters(parameters, 64, 100)
+    assert rope == Rope.from_parameters(rope_parameters({}), 16, 100)
+    x_THK = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 64)), jnp.float32)
+    table = rope.table(jnp.arange(3))
+    out = table.rotate(x_THK)
+    np.testing.assert_array_equal(out[..., 16:], x_THK[..., 16:])
+    np.testing.assert_array_equal(out[..., :16], table.rotate(x_THK[..., :16]))
+
+
+def test_partial_rotation_of_an_odd_number_is_refused():
+    with pytest.raises(ConfigError, match=r"partial_rotary_factor=0\.05 of head_dim=64 rotates 3 numbers"):
+        Rope.from_parameters(rope_parameters({"partial_rotary_factor": 0.05}), 64, 100)
+
+
+def test_interleaved_pairs_turn_like_separate_ones():
+    """Pairs (2i, 2i + 1) come out where the pairs (i, i + K/2) of the reordered head would."""
+    x_THK = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2, 8)), jnp.float32)
+    table = Rope.from_parameters(rope_parameters({}), 8, 100).table(jnp.arange(4))
+    apart = jnp.concatenate([x_THK[..., 0::2], x_THK[..., 1::2]], axis=-1)
+    np.testing.assert_array_equal(table.rotate(x_THK, interleaved=True), table.rotate(apart))

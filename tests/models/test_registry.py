@@ -35,14 +35,15 @@ def test_unknown_architecture_is_refused_with_the_known_ones():
     with pytest.raises(UnknownArchitectureError) as error:
         resolve({"architectures": ["BertModel"]})
     assert str(error.value) == (
-        "config.json: architectures=['BertModel'] is unknown; known: Gemma3ForCausalLM, "
+        "config.json: architectures=['BertModel'] is unknown; known: DeepseekV2ForCausalLM, "
+        "DeepseekV3ForCausalLM, Gemma3ForCausalLM, "
         "Gemma3ForConditionalGeneration, LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, "
         "Qwen2ForCausalLM, Qwen2MoeForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"
     )
 
 
 def test_config_without_architectures_says_so():
-    with pytest.raises(UnknownArchitectureError, match="architectures is missing; known: Gemma3"):
+    with pytest.raises(UnknownArchitectureError, match="architectures is missing; known: Deepseek"):
         resolve({"model_type": "llama"})
 
 

@@ -16,13 +16,14 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from safetensors.numpy import load_file
 
-from jaxserve.layers.attention import StepContext, pool_layout
+from jaxserve.layers.attention import StepContext, pool_layouts
 from jaxserve.mesh import Layout, make_mesh, rules, weight_sharding
 from jaxserve.models import resolve
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FAMILIES = ("llama", "llama3_tied", "qwen2", "qwen3", "mistral", "gemma3")
-MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+MLA_FAMILIES = ("deepseek_v2_lite", "deepseek_v2", "deepseek_v3", "kimi_k2")
+MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", *MLA_FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class TinyEngine:
         self.ranks = layout.dp if layout else 1
         self.mesh = make_mesh(layout, jax.devices()) if layout else None
         self.num_pages = self.num_slots * self.pages_per_slot + 5
-        shape, spec = pool_layout(
+        layouts = pool_layouts(
             model.kv, model.num_q_heads, num_pages=self.num_pages, page_size=self.page_size, mesh=self.mesh
         )
         rng = np.random.default_rng(seed)
@@ -98,7 +99,7 @@ class TinyEngine:
         tables = [rng.permutation(self.num_pages)[:used] for _ in range(self.ranks)]
         self.page_table = np.concatenate(tables).reshape(-1, self.pages_per_slot).astype(np.int32)
         # A page that was never written holds NaN, so that reading one shows.
-        self.pools = [jnp.full(shape, jnp.nan, dtype) for _ in range(2)]
+        self.pools = [jnp.full(shape, jnp.nan, dtype) for shape, _ in layouts]
         self.structure, self.params = nnx.split(model)
         if layout:
             heads = {"num_q_heads": model.num_q_heads, "num_kv_heads": model.kv.num_kv_heads}
@@ -107,7 +108,10 @@ class TinyEngine:
                 lambda path, param: param.replace(weight_sharding(self.mesh, table, param)), self.params
             )
             self.params = jax.device_put(self.params, shardings)
-            self.pools = jax.device_put(self.pools, NamedSharding(self.mesh, spec))
+            self.pools = [
+                jax.device_put(pool, NamedSharding(self.mesh, spec))
+                for pool, (_, spec) in zip(self.pools, layouts, strict=True)
+            ]
         self._forward = jax.jit(self._trace, static_argnames="R", donate_argnums=(1,))
 
     def step(self, decode: list[list[Chunk]], prefill: list[list[Chunk]], R: int, P: int):
