@@ -19,6 +19,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # a mixed dtype is a mistake in the making
 
 GOLDEN = Path(__file__).parent / "golden"
+MOST_MAPS = 30_000
 SMALL = {
     "skip_tokenizer_init": True,
     "dtype": "float32",
@@ -85,23 +86,43 @@ def engine(compile_cache: str) -> Iterator[MakeEngine]:
     import jaxserve
 
     made: dict[Any, jaxserve.Engine] = {}
+    problems: list[str] = []
+
+    def close(key: Any) -> None:
+        try:
+            audit(made.pop(key))
+        except Exception as error:  # a dead engine too; the others are audited all the same
+            problems.append(f"{key}: {error!r}")
 
     def make(family: str = "llama", **options: Any) -> jaxserve.Engine:
         key = (family, *sorted(options.items()))
         if key not in made:
+            while made and num_memory_maps() > MOST_MAPS:
+                close(next(iter(made)))  # the one that was used least recently
             path = str(GOLDEN / family) if (GOLDEN / family).is_dir() else family
             options = {**SMALL, "compile_cache_dir": compile_cache, **options}
             made[key] = jaxserve.Engine(model_path=path, **options)
+        made[key] = made.pop(key)
         return made[key]
 
     yield make
-    problems = []
-    for key, made_engine in made.items():
-        try:
-            audit(made_engine)
-        except Exception as error:  # a dead engine too; the others are audited all the same
-            problems.append(f"{key}: {error!r}")
+    for key in list(made):
+        close(key)
     assert not problems, "\n".join(problems)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps() -> Iterator[None]:
+    """Forget compiled functions between modules before the process runs out of memory maps."""
+    yield
+    if num_memory_maps() > MOST_MAPS:
+        jax.clear_caches()
+
+
+def num_memory_maps() -> int:
+    """A compiled CPU program takes about 100; at the kernel's limit (65,530) XLA crashes."""
+    with open("/proc/self/maps") as file:
+        return sum(1 for _ in file)
 
 
 def audit(engine: Any) -> None:
