@@ -131,7 +131,7 @@ class LatentAttention(nnx.Module):
 def rotate(x_BTHK: jax.Array, theta: float) -> jax.Array:
     """Rotary positions on pairs (2i, 2i + 1). Source: Su et al. 2021, section 3.2."""
     T, K = x_BTHK.shape[1], x_BTHK.shape[3]
-    angle = jnp.arange(T)[:, None] * theta ** (-jnp.arange(0, K, 2) / K)
+    angle = jnp.arange(T, dtype=jnp.float32)[:, None] * theta ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
     cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
     even, odd = x_BTHK[..., 0::2], x_BTHK[..., 1::2]
     return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(x_BTHK.shape)
@@ -184,7 +184,7 @@ class MoE(nnx.Module):
         out = jnp.einsum("ecf,edf->ecd", inner, self.experts_down[...]).reshape(-1, s.hidden)
         out_PD = out.at[slot_P].get(mode="fill", fill_value=0) * weight_TX.reshape(-1, 1)
         routed_TD = out_PD.reshape(-1, s.experts_per_token, s.hidden).sum(1)
-        load_E = one_hot_PE.sum(0) * (s.experts / flat_P.size)
+        load_E = one_hot_PE.sum(0).astype(jnp.float32) * (s.experts / flat_P.size)
         return routed_TD.reshape(x_BTD.shape) + self.shared_experts(x_BTD), load_E
 
     def route(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
