@@ -43,6 +43,7 @@ class ServerConfig:
     load_format: Literal["auto", "safetensors", "gguf", "orbax", "dummy"] = key(
         "auto", "dummy: random weights of the right shapes"
     )
+    dequantize_weights: bool = key(False, "dequantize float8 weights when they are loaded")
     context_length: int | None = key(None, "longest sequence in tokens; default: the model's own", least=2)
     sampling_defaults: Literal["model", "openai"] = key(
         "model", "model: defaults from generation_config.json"

@@ -121,6 +121,8 @@ def draw(
     """Raises ConfigError for a model that is not served, and for a layout that does not fit it."""
     layout = meshes.layout_of(config)
     dtype = _dtype(config.dtype, hf_config, on_cpu)
+    if config.dequantize_weights and (quantization := hf_config.get("quantization_config")):
+        hf_config = {**hf_config, "quantization_config": {**quantization, "dequantize": True}}
     model = resolve(hf_config)(hf_config, dtype)
     experts = getattr(model, "experts", None)
     if layout.ep > 1 and experts is None:

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxserve.layers.kv import HeadSplit, KVSpec, LatentSpec, pool_layout, pool_layouts
 from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.quant import BlockFP8, linear_weight
 from jaxserve.layers.rope import Rope, RopeTable
 from jaxserve.layers.weight import weight
 from jaxserve.mesh import GROUP
@@ -288,6 +289,7 @@ class Attention(nnx.Module):
         scale: float | None = None,
         window: int | None = None,
         softcap: float | None = None,
+        quant: BlockFP8 | None = None,
     ):
         D, H, G, K = hidden, num_q_heads, num_kv_heads, head_dim
         self.layer = layer
@@ -301,10 +303,11 @@ class Attention(nnx.Module):
             partial(RMSNorm, offset=norm_offset, axis=None, dtype=dtype),
         )
         parts = (("q_proj", H, "q_heads"), ("k_proj", G, "kv_heads"), ("v_proj", G, "kv_heads"))
-        weights = [declare((n, K, D), (axis, None, "embed"), f"{name}.{p}.weight") for p, n, axis in parts]
+        matrix = partial(linear_weight, dtype=dtype, quant=quant)
+        weights = [matrix((n, K, D), (axis, None, "embed"), f"{name}.{p}.weight") for p, n, axis in parts]
         biases = [declare((n, K), (axis, None), f"{name}.{p}.bias") for p, n, axis in parts if qkv_bias]
         self.qkv = Projections(weights, biases)
-        self.o = declare((D, H, K), ("embed", "q_heads", None), f"{name}.o_proj.weight")
+        self.o = matrix((D, H, K), ("embed", "q_heads", None), f"{name}.o_proj.weight", num_out=1)
         self.o_bias = declare((D,), ("embed",), f"{name}.o_proj.bias") if out_bias else None
         self.q_norm = None if qk_norm_eps is None else norm(f"{name}.q_norm", K, eps=qk_norm_eps)
         self.k_norm = None if qk_norm_eps is None else norm(f"{name}.k_norm", K, eps=qk_norm_eps)

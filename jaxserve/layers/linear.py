@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jaxserve.layers.quant import BlockScaled, Weight
+
 
 def project(
     x: jax.Array,
-    weight: nnx.Param,
+    weight: Weight,
     bias: nnx.Param | None = None,
     *,
     out_dtype: DTypeLike | None = None,
@@ -29,9 +31,10 @@ def project(
     with three-dimensional weights does: XLA's CPU backend copies such a weight in every call
     (SmolLM2-135M, 8 rows: 107 MB copied a step).
     """
-    matrix = weight[...]
-    out_shape = matrix.shape[: matrix.ndim - (x.ndim - 1)]
     in_size = math.prod(x.shape[1:])
+    shape = weight.shape if isinstance(weight, BlockScaled) else weight[...].shape
+    out_shape = shape[: len(shape) - (x.ndim - 1)]
+    matrix = weight.matrix(in_size, x.dtype) if isinstance(weight, BlockScaled) else weight[...]
     y = jnp.einsum(
         "ti,oi->to",
         x.reshape(-1, in_size),
@@ -49,8 +52,10 @@ class Projections(nnx.Module):
     fill a GPU. Only for weights that no mesh splits.
     """
 
-    def __init__(self, weights: Sequence[nnx.Param], biases: Sequence[nnx.Param] = ()):
-        self.out_shapes = tuple(weight.get_value().shape[:-1] for weight in weights)
+    def __init__(self, weights: Sequence[Weight], biases: Sequence[nnx.Param] = ()):
+        self.out_shapes = tuple(
+            (w.shape if isinstance(w, BlockScaled) else w.get_value().shape)[:-1] for w in weights
+        )
         self.weights = nnx.List(weights)
         self.biases = nnx.List(biases)
         self.fused = False
@@ -69,9 +74,12 @@ class Projections(nnx.Module):
         ]
 
     def fuse(self) -> None:
-        """Join weights that are loaded; the separate ones are freed."""
-        width = self.weights[0].get_value().shape[-1]
-        self.weights = nnx.List([nnx.Param(_join([w.get_value() for w in self.weights], (-1, width)))])
+        """Join weights that are loaded; the separate ones are freed. Weights in float8 stay apart."""
+        weights = [w.get_value() for w in self.weights if not isinstance(w, BlockScaled)]
+        if len(weights) < len(self.weights):
+            return
+        width = weights[0].shape[-1]
+        self.weights = nnx.List([nnx.Param(_join(weights, (-1, width)))])
         if self.biases:
             self.biases = nnx.List([nnx.Param(_join([b.get_value() for b in self.biases], (-1,)))])
         self.fused = True

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from jaxserve.layers.attention import StepContext, write_address, write_tokens
 from jaxserve.layers.linear import project
 from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.quant import BlockFP8, linear_weight
 from jaxserve.layers.rope import Rope
 from jaxserve.layers.weight import weight
 from jaxserve.mesh import GROUP
@@ -64,11 +65,13 @@ class LatentAttention(nnx.Module):
         interleaved: bool,
         dtype: DTypeLike,
         bias: bool = False,
+        quant: BlockFP8 | None = None,
     ):
         self.layer, self.sizes, self.rope, self.scale = layer, sizes, rope, scale
         self.interleaved = interleaved
         D, H, L, N, V = hidden, sizes.num_heads, sizes.latent, sizes.nope, sizes.value
         declare = partial(weight, dtype=dtype)
+        matrix = partial(linear_weight, dtype=dtype, quant=quant)
         norm = partial(RMSNorm, eps=NORM_EPS, axis=None, dtype=dtype)
         heads = ("q_heads", None, None)
 
@@ -78,20 +81,20 @@ class LatentAttention(nnx.Module):
         query, Q = (H, N + sizes.rope), sizes.query_rank
         if Q is None:
             self.query_down, self.query_down_bias, self.query_norm = None, None, None
-            self.query = declare((*query, D), heads, f"{name}.q_proj.weight")
+            self.query = matrix((*query, D), heads, f"{name}.q_proj.weight")
         else:
-            self.query_down = declare((Q, D), (None, "embed"), f"{name}.q_a_proj.weight")
+            self.query_down = matrix((Q, D), (None, "embed"), f"{name}.q_a_proj.weight")
             self.query_down_bias = down_bias("q_a_proj", Q)
             self.query_norm = norm(f"{name}.q_a_layernorm", Q)
-            self.query = declare((*query, Q), heads, f"{name}.q_b_proj.weight")
+            self.query = matrix((*query, Q), heads, f"{name}.q_b_proj.weight")
         down = f"{name}.kv_a_proj_with_mqa"
-        self.down = declare((L + sizes.rope, D), (None, "embed"), f"{down}.weight")
+        self.down = matrix((L + sizes.rope, D), (None, "embed"), f"{down}.weight")
         self.down_bias = down_bias("kv_a_proj_with_mqa", L + sizes.rope)
         self.latent_norm = norm(f"{name}.kv_a_layernorm", L)
         up = f"{name}.kv_b_proj.weight"
-        self.key_up = declare((H, N, L), heads, up, assemble=_Rows(H, 0, N))
-        self.value_up = declare((H, V, L), heads, up, assemble=_Rows(H, N, N + V))
-        self.out = declare((D, H, V), ("embed", "q_heads", None), f"{name}.o_proj.weight")
+        self.key_up = matrix((H, N, L), heads, up, assemble=_Rows(H, 0, N))
+        self.value_up = matrix((H, V, L), heads, up, assemble=_Rows(H, N, N + V))
+        self.out = matrix((D, H, V), ("embed", "q_heads", None), f"{name}.o_proj.weight", num_out=1)
         self.out_bias = declare((D,), ("embed",), f"{name}.o_proj.bias") if bias else None
 
     def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxserve.layers.linear import Projections, project
+from jaxserve.layers.quant import BlockFP8, linear_weight
 from jaxserve.layers.weight import weight
 
 # By the names that config.json uses; both Gemma spellings mean the tanh approximation.
@@ -30,14 +31,15 @@ class GatedMLP(nnx.Module):
         activation: str,
         dtype: DTypeLike,
         bias: bool = False,
+        quant: BlockFP8 | None = None,
     ):
-        declare = partial(weight, dtype=dtype)
+        matrix, declare = partial(linear_weight, dtype=dtype, quant=quant), partial(weight, dtype=dtype)
         self.activation = activation
         names = ("gate_proj", "up_proj")
-        weights = [declare((ffn, hidden), ("ffn", "embed"), f"{name}.{part}.weight") for part in names]
+        weights = [matrix((ffn, hidden), ("ffn", "embed"), f"{name}.{part}.weight") for part in names]
         biases = [declare((ffn,), ("ffn",), f"{name}.{part}.bias") for part in names if bias]
         self.gate_up = Projections(weights, biases)
-        self.down = declare((hidden, ffn), ("embed", "ffn"), f"{name}.down_proj.weight")
+        self.down = matrix((hidden, ffn), ("embed", "ffn"), f"{name}.down_proj.weight")
         self.down_bias = declare((hidden,), ("embed",), f"{name}.down_proj.bias") if bias else None
 
     def __call__(self, hidden_TD: jax.Array, step: object = None) -> jax.Array:

@@ -5,7 +5,7 @@ the experts and back.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 from jaxserve.layers.attention import StepContext
 from jaxserve.layers.linear import project
 from jaxserve.layers.mlp import GatedMLP
-from jaxserve.layers.weight import Stacked, weight
+from jaxserve.layers.quant import BlockFP8, stacked_weight
+from jaxserve.layers.weight import weight
 from jaxserve.ops.grouped_gemm import Activation, ExpertWeights
 
 
@@ -91,20 +92,40 @@ class Experts(nnx.Module):
     """
 
     def __init__(
-        self, gate: str, up: str, down: str, *, num_experts: int, hidden: int, ffn: int, dtype: DTypeLike
+        self,
+        gate: str,
+        up: str,
+        down: str,
+        *,
+        num_experts: int,
+        hidden: int,
+        ffn: int,
+        dtype: DTypeLike,
+        quant: BlockFP8 | None = None,
     ):
         E, F, D = num_experts, ffn, hidden
+        up_axes = ("expert", "expert_ffn", "embed")
 
-        def stacked(name: str, shape: tuple[int, int, int], axes: tuple[str, str, str]) -> nnx.Param:
-            names = (name.format(expert) for expert in range(E))
-            return weight(shape, axes, *names, dtype=dtype, assemble=Stacked())
+        def stacked(name: str, shape: tuple[int, int, int], axes: tuple[str, str, str]) -> Any:
+            names = [name.format(expert) for expert in range(E)]
+            return stacked_weight(shape, axes, names, dtype=dtype, quant=quant)
 
-        self.gate = stacked(gate, (E, F, D), ("expert", "expert_ffn", "embed"))
-        self.up = stacked(up, (E, F, D), ("expert", "expert_ffn", "embed"))
-        self.down = stacked(down, (E, D, F), ("expert", "embed", "expert_ffn"))
+        self.gate, self.gate_scale = stacked(gate, (E, F, D), up_axes)
+        self.up, self.up_scale = stacked(up, (E, F, D), up_axes)
+        self.down, self.down_scale = stacked(down, (E, D, F), ("expert", "embed", "expert_ffn"))
 
     def weights(self) -> ExpertWeights:
-        return ExpertWeights(self.gate[...], self.up[...], self.down[...])
+        def value(scale: nnx.Param | None) -> jax.Array | None:
+            return None if scale is None else scale[...]
+
+        return ExpertWeights(
+            self.gate[...],
+            self.up[...],
+            self.down[...],
+            gate_scale=value(self.gate_scale),
+            up_scale=value(self.up_scale),
+            down_scale=value(self.down_scale),
+        )
 
 
 class MoE(nnx.Module):

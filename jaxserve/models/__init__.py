@@ -28,18 +28,21 @@ class UnknownArchitectureError(ConfigError):
 def resolve(hf_config: dict[str, Any]) -> type:
     """The model class for a config.json.
 
-    Raises: UnknownArchitectureError; ConfigError for quantized weights, which no family reads yet.
+    Raises: UnknownArchitectureError; ConfigError for weights in a quantization that the family does
+    not read (its module's `QUANTIZATIONS` names those it does).
     """
-    if quantization := hf_config.get("quantization_config"):
-        method = quantization.get("quant_method")
-        raise ConfigError(
-            f"config.json: quantization_config with quant_method={method!r} is not supported; "
-            "use a checkpoint in bfloat16, float16 or float32"
-        )
+    method = (hf_config.get("quantization_config") or {}).get("quant_method")
     wanted = hf_config.get("architectures") or []
     families = _families()
     for name in wanted:
         if name in families:
+            known = getattr(families[name], "QUANTIZATIONS", ())
+            if method is not None and method not in known:
+                also = f" or quantized as {', '.join(known)}" if known else ""
+                raise ConfigError(
+                    f"config.json: quantization_config with quant_method={method!r} is not supported for "
+                    f"{name}; use a checkpoint in bfloat16, float16 or float32{also}"
+                )
             return getattr(families[name], name)
     known = ", ".join(sorted(families))
     given = f"architectures={wanted!r} is unknown" if wanted else "architectures is missing"

@@ -19,6 +19,7 @@ from jaxserve.layers.mla import LatentAttention, LatentSizes
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.moe import Experts, ExpertSpec, MoE, Routing
 from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.quant import BlockFP8
 from jaxserve.layers.rope import rope_parameters, yarn_amplitude
 from jaxserve.models.hf_config import (
     Dimensions,
@@ -31,6 +32,7 @@ from jaxserve.models.hf_config import (
 )
 
 ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+QUANTIZATIONS = ("fp8",)
 
 
 class DeepseekV3ForCausalLM(nnx.Module):
@@ -54,6 +56,7 @@ class DeepseekV3ForCausalLM(nnx.Module):
         first, every = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1)
         sparse = [n for n in range(size.num_layers) if n >= first and n % every == 0]
         tied = config.get("tie_word_embeddings", False)
+        quant = BlockFP8.read(config)
 
         self.kv = LatentSpec(size.num_layers, sizes.latent, sizes.rope)
         self.experts = ExpertSpec(len(sparse), routing.num_experts)
@@ -62,7 +65,7 @@ class DeepseekV3ForCausalLM(nnx.Module):
 
         def feed(layer: int, name: str) -> Sublayer:
             if layer not in sparse:
-                return GatedMLP(name, size.D, size.F, activation=activation, dtype=dtype)
+                return GatedMLP(name, size.D, size.F, activation=activation, dtype=dtype, quant=quant)
             ffn = need(config, "moe_intermediate_size")
             experts = Experts(
                 *(f"{name}.experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down")),
@@ -70,11 +73,17 @@ class DeepseekV3ForCausalLM(nnx.Module):
                 hidden=size.D,
                 ffn=ffn,
                 dtype=dtype,
+                quant=quant,
             )
             shared = None
             if num_shared := config.get("n_shared_experts"):
                 shared = GatedMLP(
-                    f"{name}.shared_experts", size.D, ffn * num_shared, activation=activation, dtype=dtype
+                    f"{name}.shared_experts",
+                    size.D,
+                    ffn * num_shared,
+                    activation=activation,
+                    dtype=dtype,
+                    quant=quant,
                 )
             return MoE(
                 sparse.index(layer),
@@ -99,6 +108,7 @@ class DeepseekV3ForCausalLM(nnx.Module):
                 interleaved=interleaved,
                 bias=bias,
                 dtype=dtype,
+                quant=quant,
             )
             return PreNormBlock(
                 name, attention, feed(layer, f"{name}.mlp"), hidden=size.D, eps=size.eps, dtype=dtype

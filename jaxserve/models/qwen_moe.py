@@ -15,6 +15,7 @@ from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.moe import Experts, ExpertSpec, MoE, Routing
 from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.quant import BlockFP8
 from jaxserve.models.hf_config import (
     Dimensions,
     need,
@@ -25,6 +26,7 @@ from jaxserve.models.hf_config import (
 )
 
 ARCHITECTURES = ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
+QUANTIZATIONS = ("fp8",)
 COMMON = {"max_position_embeddings": 32768, "decoder_sparse_step": 1, "norm_topk_prob": False}
 QWEN2 = {**COMMON, "num_key_value_heads": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 1408}
 QWEN3 = {**COMMON, "num_key_value_heads": 4, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
@@ -58,6 +60,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
         every = config["decoder_sparse_step"]
         sparse = [n for n in range(size.num_layers) if n not in dense and (n + 1) % every == 0]
         tied = config.get("tie_word_embeddings", False)
+        quant = BlockFP8.read(config)
 
         self.kv = KVSpec(size.num_layers, size.G, size.K)
         self.experts = ExpertSpec(len(sparse), routing.num_experts)
@@ -65,18 +68,21 @@ class Qwen3MoeForCausalLM(nnx.Module):
 
         def feed(layer: int, name: str) -> Sublayer:
             if layer not in sparse:
-                return GatedMLP(name, size.D, size.F, activation=activation, dtype=dtype)
+                return GatedMLP(name, size.D, size.F, activation=activation, dtype=dtype, quant=quant)
             experts = Experts(
                 *(f"{name}.experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down")),
                 num_experts=routing.num_experts,
                 hidden=size.D,
                 ffn=need(config, "moe_intermediate_size"),
                 dtype=dtype,
+                quant=quant,
             )
             shared = None
             if has_shared_expert:
                 ffn = need(config, "shared_expert_intermediate_size")
-                shared = GatedMLP(f"{name}.shared_expert", size.D, ffn, activation=activation, dtype=dtype)
+                shared = GatedMLP(
+                    f"{name}.shared_expert", size.D, ffn, activation=activation, dtype=dtype, quant=quant
+                )
             return MoE(
                 sparse.index(layer),
                 routing,
@@ -99,6 +105,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
                 qk_norm_eps=size.eps if has_qk_norm else None,
                 window=window_of[layer],
                 dtype=dtype,
+                quant=quant,
                 **size.heads,
             )
             return PreNormBlock(

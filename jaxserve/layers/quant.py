@@ -1,0 +1,156 @@
+"""Weights in float8 with a float32 scale for each block, as DeepSeek-V3 and others ship them.
+
+They stay in float8 on the device, half the bytes of bfloat16, and are multiplied by their scales
+on the way into a product; or they are dequantised once, when they are loaded.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxserve.config import ConfigError
+from jaxserve.layers.weight import Assemble, Stacked, weight
+
+SCALE_SUFFIX = "_scale_inv"  # of the checkpoint's name: the factor from stored numbers to weights
+
+
+@dataclass(frozen=True)
+class BlockFP8:
+    """How a checkpoint is quantised.
+
+    Args:
+        rows, columns: of a block that shares a scale.
+        keep: in float8 on the device; else dequantised at load.
+        skip: parts of the names of layers that were left as they are.
+    """
+
+    rows: int = 128
+    columns: int = 128
+    keep: bool = True
+    skip: tuple[str, ...] = ("lm_head",)
+
+    @classmethod
+    def read(cls, config: dict[str, Any]) -> "BlockFP8 | None":
+        """From `quantization_config`; None where there is none. Raises ConfigError for another kind."""
+        given = config.get("quantization_config")
+        if not given:
+            return None
+        block, kind = given.get("weight_block_size"), given.get("fmt", "e4m3")
+        if given.get("quant_method") != "fp8" or not block or len(block) != 2 or kind != "e4m3":
+            raise ConfigError(
+                f"config.json: quantization_config with quant_method={given.get('quant_method')!r}, "
+                f"weight_block_size={block!r}, fmt={kind!r} is not supported; use fp8 in e4m3 with blocks "
+                "such as [128, 128]"
+            )
+        skip = (*(given.get("modules_to_not_convert") or ()), "lm_head")
+        return cls(*block, keep=not given.get("dequantize", False), skip=skip)
+
+    def covers(self, name: str) -> bool:
+        return not any(part in name for part in self.skip)
+
+    def blocks(self, rows: int, columns: int) -> tuple[int, int]:
+        """Shape of the scales of a matrix; the last blocks may be cut."""
+        return -(-rows // self.rows), -(-columns // self.columns)
+
+
+@dataclass(frozen=True)
+class Dequantize:
+    """Assembles a weight of `shape` from (float8 numbers, scales); `then` takes its part of it."""
+
+    quant: BlockFP8
+    shape: tuple[int, ...]
+    then: Assemble | None = None
+
+    def __call__(self, stored: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        rows, columns = stored.shape
+        if scale.shape != self.quant.blocks(rows, columns):
+            raise ValueError(f"expected scales of shape {list(self.quant.blocks(rows, columns))}")
+        scale = scale.astype(np.float32).repeat(self.quant.rows, 0)[:rows]
+        full = stored.astype(np.float32) * scale.repeat(self.quant.columns, 1)[:, :columns]
+        return self.then(full) if self.then else full.reshape(self.shape)
+
+
+class BlockScaled(nnx.Module):
+    """A linear layer's weight [*out, *in] in float8, and its scales [out blocks, in blocks].
+
+    The scales are whole on every device: they are a 16,384th of the weight's count.
+    """
+
+    def __init__(self, weight: nnx.Param, scale: nnx.Param, quant: BlockFP8):
+        self.weight, self.scale, self.quant = weight, scale, quant
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.get_value().shape
+
+    def matrix(self, in_size: int, dtype: DTypeLike) -> jax.Array:
+        """The weight as [out, in]; XLA may fuse this into the product."""
+        stored = self.weight[...].reshape(-1, in_size)
+        scale = jnp.repeat(self.scale[...], self.quant.rows, axis=0)[: stored.shape[0]]
+        scale = jnp.repeat(scale, self.quant.columns, axis=1)[:, :in_size]
+        return (stored.astype(jnp.float32) * scale).astype(dtype)
+
+
+Weight = nnx.Param | BlockScaled
+
+
+def linear_weight(
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    name: str,
+    *,
+    dtype: Any,
+    quant: BlockFP8 | None = None,
+    num_out: int | None = None,
+    assemble: Assemble | None = None,
+) -> Any:
+    """The weight [*out, *in] of a linear layer: an `nnx.Param`, or `BlockScaled`.
+
+    `num_out` counts the output dimensions, by default all but the last. A weight with an `assemble`
+    of its own is dequantised at load.
+    """
+    if quant is None or not quant.covers(name):
+        return weight(shape, axes, name, dtype=dtype, assemble=assemble)
+    sources = name, name + SCALE_SUFFIX
+    if assemble is not None or not quant.keep:
+        return weight(shape, axes, *sources, dtype=dtype, assemble=Dequantize(quant, shape, assemble))
+    num_out = len(shape) - 1 if num_out is None else num_out
+    blocks = quant.blocks(int(np.prod(shape[:num_out])), int(np.prod(shape[num_out:])))
+    stored = weight(shape, axes, sources[0], dtype=jnp.float8_e4m3fn)
+    scale = weight(blocks, (None, None), sources[1], dtype=jnp.float32, init="ones")
+    return BlockScaled(stored, scale, quant)
+
+
+def stacked_weight(
+    shape: tuple[int, int, int],
+    axes: tuple[str, str, str],
+    names: list[str],
+    *,
+    dtype: Any,
+    quant: BlockFP8 | None = None,
+) -> tuple[nnx.Param, nnx.Param | None]:
+    """(weights [E, out, in], scales [E, out blocks, in blocks] or None) of stacked experts.
+
+    Raises: ConfigError when experts kept in float8 do not divide into whole blocks.
+    """
+    if quant is None or not quant.covers(names[0]):
+        return weight(shape, axes, *names, dtype=dtype, assemble=Stacked()), None
+    scales = [name + SCALE_SUFFIX for name in names]
+    if not quant.keep:
+        sources = [source for pair in zip(names, scales) for source in pair]
+        return weight(
+            shape, axes, *sources, dtype=dtype, assemble=Stacked(Dequantize(quant, shape[1:]), 2)
+        ), None
+    if shape[1] % quant.rows or shape[2] % quant.columns:
+        raise ConfigError(
+            f"{names[0]}: {shape[1]} x {shape[2]} does not divide into blocks of {quant.rows} x "
+            f"{quant.columns}; use --dequantize-weights"
+        )
+    blocks = (shape[0], *quant.blocks(*shape[1:]))
+    stored = weight(shape, axes, *names, dtype=jnp.float8_e4m3fn, assemble=Stacked())
+    return stored, weight(blocks, axes, *scales, dtype=jnp.float32, assemble=Stacked(), init="ones")
