@@ -20,11 +20,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.config import ServerConfig
 from jaxserve.messages import EngineClient
-from jaxserve.server import control, native, openai
+from jaxserve.server import control, kv_events, native, openai
 from jaxserve.server.errors import RequestError, unavailable
 from jaxserve.server.metrics import Metrics
 from jaxserve.server.service import Service
 from jaxserve.server.stream import endpoint, error_response
+from jaxserve.server.worker_headers import worker_headers
 from jaxserve.text.chat_template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -41,6 +42,7 @@ ROUTES: tuple[tuple[str, tuple[str, ...], Any], ...] = (
     ("/get_server_info", ("GET",), control.server_info),
     ("/v1/loads", ("GET",), control.loads),
     ("/get_load", ("GET",), control.get_load),
+    ("/kv_events", ("GET",), kv_events.kv_events),
     ("/metrics", ("GET",), control.metrics),
     ("/flush_cache", ("GET", "POST"), control.flush_cache),
     ("/generate", ("POST", "PUT"), native.generate),
@@ -86,6 +88,7 @@ def create_app(
         generation_config=generation_config,
         metrics=metrics,
     )
+    app.state.kv_feed = kv_events.KvFeed(client)
     app.state.ready = True
     app.state.draining = False
     app.state.health_timeout_s = health_timeout_s
@@ -107,7 +110,8 @@ async def _routing_error(request: Request, error: Exception) -> Response:
 
 
 class Gate:
-    """In front of every route: request ids, the API key, and no new work while draining."""
+    """In front of every route: request ids, the API key, no new work while draining; behind the data
+    routes: what their answers tell a gateway."""
 
     def __init__(self, app: ASGIApp, api_key: str | None):
         self.app = app
@@ -122,7 +126,11 @@ class Gate:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = request_id
+                if scope["path"] in GENERATING:
+                    client = scope["app"].state.service.client
+                    headers.update(worker_headers(client, scope, message["status"]))
             await send(message)
 
         refusal = self._refusal(scope)
@@ -203,6 +211,7 @@ async def serve(
                 await app.state.service.abort(None, abort_all=True)
     finally:
         stopping.cancel()
+        app.state.kv_feed.close()
         server.should_exit = True
         await running
         sock.close()

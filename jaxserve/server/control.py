@@ -22,6 +22,7 @@ from jaxserve.server.service import Service
 from jaxserve.server.stream import json_response
 
 HEALTH_TIMEOUT_S = 20.0
+PROTOCOL = ("kv_events/1", "resume/1", "input_ids/1")  # what of PROTOCOL.md is implemented
 FLUSH_RETRY_S = 0.05  # the engine frees the last step's pages shortly after its last output
 MAX_FLUSH_TIMEOUT_S = 3600.0
 LOAD_SECTIONS = {
@@ -115,6 +116,8 @@ async def server_info(request: Request) -> Response:
         {
             **arguments,
             **msgspec.structs.asdict(service.client.info),
+            "tokenizer_path": service.config.tokenizer_path or service.client.info.tokenizer_dir,
+            "protocol": PROTOCOL,
             "status": "ready" if request.app.state.ready else "starting",
             "draining": bool(request.app.state.draining),
             "version": version(),

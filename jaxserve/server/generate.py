@@ -30,6 +30,7 @@ from jaxserve.server.schema import (
     MAX_SALT_CHARS,
     MAX_TOKEN_IDS_LOGPROB,
     GenerateBody,
+    Resume,
     SamplingParams,
     check_range,
     either,
@@ -47,8 +48,7 @@ WEIGHT_VERSION = "default"
 async def reply(service: Service, body: GenerateBody) -> dict[str, Any] | list[dict[str, Any]]:
     """The whole answer. Raises RequestError, EngineDeadError. Cancelling aborts what runs."""
     sequences, batch = await prepare(service, body)
-    with service.admitted(sequences):
-        await service.run_all(sequences)
+    await service.complete(sequences)
     replies = [as_reply(s, body) for s in sequences]
     return replies if batch else replies[0]
 
@@ -56,16 +56,25 @@ async def reply(service: Service, body: GenerateBody) -> dict[str, Any] | list[d
 async def stream(service: Service, body: GenerateBody) -> AsyncGenerator[dict[str, Any]]:
     """One dict an event: the reply so far. Raises as `reply`; closing the iterator aborts what runs."""
     sequences, batch = await prepare(service, body)
+    async with contextlib.aclosing(follow(service, body, sequences, batch)) as events:
+        async for _, event in events:
+            yield event
+
+
+async def follow(
+    service: Service, body: GenerateBody, sequences: list[Sequence], batch: bool
+) -> AsyncGenerator[tuple[Sequence, dict[str, Any]]]:
+    """The events of prepared sequences, each with the sequence it is about."""
     with service.admitted(sequences):
         async with contextlib.aclosing(service.follow(sequences)) as events:
             async for sequence in events:
                 event = as_reply(sequence, body)
                 if batch:
                     event["index"] = sequence.index
-                yield event
+                yield sequence, event
 
 
-async def prepare(service: Service, body: GenerateBody) -> tuple[list[Sequence], bool]:
+async def prepare(service: Service, body: GenerateBody, tracked: bool = False) -> tuple[list[Sequence], bool]:
     """The sequences a body asks for, prompt by prompt and sample by sample, and whether they are a list.
 
     Raises RequestError; nothing is submitted yet.
@@ -85,6 +94,8 @@ async def prepare(service: Service, body: GenerateBody) -> tuple[list[Sequence],
         dp_rank=check_dp_rank(service, body.routed_dp_rank, body.data_parallel_rank),
         logprob_text=body.return_text_in_logprobs,
         log_metrics=body.log_metrics,
+        tracked=tracked and body.stream,
+        resume=parse_resume(body.resume, body.stream),
     )
     return sequences, batch or params[0].n > 1
 
@@ -103,6 +114,8 @@ def build_sequences(
     dp_rank: int | None,
     logprob_text: bool,
     log_metrics: bool = True,
+    tracked: bool = False,
+    resume: Resume | None = None,
 ) -> list[Sequence]:
     """n sequences for each prompt, all checked. Raises RequestError.
 
@@ -110,6 +123,7 @@ def build_sequences(
         params: one a prompt.
         param: the body's name for the prompts, and `name` for each sampling parameter, in messages.
         logprobs: the logprob fields of each prompt's Generate.
+        tracked: asked for; only one sequence without logprobs can be.
     """
     info, count, n = service.client.info, len(prompts), params[0].n
     check_range("priority", priority)
@@ -122,6 +136,11 @@ def build_sequences(
             f"{count} prompts with n={n} are {count * n} sequences; one request may have {MAX_BATCH}",
             param=param,
         )
+    alone = count * n == 1 and not any(logprobs)
+    if resume is not None:
+        if not alone:
+            raise RequestError("resume takes one sequence, without logprobs", param="resume")
+        check_token_ids(resume.token_ids, info, "resume.token_ids")
     rids = _rids(rid, count, n)
     sequences = []
     for i, input_ids in enumerate(prompts):
@@ -136,6 +155,7 @@ def build_sequences(
                 priority=priority,
                 cache_salt=salt,
                 dp_rank=dp_rank,
+                output_ids=resume.token_ids if resume is not None else [],
                 **logprobs[i],
             )
             sequences.append(
@@ -148,6 +168,8 @@ def build_sequences(
                     score_only=params[i].max_new_tokens == 0,
                     logprob_text=logprob_text,
                     log_metrics=log_metrics,
+                    tracked=tracked and alone,
+                    reply_id=resume.id if resume is not None else None,
                 )
             )
     return sequences
@@ -165,7 +187,7 @@ def as_reply(sequence: Sequence, body: GenerateBody) -> dict[str, Any]:
 def as_meta_info(sequence: Sequence) -> dict[str, Any]:
     request, finish = sequence.request, sequence.finish
     meta: dict[str, Any] = {
-        "id": request.rid,
+        "id": sequence.reply_id,
         "finish_reason": finish,
         "prompt_tokens": len(request.input_ids),
         "completion_tokens": len(sequence.token_ids),
@@ -221,6 +243,15 @@ def check_dp_rank(service: Service, routed_dp_rank: int | None, data_parallel_ra
         name = "routed_dp_rank" if routed_dp_rank is not None else "data_parallel_rank"
         raise out_of_range(name, rank, 0, service.client.info.dp_size - 1)
     return rank
+
+
+def parse_resume(given: dict[str, Any] | None, is_stream: bool) -> Resume | None:
+    """Raises RequestError."""
+    if given is None:
+        return None
+    if not is_stream:
+        raise RequestError("resume needs stream=true", param="resume")
+    return parse(Resume, given, "resume.")
 
 
 def make_salt(cache_salt: str | None, extra_key: str | None) -> str:

@@ -7,26 +7,34 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxserve.server.errors import RequestError
-from jaxserve.server.generate import encode, reply, stream
+from jaxserve.server.generate import as_reply, encode, follow, prepare
 from jaxserve.server.sampling import check_token_ids, sequence_limit
 from jaxserve.server.schema import AbortBody, DetokenizeBody, GenerateBody, TokenizeBody, parse
+from jaxserve.server.sequence import Sequence
 from jaxserve.server.service import Service
 from jaxserve.server.stream import EventStream, json_response, read_json_body, sse, unless_gone
+from jaxserve.server.worker_headers import SEQUENCES, token_comment, wants_tracking
 
 
 async def generate(request: Request) -> Response:
     """POST or PUT /generate."""
     service: Service = request.app.state.service
     body = parse(GenerateBody, await read_json_body(request))
+    sequences, batch = await prepare(service, body, wants_tracking(request))
+    request.scope[SEQUENCES] = sequences
     if body.stream:
-        return EventStream(_events(service, body))
-    return json_response(await unless_gone(request, reply(service, body)))
+        return EventStream(_events(service, body, sequences, batch))
+    await unless_gone(request, service.complete(sequences))
+    replies = [as_reply(s, body) for s in sequences]
+    return json_response(replies if batch else replies[0])
 
 
-async def _events(service: Service, body: GenerateBody) -> AsyncGenerator[bytes]:
-    async with aclosing(stream(service, body)) as events:
-        async for event in events:
-            yield sse(event)
+async def _events(
+    service: Service, body: GenerateBody, sequences: list[Sequence], batch: bool
+) -> AsyncGenerator[bytes]:
+    async with aclosing(follow(service, body, sequences, batch)) as events:
+        async for sequence, event in events:
+            yield token_comment(sequence) + sse(event)
 
 
 async def abort_request(request: Request) -> Response:

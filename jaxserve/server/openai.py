@@ -16,6 +16,7 @@ from jaxserve.server.generate import (
     check_rid,
     encode,
     make_salt,
+    parse_resume,
 )
 from jaxserve.server.openai_reply import (
     Answer,
@@ -42,6 +43,7 @@ from jaxserve.server.schema import MAX_BATCH, MAX_TOP_LOGPROBS, SamplingParams, 
 from jaxserve.server.sequence import Sequence
 from jaxserve.server.service import Service, new_rid
 from jaxserve.server.stream import EventStream, json_response, read_json_body, sse, unless_gone
+from jaxserve.server.worker_headers import SEQUENCES, token_comment, wants_tracking
 from jaxserve.text.chat_template import ChatTemplateError
 
 ANY_MODEL = ("", "default")  # names by which clients ask for whatever is served
@@ -107,8 +109,10 @@ async def completions(request: Request) -> Response:
         logprobs = {"return_logprob": True, "logprob_start_len": start, "top_logprobs_num": body.logprobs}
     max_tokens = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     params = sampling_params(body, max_tokens, sampling_defaults(service))
+    if body.echo and body.resume is not None:
+        raise RequestError("resume does not go with echo", param="resume")
     answer = _answer(
-        "text_completion", "cmpl", service, body, include_usage, prompts, params, logprobs, "prompt"
+        "text_completion", "cmpl", request, body, include_usage, prompts, params, logprobs, "prompt"
     )
     echoes = texts if body.echo else [None] * len(prompts)
 
@@ -118,7 +122,7 @@ async def completions(request: Request) -> Response:
     if body.stream:
         chunks: Chunks = lambda s: completion_chunks(answer, s, echo(s))  # noqa: E731
         return EventStream(_events(service, answer, chunks))
-    await unless_gone(request, _run(service, answer))
+    await unless_gone(request, service.complete(answer.sequences))
     choices = [completion_choice(answer, s, echo(s)) for s in answer.sequences]
     return json_response(answer.whole(choices))
 
@@ -156,12 +160,12 @@ async def chat_completions(request: Request) -> Response:
     logprobs = {"return_logprob": True, "top_logprobs_num": body.top_logprobs} if body.logprobs else {}
     params = sampling_params(body, chat_max_tokens(body), sampling_defaults(service))
     answer = _answer(
-        "chat.completion", "chatcmpl", service, body, include_usage, [prompt], params, logprobs, param
+        "chat.completion", "chatcmpl", request, body, include_usage, [prompt], params, logprobs, param
     )
     if body.stream:
         chunks: Chunks = lambda s: chat_chunks(answer, s, service.tokenizer)  # noqa: E731
         return EventStream(_events(service, answer, chunks))
-    await unless_gone(request, _run(service, answer))
+    await unless_gone(request, service.complete(answer.sequences))
     return json_response(answer.whole([chat_choice(answer, s, service.tokenizer) for s in answer.sequences]))
 
 
@@ -202,7 +206,7 @@ def sampling_defaults(service: Service) -> dict[str, Any]:
 def _answer(
     kind: str,
     prefix: str,
-    service: Service,
+    request: Request,
     body: OpenAIBody,
     include_usage: bool,
     prompts: list[list[int]],
@@ -211,6 +215,9 @@ def _answer(
     param: str,
 ) -> Answer:
     """The checked sequences of a body. Raises RequestError."""
+    service: Service = request.app.state.service
+    resume = parse_resume(body.resume, body.stream)
+    tracked = body.stream and not getattr(body, "echo", False) and wants_tracking(request)
     rid = check_rid(body.rid) if body.rid is not None else f"{prefix}-{new_rid()}"
     sequences = build_sequences(
         service,
@@ -224,10 +231,13 @@ def _answer(
         salt=make_salt(body.cache_salt, body.extra_key),
         dp_rank=check_dp_rank(service, body.routed_dp_rank, body.data_parallel_rank),
         logprob_text=True,
+        tracked=tracked,
+        resume=resume,
     )
-    return Answer(
+    request.scope[SEQUENCES] = sequences
+    answer = Answer(
         kind,
-        rid,
+        sequences[0].reply_id if resume is not None else rid,
         body.model or service.model_name,
         sequences,
         body.n,
@@ -235,19 +245,18 @@ def _answer(
         body.return_token_ids,
         as_meta_info if body.return_meta_info else None,
     )
-
-
-async def _run(service: Service, answer: Answer) -> None:
-    with service.admitted(answer.sequences):
-        await service.run_all(answer.sequences)
+    if resume is not None:
+        answer.resume(resume)
+    return answer
 
 
 async def _events(service: Service, answer: Answer, chunks: Chunks) -> AsyncGenerator[bytes]:
     with service.admitted(answer.sequences):
         async with aclosing(service.follow(answer.sequences)) as events:
             async for sequence in events:
-                due = chunks(sequence)
+                due = [sse(chunk) for chunk in chunks(sequence)]
                 if due:
-                    yield b"".join([sse(chunk) for chunk in due])
+                    due[-1] = token_comment(sequence) + due[-1]  # the last one has the text
+                    yield b"".join(due)
     if answer.include_usage:
         yield sse(answer.chunk(None))

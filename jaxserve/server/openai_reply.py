@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxserve.server.schema import Resume
 from jaxserve.server.sequence import Entry, Sequence
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -23,6 +24,13 @@ class Answer:
     meta_info: Callable[[Sequence], dict[str, Any]] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     sent: dict[int, "Sent"] = field(default_factory=dict)  # by sequence index
+
+    def resume(self, resume: Resume) -> None:
+        """Go on with a stream that another worker began."""
+        if resume.created is not None:
+            self.created = resume.created
+        if resume.id is not None or resume.token_ids:
+            self.sent[0] = Sent(tokens=len(resume.token_ids))
 
     def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -96,13 +104,19 @@ def chat_choice(answer: Answer, sequence: Sequence, tokenizer: Tokenizer | None)
 
 
 def chat_chunks(answer: Answer, sequence: Sequence, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
-    """The chunks due for a sequence that has moved on: role, text, finish."""
+    """The chunks due for a sequence that has moved on: role, text, finish.
+
+    Of a tracked sequence the last text and the finish are one chunk: who has all tokens has the finish.
+    """
     chunks: list[dict[str, Any]] = []
     sent = answer.sent.get(sequence.index)
     if sent is None:
         sent = answer.sent[sequence.index] = Sent()
         chunks.append(_delta(answer, sequence, {"role": "assistant", "content": ""}))
     text = sequence.take_text()
+    if sequence.finish is not None and sequence.tracked:
+        extras = {**finish_fields(sequence), **answer.extras(sequence, sent.tokens)}
+        return [*chunks, _delta(answer, sequence, {"content": text} if text else {}, None, **extras)]
     if text or (sequence.finish is not None and sent.tokens < len(sequence.output_logprobs)):
         logprobs = chat_logprobs(sequence, tokenizer, sent.tokens)
         extras = {"token_ids": sequence.token_ids[sent.tokens :]} if answer.token_ids else {}

@@ -57,6 +57,7 @@ class OpenAIBody(Body):
     data_parallel_rank: int | None = None
     return_token_ids: bool = False
     return_meta_info: bool = False
+    resume: dict[str, Any] | None = None  # a Resume
 
     unsupported = LATER
     no_effect = HINTS

@@ -84,6 +84,7 @@ class GenerateBody(Body):
     cache_salt: str | None = None
     routed_dp_rank: int | None = None
     data_parallel_rank: int | None = None
+    resume: dict[str, Any] | None = None  # a Resume
 
     unsupported = words("""
         session_id session_params input_embeds image_data video_data audio_data modalities lora_path lora_id
@@ -92,6 +93,14 @@ class GenerateBody(Body):
         disagg_prefill_dp_rank require_reasoning max_thinking_tokens
     """)
     no_effect = words("no_logs routing_key conversation_id custom_labels external_trace_header")
+
+
+class Resume(Body):
+    """How far another worker had come with a stream that this one is to go on with (PROTOCOL.md, 4)."""
+
+    token_ids: list[int]  # generated, and their text sent
+    id: str | None = None  # of the answer; null: no event was sent
+    created: int | None = None
 
 
 class AbortBody(Body):

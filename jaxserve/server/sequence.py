@@ -1,11 +1,16 @@
 """One sequence on its way out: the tokens the engine made, as text, logprobs and a finish reason.
 
 Owns incremental decoding and stop strings of one Generate. Knows nothing of HTTP.
+
+A tracked sequence can be gone on with elsewhere: it shows a token and its text at once or not at all,
+so that the tokens shown say exactly which text was. A resumed one begins with tokens shown elsewhere.
 """
 
+from collections import deque
 from typing import Any
 
-from jaxserve.messages import Generate, Logprobs, Output
+from jaxserve.messages import Finish, Generate, Logprobs, Output
+from jaxserve.server.errors import RequestError
 from jaxserve.server.sampling import TextRules
 from jaxserve.text.detokenizer import make_detokenizer
 from jaxserve.text.stop import StopMatcher
@@ -31,6 +36,8 @@ class Sequence:
         score_only: bool = False,
         logprob_text: bool = False,
         log_metrics: bool = True,
+        tracked: bool = False,
+        reply_id: str | None = None,
     ):
         """
         Args:
@@ -38,11 +45,16 @@ class Sequence:
             public_rid: the id the client gave for all of them; `/abort_request` takes it.
             score_only: max_new_tokens was 0; the engine's one token is dropped.
             logprob_text: put each token's text into the logprob entries.
+            tracked: `take_ids` will be called; see above.
+            reply_id: the id in replies, where it is not the engine's.
+
+        Raises RequestError when the request's `output_ids` go on after the sequence's end.
         """
         self.request = request
         self.rules = rules
         self.index = index
         self.public_rid = public_rid or request.rid
+        self.reply_id = reply_id or request.rid
         self.log_metrics = log_metrics
         self.token_ids: list[int] = []
         self.finish: dict[str, Any] | None = None
@@ -68,6 +80,17 @@ class Sequence:
             make_detokenizer(tokenizer, rules.skip_special_tokens, request.input_ids) if tokenizer else None
         )
         self._stop = StopMatcher(rules.stops, rules.keep_stop) if rules.stops else None
+        self.tracked = tracked
+        self._whole = (tracked or bool(request.output_ids)) and tokenizer is not None
+        self._unshown: deque[tuple[int, int]] = deque()  # (token, characters up to the end of its text)
+        self._unfinished: list[int] = []  # tokens after those, whose text is not known to its end
+        self._unshown_text = ""
+        self._shown_chars = 0
+        self._fed_chars = 0  # of text from the detokenizer
+        self._skip_chars = 0  # that `take_text` leaves out: they were sent elsewhere
+        self._ids_taken = 0
+        if request.output_ids:
+            self._resume(request.output_ids)
 
     @property
     def text(self) -> str:
@@ -79,7 +102,16 @@ class Sequence:
     def take_text(self) -> str:
         """The text since the last call; work is proportional to it."""
         fresh, self._fresh = "".join(self._fresh), []
+        if self._skip_chars:
+            skip = min(self._skip_chars, len(fresh))
+            self._skip_chars -= skip
+            fresh = fresh[skip:]
         return fresh
+
+    def take_ids(self) -> list[int]:
+        """The tokens shown since the last call."""
+        at, self._ids_taken = self._ids_taken, len(self.token_ids)
+        return self.token_ids[at:]
 
     def _add_text(self, piece: str) -> None:
         if piece:
@@ -97,8 +129,12 @@ class Sequence:
         token_ids = [] if self._score_only else output.token_ids
         stopped = finish is not None and finish.type == "stop"
         hidden = 1 if stopped and token_ids and not self.rules.keep_stop else 0
-        matched, count = self._decode(token_ids, len(token_ids) - hidden)
-        self.token_ids += token_ids[:count]
+        if self._whole:
+            matched, count = self._decode_whole(token_ids, len(token_ids) - hidden)
+            self._show(everything=matched is not None or finish is not None)
+        else:
+            matched, count = self._decode(token_ids, len(token_ids) - hidden)
+            self.token_ids += token_ids[:count]
         if output.logprobs is not None and count:
             self._take_logprobs(token_ids[:count], output.logprobs)
         if matched is not None:
@@ -128,6 +164,67 @@ class Sequence:
             if matched is not None:
                 return matched, i + 1
         return None, len(token_ids)
+
+    # ---- tracked and resumed ----
+
+    def _decode_whole(self, token_ids: list[int], shown: int) -> tuple[str | None, int]:
+        """As `_decode`, but text and tokens wait in `_unshown` and `_unshown_text`."""
+        assert self._detokenizer is not None
+        for i, token in enumerate(token_ids):
+            piece = self._detokenizer.feed([token]) if i < shown else ""
+            self._fed_chars += len(piece)
+            self._unfinished.append(token)
+            if not self._detokenizer.holds:
+                self._unshown.extend((t, self._fed_chars) for t in self._unfinished)
+                self._unfinished.clear()
+            matched = None
+            if self._stop is not None:
+                may_stop = self._num_fed >= self.request.sampling.min_new_tokens
+                piece, matched = self._stop.feed(piece, may_stop)
+            self._unshown_text += piece
+            if matched is not None:
+                return matched, i + 1
+        return None, len(token_ids)
+
+    def _show(self, everything: bool) -> None:
+        """Show what is complete: tokens whose text is final to its last character."""
+        final = self._shown_chars + len(self._unshown_text)
+        upto = self._shown_chars
+        while self._unshown and (everything or self._unshown[0][1] <= final):
+            token, upto = self._unshown.popleft()
+            self.token_ids.append(token)
+        if everything:
+            upto = final
+            self.token_ids += self._unfinished
+            self._unfinished.clear()
+        length = max(0, upto - self._shown_chars)
+        self._add_text(self._unshown_text[:length])
+        self._unshown_text = self._unshown_text[length:]
+        self._shown_chars += length
+
+    @property
+    def _num_fed(self) -> int:
+        return len(self.token_ids) + len(self._unshown) + len(self._unfinished)
+
+    def _resume(self, token_ids: list[int]) -> None:
+        """Take in tokens that another worker generated and showed."""
+        sampling, finish = self.request.sampling, None
+        if token_ids[-1] in sampling.stop_token_ids:
+            finish = Finish("stop", matched=token_ids[-1])
+        elif len(token_ids) == sampling.max_new_tokens:
+            finish = Finish("length", length=len(token_ids))
+        self.feed(Output(self.request.rid, token_ids=token_ids, finish=finish))
+        stops_early = not set(sampling.stop_token_ids).isdisjoint(token_ids[:-1])
+        if stops_early or not self._num_fed == len(token_ids) <= sampling.max_new_tokens:
+            raise RequestError(
+                "resume.token_ids goes on after the end of the sequence", param="resume.token_ids"
+            )
+        self.token_ids = list(token_ids)
+        self._unshown.clear()
+        self._unfinished.clear()
+        self._fresh.clear()
+        self._skip_chars = self._fed_chars - self._shown_chars
+        self._ids_taken = len(self.token_ids)
 
     def _flush(self) -> None:
         if self._detokenizer is not None:

@@ -121,13 +121,16 @@ class Service:
     async def run(self, sequence: Sequence, every_event: bool = True) -> AsyncGenerator[Sequence]:
         """Submit and follow one admitted sequence; yields it when an event is due, at last when finished.
 
-        Closing the iterator aborts it in the engine. Raises RequestError with the engine's status
-        when the engine refused it, EngineDeadError.
+        Closing the iterator aborts it in the engine. A sequence that came here complete yields nothing.
+        Raises RequestError with the engine's status when the engine refused it, EngineDeadError.
         """
+        if sequence.finish is not None:
+            sequence.closed = True
+            return
         clock, metrics = self.clock, self.metrics if sequence.log_metrics else None
         interval = sequence.rules.stream_interval
         sequence.started_s = last_s = clock()
-        told = 0  # tokens at the last event
+        told = len(sequence.token_ids)  # at the last event
         try:
             with self.engine_errors():
                 stream = self.client.generate(sequence.request)
@@ -158,6 +161,11 @@ class Service:
             headers = {"retry-after": "1"} if status == 503 else None
             raise RequestError(sequence.finish["message"], status=status, headers=headers)
         yield sequence
+
+    async def complete(self, sequences: list[Sequence]) -> None:
+        """Admit all and follow them to their end."""
+        with self.admitted(sequences):
+            await self.run_all(sequences)
 
     async def run_all(self, sequences: list[Sequence]) -> None:
         """Follow all to their end. The first error ends the others and is raised."""

@@ -26,6 +26,11 @@ class Detokenizer:
         skipped, bytes_of = self._skipped, self._bytes_of
         return self._utf8.decode(b"".join([bytes_of(t) for t in token_ids if t not in skipped]))
 
+    @property
+    def holds(self) -> bool:
+        """Whether a token's text is not out yet, or not all of it."""
+        return bool(self._utf8.getstate()[0])
+
     def flush(self) -> str:
         """What is still held, with U+FFFD for an unfinished character."""
         return self._utf8.decode(b"", final=True)
@@ -46,6 +51,10 @@ class WindowDetokenizer:
 
     def feed(self, token_ids: Iterable[int]) -> str:
         return "".join([self._feed_one(t) for t in token_ids])
+
+    @property
+    def holds(self) -> bool:
+        return self._read < len(self._window)
 
     def flush(self) -> str:
         return self._decode(self._window)[len(self._seen) :]

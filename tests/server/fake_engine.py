@@ -5,7 +5,17 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from jaxserve.messages import EngineDeadError, EngineRefusal, Finish, Generate, Info, Logprobs, Output
+from jaxserve.messages import (
+    CacheEvent,
+    EngineDeadError,
+    EngineRefusal,
+    Finish,
+    Generate,
+    Info,
+    Logprobs,
+    Output,
+    RankLoad,
+)
 
 INFO = Info(
     model_path="tiny/model",
@@ -79,6 +89,15 @@ class FakeEngine:
             if rid in self.running:
                 self.running[rid].abort()
 
+    @property
+    def loads(self) -> list[RankLoad]:
+        return [RankLoad(1, 2, 7, 0.25), RankLoad(3, 0, 0, 0.5)]
+
+    async def watch_cache(self, take: Callable[[list[CacheEvent]], None]) -> None:
+        if self.dead:
+            raise EngineDeadError("fake engine is dead")
+        self.take_cache_events = take
+
     async def call(self, method: str) -> Any:
         self.calls.append(method)
         if self.dead:
@@ -96,8 +115,8 @@ class FakeEngine:
 class _Stream:
     def __init__(self, engine: FakeEngine, request: Generate):
         self._engine, self._request = engine, request
-        self._left = engine.script(request)
-        self._made = 0
+        self._left = engine.script(request)[len(request.output_ids) :]
+        self._made = len(request.output_ids)
         self._first = True
         self._over = False
         self._aborted = asyncio.Event()
