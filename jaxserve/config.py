@@ -79,7 +79,13 @@ class ServerConfig:
     ep_num_redundant_experts: int = key(0, "extra physical experts for --enable-eplb", least=0)
     nnodes: int = key(1, "hosts of the instance", least=1)
     node_rank: int = key(0, "this host's number", least=0)
-    dist_init_addr: str | None = key(None, "host:port of host 0's coordinator")
+    dist_init_addr: str | None = key(
+        None, "host:port of host 0's coordinator; the port after it carries the step plans"
+    )
+    dist_timeout: float = key(300.0, "seconds that hosts wait for each other at the start", least=1)
+    follower_health_port: int | None = key(
+        None, "port for GET /health on the hosts without HTTP, node_rank > 0; default: none", least=0
+    )
 
     # Memory and batches
     mem_fraction_static: float | None = key(
@@ -154,6 +160,15 @@ class ServerConfig:
             )
         if self.nnodes > 1 and not self.dist_init_addr:
             raise ConfigError("dist_init_addr is missing; with nnodes > 1 name host 0 as host:port")
+        if self.tp % self.nnodes:
+            raise ConfigError(
+                f"tp={self.tp} does not divide over nnodes={self.nnodes}; every host has as many devices"
+            )
+        if self.nnodes > 1 and self.dp_size > 1 and not self.enable_dp_attention:
+            raise ConfigError(
+                f"dp_size={self.dp_size} without enable_dp_attention makes full replicas, each on one host; "
+                f"with nnodes={self.nnodes} set enable_dp_attention, or start a server on each host"
+            )
         if self.enable_dp_attention and self.tp % self.dp_size:
             valid = [d for d in range(1, self.tp + 1) if self.tp % d == 0]
             raise ConfigError(
@@ -170,6 +185,11 @@ class ServerConfig:
     def attention_dp(self) -> int:
         """Data-parallel attention groups inside the instance; 1 unless both flags are given."""
         return self.dp_size if self.enable_dp_attention else 1
+
+    @property
+    def local_devices(self) -> int:
+        """The instance's devices on each host."""
+        return self.tp // self.nnodes
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

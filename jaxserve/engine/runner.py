@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -41,14 +41,33 @@ class Sizes:
     vocab_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One device program to start: its key, and its packed argument [ranks, length].
+
+    This is all that another host of the instance needs to start the same.
+    """
+
+    program: Any
+    packed: np.ndarray
+
+
+@dataclass(slots=True)
+class Launched:
+    """What started programs will have made; still on the device."""
+
+    sampled: dict[str, jax.Array] = field(default_factory=dict)
+    scored: dict[str, jax.Array] | None = None
+    last: jax.Array | None = None  # of the forward program, and never donated: something to wait for
+
+
 @dataclass(slots=True)
 class Step:
-    """A launched step; its results are still on the device."""
+    """A launched step."""
 
     plan: StepPlan
     bucket: Bucket
-    sampled: dict[str, jax.Array]
-    scored: dict[str, jax.Array] | None
+    results: Launched
 
 
 @dataclass(slots=True)
@@ -85,6 +104,9 @@ class Runner:
         self._mesh = mesh
         self._map_mesh = mesh if mesh.size > 1 else None  # on one device nothing needs shard_map
         self._by_rank = NamedSharding(mesh, PartitionSpec("dp"))
+        # A host reads whole only what it has whole.
+        self._readable = NamedSharding(mesh, PartitionSpec()) if mesh.is_multi_process else self._by_rank
+        self.announce: Callable[[list[Launch]], None] | None = None  # to the other hosts, before launching
         self._key_pages, self._value_pages = pools
         rows = sizes.num_ranks * sizes.num_slots
         self._table = self._zeros((rows, sizes.pages_per_seq), np.int32)
@@ -109,67 +131,92 @@ class Runner:
             for v in VARIANTS
         }
         self._programs: dict[Any, Callable] = {}
+        self.program_keys: tuple[Any, ...] = ()  # in the same order on every host; set by compile_all
 
     # ---- a step ----
 
     def launch(self, plan: StepPlan) -> Step:
         """Start a step; returns at once. Results come from `read`."""
         bucket = self._choose_bucket(plan)
-        for packed in batch.pack_overflow(plan.ranks, bucket.num_updates):
-            self._table = self._programs["update_table"](self._table, self._put(packed))
+        results = self.start(self._pack(plan, bucket))
+        for array in [*results.sampled.values(), *(results.scored or {}).values()]:
+            array.copy_to_host_async()
+        return Step(plan, bucket, results)
+
+    def start(self, launches: list[Launch]) -> Launched:
+        """Start programs in order, on every host; whatever runs on the devices after readiness comes by."""
+        if self.announce is not None:
+            self.announce(launches)
+        return self.carry_out(launches)
+
+    def _pack(self, plan: StepPlan, bucket: Bucket) -> list[Launch]:
+        """The programs of a step in their order; empties what table updates overflow."""
+        overflow = batch.pack_overflow(plan.ranks, bucket.num_updates)
+        launches = [Launch("update_table", packed) for packed in overflow]
         for rank in plan.ranks:
             for request in rank.admitted:
                 if batch.needs_slot_state(request):
-                    self._prepare(request)
-        packed = batch.pack_forward(bucket, self._forward_packing[bucket], plan.ranks)
-        self._key_pages, self._value_pages, self._table, self._expert_load, samples, *prefill = (
-            self._programs[bucket](
-                self._leaves,
-                self._key_pages,
-                self._value_pages,
-                self._table,
-                self._expert_load,
-                self._last_token,
-                self._put(packed),
-            )
-        )
-        requests = [request for rank in plan.ranks for request in rank.sampled]
-        sampled = self._sample(plan, bucket, choose_variant(requests), samples) if requests else {}
-        scored = None
+                    parts = batch.pack_prepare(self.sizes.num_ranks, request)
+                    launches += [Launch("prepare_slot", packed) for packed in parts]
+        launches.append(Launch(bucket, batch.pack_forward(bucket, self._forward_packing[bucket], plan.ranks)))
+        if requests := [request for rank in plan.ranks for request in rank.sampled]:
+            key = bucket.num_samples, choose_variant(requests)
+            packed = batch.pack_sample(bucket.num_samples, self._sample_packing[key], plan.ranks)
+            launches.append(Launch(key, packed))
         if any(chunk.request.wants_prompt_logprobs for rank in plan.ranks for chunk in rank.chunks):
             packed = batch.pack_score(bucket, self._score_packing[bucket], plan.ranks)
-            scored = self._programs["score", bucket](self._head_leaves, *prefill, self._put(packed))
-        for array in [*sampled.values(), *(scored or {}).values()]:
-            array.copy_to_host_async()
-        return Step(plan, bucket, sampled, scored)
+            launches.append(Launch(("score", bucket), packed))
+        return launches
 
-    def _sample(
-        self, plan: StepPlan, bucket: Bucket, variant: Variant, samples: jax.Array
-    ) -> dict[str, jax.Array]:
-        key = bucket.num_samples, variant
-        packed = batch.pack_sample(bucket.num_samples, self._sample_packing[key], plan.ranks)
-        slots = self._slots if variant.filters else {}
-        self._last_token, slots, out = self._programs[key](
-            self._head_leaves, samples, self._last_token, slots, self._put(packed)
+    def carry_out(self, launches: Sequence[Launch]) -> Launched:
+        """Start programs in order on this host's devices; returns at once."""
+        made = Launched()
+        prefill: list[jax.Array] = []
+        for launch in launches:
+            program, packed = self._programs[launch.program], self._put(launch.packed)
+            match launch.program:
+                case "update_table":
+                    self._table = program(self._table, packed)
+                case "prepare_slot":
+                    self._slots = program(self._slots, packed)
+                case "gather_load":
+                    made.last = program(*self._expert_load, packed)
+                case Bucket():
+                    made.last, *prefill = self._forward(program, packed)
+                case ("score", _):
+                    made.scored = program(self._head_leaves, *prefill, packed)
+                case (_, Variant(filters=filters)):
+                    slots = self._slots if filters else {}
+                    self._last_token, slots, made.sampled = program(
+                        self._head_leaves, made.last, self._last_token, slots, packed
+                    )
+                    if filters:
+                        self._slots = slots
+        return made
+
+    def _forward(self, program: Callable, packed: jax.Array) -> list[jax.Array]:
+        self._key_pages, self._value_pages, self._table, self._expert_load, *hidden = program(
+            self._leaves,
+            self._key_pages,
+            self._value_pages,
+            self._table,
+            self._expert_load,
+            self._last_token,
+            packed,
         )
-        if variant.filters:
-            self._slots = slots
-        return out
-
-    def _prepare(self, request: Request) -> None:
-        for packed in batch.pack_prepare(self.sizes.num_ranks, request):
-            self._slots = self._programs["prepare_slot"](self._slots, self._put(packed))
+        return hidden
 
     def read(self, step: Step) -> StepResult:
         """Wait for a step and bring its results to the host."""
-        sampled = {name: np.asarray(array) for name, array in step.sampled.items()}
+        jax.block_until_ready(step.results.last)  # a step that samples nothing is waited for too
+        sampled = {name: np.asarray(array) for name, array in step.results.sampled.items()}
         token = sampled.pop("token", np.zeros(0, np.int32))
         n, p = step.bucket.num_samples, step.bucket.prefill_tokens
         ranks = range(self.sizes.num_ranks)
         counts = [len(rank.sampled) for rank in step.plan.ranks]
         scored = None
-        if step.scored is not None:
-            whole = {name: np.asarray(array) for name, array in step.scored.items()}
+        if step.results.scored is not None:
+            whole = {name: np.asarray(array) for name, array in step.results.scored.items()}
             scored = [{name: a[r * p : (r + 1) * p] for name, a in whole.items()} for r in ranks]
         return StepResult(
             tokens=[token[r * n : r * n + counts[r]].tolist() for r in ranks],
@@ -184,7 +231,10 @@ class Runner:
         differences, so a read within every 2**32 tokens keeps the totals right.
         """
         assert self._expert_load, "a dense model has no experts"
-        now = np.asarray(self._expert_load[0])
+        load = self._expert_load[0]
+        if self._mesh.is_multi_process:
+            load = self.start([Launch("gather_load", np.zeros((self.sizes.num_ranks, 1), np.int32))]).last
+        now = np.asarray(load)
         new = (now - self._load_seen).reshape(self.sizes.num_ranks, *self._load_total.shape)
         self._load_seen = now
         self._load_total = self._load_total + new.sum(axis=0, dtype=np.uint64)
@@ -205,15 +255,18 @@ class Runner:
         return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=self._by_rank)()
 
     def _put(self, packed: np.ndarray) -> jax.Array:
+        if self._mesh.is_multi_process:
+            return jax.make_array_from_callback(packed.shape, self._by_rank, lambda index: packed[index])
         return jax.device_put(packed, self._by_rank)
 
     def compile_all(self, progress: Progress) -> None:
         """Compile every program, the largest first; `progress(done, total)` counts programs."""
         tasks = self._tasks()
+        self.program_keys = tuple(tasks)
         progress(0, len(tasks))
         with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
             futures = {
-                pool.submit(_compile, *task, compiler_options(key), str(key)): key
+                pool.submit(_compile, *task, self._compiler_options(key), str(key)): key
                 for key, task in tasks.items()
             }
             for done, future in enumerate(as_completed(futures), 1):
@@ -262,13 +315,13 @@ class Runner:
         for b, packing in self._score_packing.items():
             function = partial(programs.score, head, packing, self._map_mesh)
             args = (head_leaves, hidden(b.prefill_tokens), packed(packing))
-            tasks["score", b] = (function, args, (), rank)
+            tasks["score", b] = (function, args, (), self._readable)
         for key, packing in self._sample_packing.items():
             num_samples, variant = key
             function = partial(programs.sample, head, variant, packing, self._map_mesh)
             state = slots if variant.filters else {}
             args = (head_leaves, hidden(num_samples), last, state, packed(packing))
-            tasks[key] = (function, args, (2, 3), (rank, rank, rank))
+            tasks[key] = (function, args, (2, 3), (rank, rank, self._readable))
         tasks["update_table"] = (
             partial(programs.update_table, self._map_mesh),
             (table, packed(batch.UPDATE_PACKING)),
@@ -281,7 +334,18 @@ class Runner:
             (0,),
             rank,
         )
+        if load and self._mesh.is_multi_process:
+            one_each = jax.ShapeDtypeStruct((ranks, 1), np.int32, sharding=rank)
+            tasks["gather_load"] = (lambda load, _: load, (*load, one_each), (), self._readable)
         return tasks
+
+    def _compiler_options(self, program: Any) -> dict[str, Any]:
+        options = compiler_options(program)
+        if options and self._mesh.is_multi_process:
+            # Hosts that share the tuning wait for each other's part, for ever if one reads its program
+            # from a cache instead.
+            options["xla_gpu_shard_autotuning"] = False
+        return options
 
 
 def choose_variant(requests: Sequence[Request]) -> Variant:
