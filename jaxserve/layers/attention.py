@@ -6,7 +6,7 @@ blocks and the mesh.
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -268,7 +268,9 @@ class Attention(nnx.Module):
         name: of the checkpoint's module, such as `model.layers.0.self_attn`.
         scale: of the scores; by default head_dim ** -0.5.
         window: tokens attended, the own one included; None is all.
-        qk_norm_eps: when given, queries and keys are RMS-normalized per head before rotation.
+        qk_norm_eps: when given, queries and keys are RMS-normalized before rotation.
+        qk_norm_over: each head alone, or all heads of the layer together.
+        sinks: the layer has a learned logit for each head that takes weight and gives nothing.
     """
 
     def __init__(
@@ -285,6 +287,8 @@ class Attention(nnx.Module):
         qkv_bias: bool = False,
         out_bias: bool = False,
         qk_norm_eps: float | None = None,
+        qk_norm_over: Literal["head", "layer"] = "head",
+        sinks: bool = False,
         norm_offset: float = 0.0,
         scale: float | None = None,
         window: int | None = None,
@@ -309,13 +313,16 @@ class Attention(nnx.Module):
         self.qkv = Projections(weights, biases)
         self.o = matrix((D, H, K), ("embed", "q_heads", None), f"{name}.o_proj.weight", num_out=1)
         self.o_bias = declare((D,), ("embed",), f"{name}.o_proj.bias") if out_bias else None
-        self.q_norm = None if qk_norm_eps is None else norm(f"{name}.q_norm", K, eps=qk_norm_eps)
-        self.k_norm = None if qk_norm_eps is None else norm(f"{name}.k_norm", K, eps=qk_norm_eps)
+        q_size, k_size = (K, K) if qk_norm_over == "head" else (H * K, G * K)
+        self.q_norm = None if qk_norm_eps is None else norm(f"{name}.q_norm", q_size, eps=qk_norm_eps)
+        self.k_norm = None if qk_norm_eps is None else norm(f"{name}.k_norm", k_size, eps=qk_norm_eps)
+        self.norm_over = qk_norm_over
+        self.sinks = declare((H,), ("q_heads",), f"{name}.sinks", init="zeros") if sinks else None
 
     def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
         query_THK, key_TGK, value_TGK = self.qkv(hidden_TD)
         if self.q_norm is not None and self.k_norm is not None:
-            query_THK, key_TGK = self.q_norm(query_THK), self.k_norm(key_TGK)
+            query_THK, key_TGK = self._norm(self.q_norm, query_THK), self._norm(self.k_norm, key_TGK)
         rotation = step.rope(self.rope)
         out_THK = step.attend(
             self.layer,
@@ -325,5 +332,11 @@ class Attention(nnx.Module):
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
+            sinks_H=None if self.sinks is None else self.sinks[...],
         )
         return project(out_THK, self.o, self.o_bias)
+
+    def _norm(self, norm: RMSNorm, x_THK: jax.Array) -> jax.Array:
+        if self.norm_over == "head":
+            return norm(x_THK)
+        return norm(x_THK.reshape(x_THK.shape[0], -1)).reshape(x_THK.shape)

@@ -5,7 +5,7 @@ the experts and back.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,10 @@ def silu_gated(gate: jax.Array, up: jax.Array) -> jax.Array:
     return gate * jax.nn.sigmoid(gate) * up
 
 
+class ExpertStack(Protocol):
+    def weights(self) -> ExpertWeights: ...
+
+
 class Experts(nnx.Module):
     """The stacked weights of a layer's experts, from a checkpoint tensor for each of them.
 
@@ -142,7 +146,7 @@ class MoE(nnx.Module):
         self,
         index: int,
         routing: Routing,
-        experts: Experts,
+        experts: ExpertStack,
         *,
         hidden: int,
         router: str,

@@ -26,7 +26,7 @@ class BlockFP8:
     Args:
         rows, columns: of a block that shares a scale.
         keep: in float8 on the device; else dequantised at load.
-        skip: parts of the names of layers that were left as they are.
+        skip: names of layers that were left as they are, or whole dotted parts of them.
     """
 
     rows: int = 128
@@ -51,7 +51,7 @@ class BlockFP8:
         return cls(*block, keep=not given.get("dequantize", False), skip=skip)
 
     def covers(self, name: str) -> bool:
-        return not any(part in name for part in self.skip)
+        return not any(f".{part}." in f".{name}." for part in self.skip)
 
     def blocks(self, rows: int, columns: int) -> tuple[int, int]:
         """Shape of the scales of a matrix; the last blocks may be cut."""

@@ -39,6 +39,19 @@ class Stacked:
         return np.stack([self.each(*s) if self.each else s[0] for s in self.slices(sources)])
 
 
+@dataclass(frozen=True)
+class Sliced:
+    """Assembles a parameter slice by slice of dimension 0, which its sources have too (experts).
+
+    `each` makes one slice of the parameter of the same slice of every source.
+    """
+
+    each: Assemble
+
+    def __call__(self, *sources: np.ndarray) -> np.ndarray:
+        return np.stack([self.each(*slices) for slices in zip(*sources, strict=True)])
+
+
 def weight(
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],

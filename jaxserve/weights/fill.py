@@ -16,7 +16,7 @@ import xxhash
 from flax import nnx
 from jax.sharding import Sharding
 
-from jaxserve.layers.weight import Assemble, Stacked
+from jaxserve.layers.weight import Assemble, Sliced, Stacked
 from jaxserve.weights.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -174,7 +174,7 @@ def _reader(checkpoint: Checkpoint, path: str, param: nnx.Param) -> Callable[[In
         if key not in parts:
             if param.assemble is None:
                 part = _read_split(checkpoint, param.sources[0], want.shape, index)
-            elif isinstance(param.assemble, Stacked):
+            elif isinstance(param.assemble, Stacked | Sliced):
                 part = _read_slices(checkpoint, path, param, index)
             else:
                 if not whole:
@@ -209,17 +209,30 @@ def _read_split(checkpoint: Checkpoint, name: str, want: tuple[int, ...], index:
 
 
 def _read_slices(checkpoint: Checkpoint, path: str, param: nnx.Param, index: Index) -> np.ndarray:
-    """Part `index` of stacked slices, reading no others; in the parameter's dtype."""
-    want, stack = param.get_raw_value(), param.assemble
+    """Part `index` of a parameter that is made slice by slice, reading no others; in its dtype."""
+    want, assemble = param.get_raw_value(), param.assemble
     out = np.empty([part.stop - part.start for part in index], jnp.dtype(want.dtype))
-    for at, sources in enumerate(stack.slices(param.sources)[index[0]]):
-        if stack.each is None:
-            out[at] = checkpoint.read(sources[0], index[1:])
-            continue
-        arrays = [checkpoint.read(source) for source in sources]
-        whole = _assemble(checkpoint, path, stack.each, sources, arrays, tuple(want.shape[1:]))
+    for at, number in enumerate(range(index[0].start, index[0].stop)):
+        each = assemble.each
+        if isinstance(assemble, Sliced):
+            sources = param.sources
+            arrays = [_read_slice(checkpoint, source, number) for source in sources]
+        else:
+            sources = assemble.slices(param.sources)[number]
+            if each is None:
+                out[at] = checkpoint.read(sources[0], index[1:])
+                continue
+            arrays = [checkpoint.read(source) for source in sources]
+        assert each is not None
+        whole = _assemble(checkpoint, path, each, sources, arrays, tuple(want.shape[1:]))
         out[at] = whole[index[1:]]
     return out
+
+
+def _read_slice(checkpoint: Checkpoint, name: str, number: int) -> np.ndarray:
+    """Slice `number` of a tensor's first dimension."""
+    rest = checkpoint.tensors[name].shape[1:]
+    return checkpoint.read(name, (slice(number, number + 1), *(slice(0, size) for size in rest)))[0]
 
 
 def _assembled(checkpoint: Checkpoint, path: str, param: nnx.Param) -> np.ndarray:

@@ -36,9 +36,9 @@ def test_unknown_architecture_is_refused_with_the_known_ones():
         resolve({"architectures": ["BertModel"]})
     assert str(error.value) == (
         "config.json: architectures=['BertModel'] is unknown; known: DeepseekV2ForCausalLM, "
-        "DeepseekV3ForCausalLM, Gemma3ForCausalLM, "
-        "Gemma3ForConditionalGeneration, LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, "
-        "Qwen2ForCausalLM, Qwen2MoeForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"
+        "DeepseekV3ForCausalLM, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Glm4MoeForCausalLM, "
+        "GptOssForCausalLM, LlamaForCausalLM, MiniMaxM2ForCausalLM, MistralForCausalLM, "
+        "MixtralForCausalLM, Qwen2ForCausalLM, Qwen2MoeForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"
     )
 
 

@@ -23,7 +23,7 @@ from jaxserve.models import resolve
 GOLDEN = Path(__file__).parent.parent / "golden"
 FAMILIES = ("llama", "llama3_tied", "qwen2", "qwen3", "mistral", "gemma3")
 MLA_FAMILIES = ("deepseek_v2_lite", "deepseek_v2", "deepseek_v3", "kimi_k2")
-MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", *MLA_FAMILIES)
+MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", *MLA_FAMILIES, "minimax_m2", "glm4_moe", "gpt_oss")
 
 
 @dataclass(frozen=True)

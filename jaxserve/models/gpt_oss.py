@@ -1,0 +1,190 @@
+"""GPT-OSS: attention sinks, a window on every other layer, experts with biases and a clamped gate.
+
+Published files hold the experts in MXFP4, which is dequantised at load; other files hold them as
+they are, [E, in, out]. In both, gate and up alternate along the output.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxserve.config import ConfigError
+from jaxserve.layers.attention import Attention, KVSpec, StepContext
+from jaxserve.layers.block import PreNormBlock
+from jaxserve.layers.embed import Vocabulary
+from jaxserve.layers.moe import ExpertSpec, MoE, Routing
+from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.weight import Assemble, Sliced, weight
+from jaxserve.models.hf_config import Dimensions, num_experts, one_of, rope_and_reach, windows
+from jaxserve.ops.grouped_gemm import ExpertWeights
+
+ARCHITECTURES = ("GptOssForCausalLM",)
+QUANTIZATIONS = ("mxfp4",)
+DEFAULTS = {"num_key_value_heads": 8, "head_dim": 64, "rope_theta": 150_000.0, "rms_norm_eps": 1e-5}
+MXFP4_GROUP = 32  # numbers that share a scale
+# The 16 values of an e2m1 number: one sign, two exponent bits, one of mantissa.
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+class GptOssForCausalLM(nnx.Module):
+    def __init__(self, hf_config: dict[str, Any], dtype: DTypeLike):
+        config = {**DEFAULTS, **hf_config}
+        size = Dimensions.read(config)
+        rope, self.max_position = rope_and_reach(config, size)
+        window_of = windows(config, size, [layer % 2 == 0 for layer in range(size.num_layers)])
+        one_of(config, "hidden_act", ("silu",), "silu")
+        chosen = config.get("num_experts_per_tok") or config.get("experts_per_token") or 4
+        routing = Routing(num_experts(config), chosen, score="softmax_of_chosen")
+        activation = ClampedGate(config.get("swiglu_alpha", 1.702), config.get("swiglu_limit", 7.0))
+        bias = config.get("attention_bias", True)
+        is_mxfp4 = bool(config.get("quantization_config"))
+        tied = config.get("tie_word_embeddings", False)
+
+        self.kv = KVSpec(size.num_layers, size.G, size.K)
+        self.experts = ExpertSpec(size.num_layers, routing.num_experts)
+        self.num_q_heads, self.vocab_size = size.H, size.V
+
+        def block(layer: int) -> PreNormBlock:
+            name = f"model.layers.{layer}"
+            attention = Attention(
+                f"{name}.self_attn",
+                layer,
+                rope=rope,
+                qkv_bias=bias,
+                out_bias=bias,
+                window=window_of[layer],
+                sinks=True,
+                dtype=dtype,
+                **size.heads,
+            )
+            experts = BiasedExperts(
+                f"{name}.mlp.experts", routing.num_experts, size.D, size.F, is_mxfp4=is_mxfp4, dtype=dtype
+            )
+            feed = MoE(
+                layer,
+                routing,
+                experts,
+                hidden=size.D,
+                router=f"{name}.mlp.router.weight",
+                router_bias=f"{name}.mlp.router.bias",
+                activation=activation,
+                dtype=dtype,
+            )
+            return PreNormBlock(name, attention, feed, hidden=size.D, eps=size.eps, dtype=dtype)
+
+        self.vocabulary = Vocabulary("model.", size.V, size.D, tied=tied, dtype=dtype)
+        self.blocks = nnx.List([block(layer) for layer in range(size.num_layers)])
+        self.norm = RMSNorm("model.norm", size.D, eps=size.eps, dtype=dtype)
+
+    def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
+        hidden_TD = self.vocabulary.embed(token_T)
+        for block in self.blocks:
+            hidden_TD = block(hidden_TD, step)
+        return self.norm(hidden_TD)
+
+    def logits(self, hidden_RD: jax.Array) -> jax.Array:
+        return self.vocabulary.logits(hidden_RD)
+
+
+@dataclass(frozen=True)
+class ClampedGate:
+    """(up + 1) * gate * sigmoid(alpha * gate), with gate at most `limit` and up within +-`limit`."""
+
+    alpha: float
+    limit: float
+
+    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        gate = jnp.minimum(gate, self.limit)
+        up = jnp.minimum(jnp.maximum(up, -self.limit), self.limit)
+        return (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
+
+
+class BiasedExperts(nnx.Module):
+    """The stacked experts of a layer and their biases."""
+
+    def __init__(
+        self, name: str, num_experts: int, hidden: int, ffn: int, *, is_mxfp4: bool, dtype: DTypeLike
+    ):
+        E, F, D = num_experts, ffn, hidden
+        if is_mxfp4 and (F % MXFP4_GROUP or D % MXFP4_GROUP):
+            raise ConfigError(
+                f"config.json: hidden_size={D} and intermediate_size={F} must be multiples of {MXFP4_GROUP} "
+                "for quant_method='mxfp4'"
+            )
+
+        def matrix(part: str, shape: tuple[int, ...], axes: tuple[str, ...], take: Assemble) -> nnx.Param:
+            if is_mxfp4:
+                sources, each = (f"{name}.{part}_blocks", f"{name}.{part}_scales"), _Mxfp4(take)
+            else:
+                sources, each = (f"{name}.{part}",), _Transposed(take)
+            return weight(shape, axes, *sources, dtype=dtype, assemble=Sliced(each))
+
+        def bias(part: str, size: int, axis: str, take: Assemble) -> nnx.Param:
+            return weight(
+                (E, size), ("expert", axis), f"{name}.{part}_bias", dtype=dtype, assemble=Sliced(take)
+            )
+
+        even, odd, all_rows = _Every(2, 0), _Every(2, 1), _Every(1, 0)
+        up_axes = ("expert", "expert_ffn", "embed")
+        self.gate = matrix("gate_up_proj", (E, F, D), up_axes, even)
+        self.up = matrix("gate_up_proj", (E, F, D), up_axes, odd)
+        self.down = matrix("down_proj", (E, D, F), ("expert", "embed", "expert_ffn"), all_rows)
+        self.gate_bias = bias("gate_up_proj", F, "expert_ffn", even)
+        self.up_bias = bias("gate_up_proj", F, "expert_ffn", odd)
+        self.down_bias = bias("down_proj", D, "embed", all_rows)
+
+    def weights(self) -> ExpertWeights:
+        return ExpertWeights(
+            self.gate[...],
+            self.up[...],
+            self.down[...],
+            self.gate_bias[...],
+            self.up_bias[...],
+            self.down_bias[...],
+        )
+
+
+# ---- one expert of a checkpoint ----
+
+
+@dataclass(frozen=True)
+class _Every:
+    """Every `step`-th output, from `first` on."""
+
+    step: int
+    first: int
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        return rows[self.first :: self.step]
+
+
+@dataclass(frozen=True)
+class _Transposed:
+    """Of a matrix stored [in, out]."""
+
+    take: Assemble
+
+    def __call__(self, stored: np.ndarray) -> np.ndarray:
+        return self.take(stored.T)
+
+
+@dataclass(frozen=True)
+class _Mxfp4:
+    """Of a matrix stored as [out, groups, 16] pairs of numbers and [out, groups] exponents.
+
+    Source: OCP Microscaling Formats (MX) 1.0, sections 5.3.3 and 5.4.1. The low half of a byte is
+    the first number.
+    """
+
+    take: Assemble
+
+    def __call__(self, blocks: np.ndarray, exponents: np.ndarray) -> np.ndarray:
+        blocks, exponents = self.take(blocks), self.take(exponents)
+        numbers = np.stack([E2M1[blocks & 15], E2M1[blocks >> 4]], axis=-1).reshape(*exponents.shape, -1)
+        scaled = np.ldexp(numbers, exponents.astype(np.int32)[..., None] - 127)
+        return scaled.reshape(len(scaled), -1)
