@@ -41,7 +41,8 @@ class BlockFP8:
         if not given:
             return None
         block, kind = given.get("weight_block_size"), given.get("fmt", "e4m3")
-        if given.get("quant_method") != "fp8" or not block or len(block) != 2 or kind != "e4m3":
+        known = kind in ("e4m3", "float8_e4m3fn")  # the second is MiniMax-M2's spelling
+        if given.get("quant_method") != "fp8" or not block or len(block) != 2 or not known:
             raise ConfigError(
                 f"config.json: quantization_config with quant_method={given.get('quant_method')!r}, "
                 f"weight_block_size={block!r}, fmt={kind!r} is not supported; use fp8 in e4m3 with blocks "
