@@ -42,7 +42,7 @@ from jaxserve.server.sampling import openai_name
 from jaxserve.server.schema import MAX_BATCH, MAX_TOP_LOGPROBS, SamplingParams, out_of_range, parse, show
 from jaxserve.server.sequence import Sequence
 from jaxserve.server.service import Service, new_rid
-from jaxserve.server.stream import EventStream, json_response, read_json_body, sse, unless_gone
+from jaxserve.server.stream import DONE, EventStream, json_response, read_json_body, sse, unless_gone
 from jaxserve.server.worker_headers import SEQUENCES, token_comment, wants_tracking
 from jaxserve.text.chat_template import ChatTemplateError
 
@@ -259,4 +259,4 @@ async def _events(service: Service, answer: Answer, chunks: Chunks) -> AsyncGene
                     due[-1] = token_comment(sequence) + due[-1]  # the last one has the text
                     yield b"".join(due)
     if answer.include_usage:
-        yield sse(answer.chunk(None))
+        yield sse(answer.chunk(None)) + DONE  # in one piece: who has the usage has the end

@@ -139,7 +139,7 @@ class EventStream(Response):
     """Server-sent events from an iterator of encoded events ("data: ...", blank line included).
 
     The status line waits for the first event, so an error before it is a plain error answer; a later
-    one is an error event. Both end the stream; `[DONE]` closes it.
+    one is an error event. Both end the stream; `[DONE]` closes it, unless the last event brought it along.
     """
 
     def __init__(self, events: AsyncGenerator[bytes]):
@@ -158,7 +158,7 @@ class EventStream(Response):
             await _stop(task, gone)
 
     async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
+        started, end = False, DONE
         async with contextlib.aclosing(self.events) as events:
             try:
                 async for event in events:
@@ -166,6 +166,7 @@ class EventStream(Response):
                         await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
                         started = True
                     await send({"type": "http.response.body", "body": event, "more_body": True})
+                    end = b"" if event.endswith(DONE) else DONE
             except Exception as error:
                 failure = as_request_error(error)
                 if not started:
@@ -175,7 +176,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": sse(body), "more_body": True})
             if not started:
                 await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
-            await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            await send({"type": "http.response.body", "body": end, "more_body": False})
 
 
 def sse(content: Any) -> bytes:

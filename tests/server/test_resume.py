@@ -1,0 +1,192 @@
+"""Streams that are cut anywhere and go on at another worker: together they are the unbroken stream."""
+
+import json
+
+import pytest
+
+TEXT = "hello wörld <s the 漢字 stop and 🙂 stopping"
+VARYING = ("e2e_latency", "response_sent_to_client_ts")
+PATHS = ("/generate", "/v1/completions", "/v1/chat/completions")
+CASES = {
+    "to the end": {},
+    "to a length": {"max_tokens": 19},
+    "to a length in half a character": {"max_tokens": 28},
+    "to a stop string": {"stop": ["<s>", "stopp", "ing"]},
+    "to a stop string in one token with other text": {"stop": ["top"]},
+    "past a stop string while too short": {"stop": ["stop"], "min_tokens": 40},
+    "with the stop string left in": {"stop": ["stop a", "zzz"], "no_stop_trim": True},
+    "every third token": {"stream_interval": 3},
+    "with token ids": {"return_token_ids": True, "stop": ["stopping"]},
+}
+
+
+def body_of(path, case):
+    """One request in the words of each route."""
+    if path != "/generate":
+        case = {k: v for k, v in case.items() if k != "stream_interval"}
+        what = {"messages": [{"role": "user", "content": "hi"}]} if "chat" in path else {"prompt": "hi"}
+        usage = {"stream_options": {"include_usage": True}}
+        return {**what, **usage, "stream": True, "temperature": 0, "max_tokens": 90, **case}
+    names = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
+    sampling = {"temperature": 0, "max_new_tokens": 90}
+    sampling |= {names.get(k, k): v for k, v in case.items() if k != "return_token_ids"}
+    return {"text": "hi", "stream": True, "sampling_params": sampling}
+
+
+def stream(server, path, body, **headers):
+    """The stream's events, each as (token ids of its comment or None, data)."""
+    reply = server.http.post(path, json=body, headers=headers)
+    assert reply.status_code == 200, reply.text
+    *events, end = reply.text.split("\n\n")
+    assert end == ""
+    return [parsed(event) for event in events]
+
+
+def parsed(event):
+    ids = None
+    if event.startswith(":"):
+        line, _, event = event.partition("\n")
+        ids = [int(i) for i in line.removeprefix(": tokens ").split(",")]
+    data = event.removeprefix("data: ")
+    if data == "[DONE]":
+        return ids, data
+    data = json.loads(data)
+    for name in VARYING:
+        data.get("meta_info", {}).pop(name, None)
+    if data.get("usage"):
+        del data["usage"]["prompt_tokens_details"]  # what was cached is each worker's own
+    return ids, data
+
+
+def resume_of(events):
+    """What the gateway gives back after these events."""
+    resume = {"token_ids": [i for ids, _ in events for i in ids or ()]}
+    if events:
+        first = events[0][1]
+        resume["id"] = first.get("id") or first["meta_info"]["id"]
+        if "created" in first:
+            resume["created"] = first["created"]
+    return resume
+
+
+def stable(events):
+    """Without what no client could hold against a second worker: names nobody had seen yet."""
+    return [
+        (ids, data if data == "[DONE]" else {k: v for k, v in data.items() if k not in ("id", "created")})
+        for ids, data in events
+    ]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_stream_cut_anywhere_and_resumed_is_the_unbroken_stream(server, path, case):
+    server.say(TEXT)
+    body = {**body_of(path, case), "rid": "r"}
+    whole = stream(server, path, body, **{"x-resume": "track"})
+    told = [i for ids, _ in whole for i in ids or ()]
+    made = [*server.tokenizer.encode(TEXT), 1]
+    assert told == made[: len(told)] and len(told) > 5
+    is_usage = [data != "[DONE]" and data.get("choices") == [] for _, data in whole]
+    for cut in range(len(whole)):
+        if cut and is_usage[cut - 1]:
+            continue  # the usage and the end are written at once
+        body["resume"] = resume_of(whole[:cut])
+        rest = stream(server, path, body, **{"x-resume": "track"})
+        if cut == 0:
+            assert stable(rest) == stable(whole)
+        else:
+            assert whole[:cut] + rest == whole, f"cut before event {cut}"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_tracked_stream_is_the_plain_one_but_for_the_comments_and_the_last_chunk(server, path):
+    """Text and tokens come together; nothing is lost or moved before its time."""
+    server.say(TEXT)
+    body = {**body_of(path, {"stop": ["stopp"]}), "rid": "r"}
+    tracked, plain = stream(server, path, body, **{"x-resume": "track"}), stream(server, path, body)
+    assert all(ids is None for ids, _ in plain)
+    assert text_of(tracked) == text_of(plain) == "hello wörld <s the 漢字 stop and 🙂 "
+
+
+def text_of(events):
+    data = [d for _, d in events if d != "[DONE]"]
+    if "text" in data[0]:
+        return data[-1]["text"]
+    choices = [choice for d in data for choice in d["choices"]]
+    return "".join(c.get("text") or c.get("delta", {}).get("content") or "" for c in choices)
+
+
+def test_ids_wait_for_the_event_that_shows_all_of_their_text(server):
+    server.say("a漢b")
+    events = stream(server, "/generate", body_of("/generate", {}), **{"x-resume": "track"})
+    a, *han, b = server.tokenizer.encode("a漢b")
+    assert [ids for ids, _ in events] == [[a], han, [b], [1], None]
+    assert [d["output_ids"] for _, d in events[:-1]] == [[a], [a, *han], [a, *han, b], [a, *han, b, 1]]
+
+
+def test_text_held_as_a_possible_stop_string_keeps_its_tokens_back(server):
+    server.say("ab")
+    body = body_of("/generate", {"stop": ["bc"]})
+    events = stream(server, "/generate", body, **{"x-resume": "track"})
+    a, b = server.tokenizer.encode("ab")
+    assert [ids for ids, _ in events] == [[a], [b, 1], None]
+
+
+def test_resumed_request_tells_the_engine_what_was_generated(server):
+    server.say("hello")
+    body = {**body_of("/v1/chat/completions", {}), "seed": 7, "resume": {"token_ids": [9, 8], "id": "c"}}
+    server.engine.script = lambda request: [9, 8, 10]
+    events = stream(server, "/v1/chat/completions", body)
+    [request] = server.engine.requests
+    assert (request.output_ids, request.sampling.seed, request.sampling.max_new_tokens) == ([9, 8], 7, 90)
+    assert events[-2][1]["usage"]["completion_tokens"] == 4
+    assert "role" not in events[0][1]["choices"][0]["delta"]
+
+
+def test_stream_resumed_after_its_last_token_ends_without_asking_the_engine(server):
+    body = {**body_of("/v1/completions", {}), "resume": {"token_ids": [9, 1], "id": "c"}}
+    events = stream(server, "/v1/completions", body)
+    assert server.engine.requests == []
+    assert [d if d == "[DONE]" else d["usage"]["completion_tokens"] for _, d in events] == [2, "[DONE]"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"stream": False, "stream_options": None}, "resume needs stream=true"),
+        ({"n": 2}, "resume takes one sequence"),
+        ({"logprobs": 1}, "resume takes one sequence"),
+        ({"echo": True}, "resume does not go with echo"),
+        ({"resume": {"token_ids": [9, 1, 9]}}, "resume.token_ids goes on after the end"),
+        ({"resume": {"token_ids": [9, 9], "id": "c"}, "max_tokens": 1}, "resume.token_ids goes on after"),
+        ({"resume": {"token_ids": [99999]}}, "resume.token_ids holds token id 99999"),
+        ({"resume": {}}, "resume.token_ids is required"),
+        ({"resume": {"token_ids": [9], "text": "x"}}, "resume.text is not a known parameter"),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused_by_name(server, change, message):
+    body = {**body_of("/v1/completions", {}), "resume": {"token_ids": [9]}, **change}
+    reply = server.http.post("/v1/completions", json=body)
+    assert reply.status_code == 400
+    assert message in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("field", [{"n": 2}, {"logprobs": 2}, {"echo": True}])
+def test_stream_that_cannot_be_resumed_is_not_tracked(server, field):
+    body = {**body_of("/v1/completions", {}), **field}
+    assert all(ids is None for ids, _ in stream(server, "/v1/completions", body, **{"x-resume": "track"}))
+
+
+# ---- input ids ----
+
+
+def test_chat_with_input_ids_is_answered_as_with_the_messages_they_come_from(server):
+    body = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0, "rid": "r"}
+    told = server.http.post("/v1/chat/completions", json=body).json()
+    ids = server.engine.requests[0].input_ids
+    for messages in (body["messages"], None):
+        again = server.http.post(
+            "/v1/chat/completions", json={**body, "messages": messages, "input_ids": ids}
+        ).json()
+        assert again | {"created": 0} == told | {"created": 0}
+    assert [request.input_ids for request in server.engine.requests] == [ids] * 3
