@@ -4,8 +4,8 @@ import asyncio
 import logging
 import random
 import ssl
-from collections.abc import Awaitable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,7 +23,7 @@ from router.exact import Exact
 from router.health import Monitor
 from router.jobs import Jobs, learn
 from router.limits import Keys
-from router.metrics import Metrics
+from router.metrics import Metrics, Snapshot
 from router.policies import make_policy
 from router.proxy import Proxy
 from router.tracing import Tracer
@@ -33,12 +33,22 @@ from router.workers import Registry, Worker, WorkerSpec, breaker_numbers
 
 log = logging.getLogger("router")
 
+LOCAL_PATHS = frozenset(("/health", "/liveness", "/readiness"))  # each process answers for itself
+
 
 class Gateway:
     """One ASGI application and everything it owns. Built before the loop, started by its lifespan."""
 
-    def __init__(self, config: RouterConfig, rng: random.Random | None = None) -> None:
+    def __init__(
+        self, config: RouterConfig, rng: random.Random | None = None, *, owner: bool = False
+    ) -> None:
+        """`owner`: the supervisor of several processes, which routes nothing itself."""
         self.config = config
+        # Set by the processes of one gateway:
+        self.ask: Callable[..., Awaitable[None]] | None = None  # answers control requests elsewhere
+        self.ask_counts: Callable[[], Awaitable[list[Snapshot]]] | None = None
+        self.on_started: Callable[[], None] | None = None
+        self.hit_tokens: Callable[[], tuple[int, int]] = self._own_hit_tokens
         self.metrics = Metrics()
         self.registry = Registry(self._make_worker)
         self.policy = make_policy(config.effective_policy, config, rng)
@@ -47,10 +57,10 @@ class Gateway:
         self.monitor = Monitor(config, self.registry, self.policy, self.metrics, relearn=learn)
         self.jobs = Jobs(config, self.registry, self.monitor, self.metrics)
         self.exact: Exact | None = None
-        if config.effective_policy == "cache_aware":
+        if config.effective_policy == "cache_aware" and not owner:
             self.exact = self.jobs.exact = Exact(self.registry, self.metrics, config.tokenizer_path)
         self.tracer = Tracer(config.otlp_traces_endpoint) if config.enable_trace else None
-        self.control = Control(self.registry, self.policy, self.metrics, lambda: self.draining)
+        self.control = Control(self.registry, self.policy, lambda: self.draining, self.metrics_text)
         self.loop: asyncio.AbstractEventLoop | None = None
         self.proxy: Proxy | None = None
         self.draining = False
@@ -91,12 +101,23 @@ class Gateway:
                 except RequestError as error:
                     await send_error(send, error)
                     return
+            if self.ask is not None and path not in LOCAL_PATHS:
+                await self.ask(scope, receive, send)
+                return
         await self.app(scope, receive, send)
 
     async def wait_idle(self) -> None:
         """Until no data request is in flight."""
         if self.proxy is not None:
             await self.proxy.concurrency.wait_idle()
+
+    async def metrics_text(self) -> bytes:
+        """The metrics of all processes of this gateway."""
+        return self.metrics.text(await self.ask_counts() if self.ask_counts is not None else ())
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """The gateway's life without a server around it."""
+        return self._lifespan(self.app)
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette):
@@ -111,6 +132,8 @@ class Gateway:
             tracer=self.tracer,
             suspect=self.monitor.suspect,
         )
+        if self.on_started is not None:
+            self.on_started()
         if self.config.effective_policy != self.config.policy:
             log.info(
                 "policy %s: cache_threshold, balance_abs_threshold or balance_rel_threshold is given",
@@ -208,38 +231,46 @@ class Gateway:
             "connections in use",
             ("worker_type", "connection_mode"),
             lambda: {kind: float(sum(len(w.pool.active) for w in registry))},
+            "sum",
         )
-        watch("smg_worker_requests_active", "requests in flight", by_worker, each(lambda w: w.in_flight))
+        watch(
+            "smg_worker_requests_active", "requests in flight", by_worker, each(lambda w: w.in_flight),
+            "sum",
+        )  # fmt: skip
         watch("smg_worker_health", "1: may be chosen", by_worker, each(lambda w: w.healthy))
         watch(
             "smg_worker_cb_state",
             "0 closed, 1 open, 2 half open",
             by_worker,
             lambda: breaker_numbers(registry),
+            "max",
         )
         watch(
             "smg_worker_cb_consecutive_failures", "failures in a row", by_worker,
-            each(lambda w: w.breaker.failures),
+            each(lambda w: w.breaker.failures), "max",
         )  # fmt: skip
         watch(
             "smg_worker_cb_consecutive_successes", "good probes in a row", by_worker,
-            each(lambda w: w.breaker.successes),
+            each(lambda w: w.breaker.successes), "max",
         )  # fmt: skip
         watch(
             "router_worker_pending_tokens", "prompt tokens sent and not yet computed", by_worker,
-            each(lambda w: w.pending_tokens),
+            each(lambda w: w.pending_tokens), "sum",
         )  # fmt: skip
         watch(
             "smg_engine_running_requests", "running, as the worker reports it", by_worker,
             lambda: {(w.url,): float(w.load.running) for w in registry if w.load},
+            "max",
         )  # fmt: skip
         watch(
             "smg_engine_waiting_requests", "waiting, as the worker reports it", by_worker,
             lambda: {(w.url,): float(w.load.waiting) for w in registry if w.load},
+            "max",
         )  # fmt: skip
         watch(
             "smg_engine_token_usage", "share of KV in use, as the worker reports it", by_worker,
             lambda: {(w.url,): w.load.kv_usage for w in registry if w.load},
+            "max",
         )  # fmt: skip
         watch(
             "smg_discovery_workers_discovered", "workers by who registered them", ("source",),
@@ -249,31 +280,39 @@ class Gateway:
             "sglang_cache_hit_rate", "cached share of prompt tokens, by cache tier", ("source",),
             self._hit_rate,
         )  # fmt: skip
-        watch("smg_admission_inflight", "requests in flight", (), lambda: {(): float(self._running())})
+        watch("smg_admission_inflight", "requests in flight", (), lambda: {(): float(self._running())}, "sum")
         watch(
             "router_admission_queue_depth", "requests waiting for a place", (),
             lambda: {(): float(len(self.proxy.concurrency.queue) if self.proxy else 0)},
+            "sum",
         )  # fmt: skip
-        if self.exact is not None:
+        if self.config.effective_policy == "cache_aware":
             watch(
                 "router_kv_event_lag_seconds", "since the last KV event or keep-alive", by_worker,
-                self.exact.lag_s,
+                lambda: self.exact.lag_s() if self.exact is not None else {}, "max",
             )  # fmt: skip
-            watch("router_kv_pages", "pages known to be cached", by_worker, self.exact.pages)
+            watch(
+                "router_kv_pages", "pages known to be cached", by_worker,
+                lambda: self.exact.pages() if self.exact is not None else {}, "max",
+            )  # fmt: skip
         watch(
             "router_dispatch_waiting", "streams held back until a worker has room", (),
             lambda: {(): float(self.proxy.dispatch.num_waiting() if self.proxy else 0)},
+            "sum",
         )  # fmt: skip
         watch(
             "router_policy_state", "sizes of the policy's memory", ("what",),
             lambda: {(name,): value for name, value in self.policy.stats().items()},
+            "sum",
         )  # fmt: skip
 
     def _hit_rate(self) -> dict[tuple[str, ...], float]:
+        prompt_tokens, cached_tokens = self.hit_tokens()
+        return {("device",): cached_tokens / prompt_tokens} if prompt_tokens else {}
+
+    def _own_hit_tokens(self) -> tuple[int, int]:
         seen = self.proxy.recorder if self.proxy else None
-        if seen is None or not seen.prompt_tokens:
-            return {}
-        return {("device",): seen.cached_tokens / seen.prompt_tokens}
+        return (seen.prompt_tokens, seen.cached_tokens) if seen is not None else (0, 0)
 
     def _running(self) -> int:
         return self.proxy.concurrency.running if self.proxy else 0

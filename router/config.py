@@ -57,6 +57,10 @@ class RouterConfig:
     # Where it listens
     host: str = key("0.0.0.0", "address to listen on")
     port: int = key(30000, "port to listen on", least=0)
+    workers_processes: int = key(1, "gateway processes that share the port; more use more cores", least=1)
+    client_header_timeout_secs: float = key(
+        30.0, "how long a client may take to send a request's head; then 408", least=0.01
+    )
     worker_urls: tuple[str, ...] = key((), "workers to route to, such as http://worker1:8000")
     log_level: Literal["debug", "info", "warning", "error"] = key("info", "what is logged")
     log_json: bool = key(False, "log one JSON object a line")
@@ -203,6 +207,11 @@ class RouterConfig:
         for one, other in (("tls_cert_path", "tls_key_path"), ("client_cert_path", "client_key_path")):
             if bool(getattr(self, one)) != bool(getattr(self, other)):
                 raise ConfigError(f"{one} and {other} must be given together")
+        if 0 <= self.max_concurrent_requests < self.workers_processes:
+            raise ConfigError(
+                f"max_concurrent_requests={self.max_concurrent_requests} is too small for "
+                f"workers_processes={self.workers_processes}; each process needs 1"
+            )
         if not self.health_check_endpoint.startswith("/"):
             raise ConfigError(f"health_check_endpoint={self.health_check_endpoint!r} must start with /")
         for url in self.worker_urls:

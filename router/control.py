@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -11,7 +12,6 @@ from starlette.routing import Route
 
 from router import __version__
 from router.errors import RequestError
-from router.metrics import Metrics
 from router.policies import Policy
 from router.upstream import UpstreamError
 from router.workers import Load, Registry, Worker
@@ -21,13 +21,14 @@ FLUSH_TIMEOUT_S = 30.0
 
 
 class Control:
-    """Handlers. `is_draining()` is asked by /readiness."""
+    """Handlers. `is_draining()` is asked by /readiness, `await metrics_text()` by /metrics."""
 
-    def __init__(self, registry: Registry, policy: Policy, metrics: Metrics, is_draining) -> None:
+    def __init__(self, registry: Registry, policy: Policy, is_draining, metrics_text) -> None:
         self.registry = registry
         self.policy = policy
-        self.metrics = metrics
         self.is_draining = is_draining
+        self.text = metrics_text
+        self.on_flushed: Callable[[Worker], None] | None = None
 
     def public_routes(self) -> list[Route]:
         """Open even when API keys are configured."""
@@ -71,7 +72,7 @@ class Control:
         return _json({"status": "ready", **counts})
 
     async def metrics_text(self, request: Request) -> Response:
-        return Response(self.metrics.text(), headers={"content-type": METRICS_TYPE})
+        return Response(await self.text(), headers={"content-type": METRICS_TYPE})
 
     async def models(self, request: Request) -> Response:
         return _json({"object": "list", "data": list((await self._cards()).values())})
@@ -111,11 +112,11 @@ class Control:
                 entry = {
                     "worker": worker.url,
                     "worker_type": worker.spec.worker_type,
-                    "load": worker.in_flight,
-                    "pending_tokens": worker.pending_tokens,
+                    "load": worker.in_flight + worker.sibling_requests,
+                    "pending_tokens": worker.pending_tokens + worker.sibling_tokens,
                     **rank,
                 }
-                entry.setdefault("num_running_reqs", worker.in_flight)
+                entry.setdefault("num_running_reqs", worker.in_flight + worker.sibling_requests)
                 entry.setdefault("num_waiting_reqs", 0)
                 entries.append(entry)
         total = {
@@ -140,6 +141,8 @@ class Control:
         for worker, answer in answers:
             if isinstance(answer, tuple) and answer[0] == 200:
                 self.policy.cleared(worker)
+                if self.on_flushed is not None:
+                    self.on_flushed(worker)
                 flushed.append(worker.url)
             else:
                 text = str(answer) if isinstance(answer, UpstreamError) else f"answered {answer[0]}"

@@ -42,10 +42,14 @@ class Ticket:
         self.todo_tokens = max(0, self.call.prompt_tokens - max(0, self.call.predicted_tokens))
         worker.in_flight += 1
         worker.pending_tokens += self.todo_tokens
+        if worker.on_load is not None:
+            worker.on_load(worker)
 
     def discharge(self) -> None:
         self.worker.in_flight -= 1
         self.worker.pending_tokens -= self.todo_tokens
+        if self.worker.on_load is not None:
+            self.worker.on_load(self.worker)
 
 
 class Dispatch:
@@ -57,11 +61,13 @@ class Dispatch:
         policy: Policy,
         window_tokens: int | None,
         clock: Callable[[], float],
+        processes: int = 1,
     ) -> None:
         self.registry = registry
         self.policy = policy
         self.window_tokens = window_tokens
         self.clock = clock
+        self.processes = processes
         self.enabled = policy.orders and window_tokens != 0
         self.waiting: dict[Worker, list[Ticket]] = {}
         registry.on_changed.append(self.recheck)
@@ -70,7 +76,14 @@ class Dispatch:
         return sum(len(tickets) for tickets in self.waiting.values())
 
     def window(self, worker: Worker) -> int:
-        """Prompt tokens that may be on the way to a first token at `worker`."""
+        """Prompt tokens of this process that may be on the way to a first token at `worker`.
+
+        Processes of one gateway share it: each may use what the others leave, and always its part.
+        """
+        whole = self._whole_window(worker)
+        return max(whole // self.processes, whole - worker.sibling_sent_tokens)
+
+    def _whole_window(self, worker: Worker) -> int:
         if self.window_tokens is not None:
             return self.window_tokens
         chunk = worker.info.get("chunked_prefill_size")

@@ -69,6 +69,8 @@ class Exchange:
             worker.sent_tokens += self.todo_tokens
         proxy.policy.placed(call, worker)
         proxy.recorder.placed(call, worker)
+        if proxy.on_placed is not None:
+            proxy.on_placed(call, worker)
 
     async def start(
         self, method: str, target: bytes, client: ClientHeaders, resumed: bytes | None = None
@@ -226,6 +228,8 @@ class Exchange:
         self.todo_tokens = 0
         self._prefilled()
         self._arrived()
+        if self.worker.on_load is not None:
+            self.worker.on_load(self.worker)
         if self.status != 200:
             return
         self.prompt_tokens, self.completion_tokens, cached = usage_in(data)
@@ -302,5 +306,7 @@ class Exchange:
             worker.breaker.forget(self.admission)
         if self.connection is not None:
             self.connection.release()
+        if worker.on_load is not None:
+            worker.on_load(worker)
         if worker.in_flight == 0 and worker.idle_waiter is not None and not worker.idle_waiter.done():
             worker.idle_waiter.set_result(None)

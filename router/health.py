@@ -44,6 +44,7 @@ class Monitor:
         self.policy = policy
         self.metrics = metrics
         self.relearn = relearn  # async: refresh what is known of a worker that came back
+        self.on_ejected: Callable[[Worker], None] | None = None
         self.tasks: dict[Worker, asyncio.Task] = {}
         registry.on_removed.append(self._unwatch)
 
@@ -65,6 +66,8 @@ class Monitor:
         log.warning("worker %s is ejected: %s", worker.url, why)
         self.registry.set_status(worker, "unhealthy")
         worker.pool.drop_idle()
+        if self.on_ejected is not None:
+            self.on_ejected(worker)
         if dead:
             worker.pool.fail_active(UpstreamError(f"the worker was ejected: {why}", kind="ejected"))
         if self.config.remove_unhealthy_workers:

@@ -19,14 +19,53 @@ class ClientConnection(HttpToolsProtocol):
 
     on_lost = None
     lost = False
+    head_timer: asyncio.TimerHandle | None = None  # runs while a request's head is on its way
     idle_since_s: float | None = None  # loop time; None while a request runs
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.in_head = True
         self.scope["router.connection"] = self  # type: ignore[typeddict-unknown-key]
+
+    def connection_made(self, transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.in_head = True
+        self._time_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # A head nearly always comes in one piece: only one that does not is worth a timer.
+        if self.in_head and self.head_timer is None and not self.transport.is_closing():
+            self._time_head()
+
+    def on_headers_complete(self) -> None:
+        self.in_head = False
+        if self.head_timer is not None:
+            self.head_timer.cancel()
+            self.head_timer = None
+        super().on_headers_complete()
+
+    def _time_head(self) -> None:
+        timeout_s = self.config.client_header_timeout_s  # type: ignore[attr-defined]
+        self.head_timer = self.loop.call_later(timeout_s, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        self.head_timer = None
+        if not self.in_head or self.transport.is_closing():
+            return
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:  # else the answer before is still going out
+            body = error_body("the request's head took too long", "invalid_request_error", "header_timeout")
+            self.transport.write(
+                b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
+                b"content-length: %d\r\n\r\n" % len(body) + body
+            )
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
+        if self.head_timer is not None:
+            self.head_timer.cancel()
         super().connection_lost(exc)
         if self.timeout_keep_alive_task is not None:
             self.timeout_keep_alive_task.cancel()
@@ -123,6 +162,9 @@ class GatewayServer(uvicorn.Server):
             self.should_exit = True
         else:
             loop.call_soon_threadsafe(self._start_drain)
+
+    def stop(self) -> None:
+        self.should_exit = True
 
     def _start_drain(self) -> None:
         self._drain = asyncio.ensure_future(self._wait_idle())

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +63,7 @@ class Jobs:
         self.monitor = monitor
         self.metrics = metrics
         self.exact: Exact | None = None
+        self.wait_elsewhere: Callable[[Worker], Awaitable[None]] | None = None  # idle in other processes
         self.jobs: dict[str, Job] = {}  # by worker id
         self.tasks: set[asyncio.Task] = set()
 
@@ -187,6 +189,8 @@ class Jobs:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.request_timeout_secs):
                 await worker.wait_idle()
+                if self.wait_elsewhere is not None:
+                    await self.wait_elsewhere(worker)
         self.registry.remove(worker)
         job.go("done")
         self.metrics.deregistrations.of(worker.source, reason).add()

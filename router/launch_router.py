@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import uvicorn
 
@@ -36,12 +36,11 @@ def run(config: RouterConfig) -> None:
 
 
 async def serve(config: RouterConfig) -> None:
-    gateway, app = build_app(config)
-    server = GatewayServer(uvicorn_config(config, app), gateway, config.shutdown_grace_period_secs)
+    server = make_server(config)
     metrics_server = None
     if config.prometheus_port is not None:
         metrics_server = await start_metrics_server(
-            gateway.metrics, config.prometheus_host, config.prometheus_port
+            server.gateway.metrics_text, config.prometheus_host, config.prometheus_port
         )
     try:
         await server.serve()
@@ -50,8 +49,18 @@ async def serve(config: RouterConfig) -> None:
             metrics_server.close()
 
 
+def make_server(config: RouterConfig):
+    """What serves: one process, or the supervisor of several. Has `gateway`, `serve()` and `stop()`."""
+    if config.workers_processes > 1:
+        from router.cluster import Cluster  # its processes import this module
+
+        return Cluster(config)
+    gateway, app = build_app(config)
+    return GatewayServer(uvicorn_config(config, app), gateway, config.shutdown_grace_period_secs)
+
+
 def uvicorn_config(config: RouterConfig, app) -> uvicorn.Config:
-    return uvicorn.Config(
+    made = uvicorn.Config(
         app,
         host=config.host,
         port=config.port,
@@ -70,16 +79,18 @@ def uvicorn_config(config: RouterConfig, app) -> uvicorn.Config:
         ssl_keyfile=config.tls_key_path,
         timeout_graceful_shutdown=max(1, int(config.shutdown_grace_period_secs)),
     )
+    made.client_header_timeout_s = config.client_header_timeout_secs  # type: ignore[attr-defined]
+    return made
 
 
-async def start_metrics_server(metrics, host: str, port: int) -> asyncio.Server:
+async def start_metrics_server(text: Callable[[], Awaitable[bytes]], host: str, port: int) -> asyncio.Server:
     """A server that answers every GET with the metrics. Raises OSError when the port is taken."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(10):
                 await reader.readuntil(b"\r\n\r\n")
-            body = metrics.text()
+            body = await text()
             writer.write(
                 b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: %s\r\ncontent-length: %d\r\n\r\n"
                 % (METRICS_TYPE.encode(), len(body))

@@ -15,10 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from router.app import build_app
 from router.config import ConfigError, RouterConfig, add_flags, read_yaml
-from router.http_server import GatewayServer
-from router.launch_router import loop_factory, set_up_logging, start_metrics_server, uvicorn_config
+from router.launch_router import loop_factory, make_server, set_up_logging, start_metrics_server
 from router.replicas import Replicas, ReplicasFailed, ReplicaSpec, free_ports
 
 log = logging.getLogger("router")
@@ -145,8 +143,8 @@ def _router_config(
 async def run(plan: Plan) -> int:
     """Serve until told to stop; 1 when the replicas cannot be started."""
     config = plan.config
-    gateway, app = build_app(config)
-    server = GatewayServer(uvicorn_config(config, app), gateway, config.shutdown_grace_period_secs)
+    server = make_server(config)
+    gateway = server.gateway
     served: set[str] = set()
 
     def is_ready(spec: ReplicaSpec) -> bool:
@@ -159,7 +157,7 @@ async def run(plan: Plan) -> int:
     metrics_server = None
     if config.prometheus_port is not None:
         metrics_server = await start_metrics_server(
-            gateway.metrics, config.prometheus_host, config.prometheus_port
+            gateway.metrics_text, config.prometheus_host, config.prometheus_port
         )
     serving = asyncio.create_task(server.serve())
     replicas.start()
@@ -169,7 +167,7 @@ async def run(plan: Plan) -> int:
         await asyncio.wait((serving, replicas.failed), return_when=asyncio.FIRST_COMPLETED)
         if replicas.failed.done():
             log.error("%s", replicas.failed.exception())
-            server.should_exit = True
+            server.stop()
             code = 1
         await serving
     finally:

@@ -134,6 +134,7 @@ class TokenRate:
     def __init__(self, tokens_per_s: float | None, clock: Callable[[], float]) -> None:
         self.tokens_per_s = tokens_per_s
         self.clock = clock
+        self.on_charged: Callable[[str, int], None] | None = None  # for other processes to hear of
         self.buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens left, at time
 
     def admit(self, caller: str, tokens: int) -> None:
@@ -151,11 +152,20 @@ class TokenRate:
                 retry_after_s=-left / rate,
             )
         self._set(caller, left - tokens)
+        if self.on_charged is not None:
+            self.on_charged(caller, tokens)
+
+    def heard(self, caller: str, tokens: int) -> None:
+        """Another gateway process has charged `caller`."""
+        if self.tokens_per_s is not None:
+            self._set(caller, self._left(caller, self.tokens_per_s) - tokens)
 
     def charge(self, caller: str, tokens: int) -> None:
         """Charge what was generated, after the fact."""
         if self.tokens_per_s is not None:
             self._set(caller, self._left(caller, self.tokens_per_s) - tokens)
+            if self.on_charged is not None:
+                self.on_charged(caller, tokens)
 
     def _left(self, caller: str, rate: float) -> float:
         full = rate * self.BURST_S

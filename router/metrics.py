@@ -6,8 +6,13 @@ against 1 to 2 us of a thread-safe client library, eight times a request).
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 Labels = tuple[str, ...]
+# What one process counted: by name the kind and, by labels, the values: one number, or a histogram's
+# counts and sum.
+Snapshot = dict[str, tuple[str, list[tuple[Labels, list[float]]]]]
+Merge = Literal["sum", "max", "own"]
 
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKEN_BUCKETS = (0, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -57,9 +62,15 @@ class Counter:
             cell = self.cells[values] = Cell()
         return cell
 
-    def samples(self) -> Iterable[str]:
-        for values, cell in self.cells.items():
-            yield f"{self.name}{label_text(self.labels, values)} {cell.value:g}"
+    def state(self) -> list[tuple[Labels, list[float]]]:
+        return [(labels, [cell.value]) for labels, cell in self.cells.items()]
+
+    def samples(self, others: Iterable[tuple[Labels, list[float]]] = ()) -> Iterable[str]:
+        values = {labels: cell.value for labels, cell in self.cells.items()}
+        for labels, (value,) in others:
+            values[labels] = values.get(labels, 0.0) + value
+        for labels, value in values.items():
+            yield f"{self.name}{label_text(self.labels, labels)} {value:g}"
 
 
 class Gauge(Counter):
@@ -73,16 +84,25 @@ class Gauge(Counter):
         help: str,
         labels: Labels = (),
         read: Callable[[], dict[Labels, float]] | None = None,
+        merge: Merge = "own",
     ) -> None:
         super().__init__(name, help, labels)
         self.read = read
+        self.merge = merge  # of the values that the processes of one gateway have
 
-    def samples(self) -> Iterable[str]:
+    def state(self) -> list[tuple[Labels, list[float]]]:
         if self.read is None:
-            yield from super().samples()
-            return
-        for values, value in self.read().items():
-            yield f"{self.name}{label_text(self.labels, values)} {value:g}"
+            return super().state()
+        return [(labels, [value]) for labels, value in self.read().items()]
+
+    def samples(self, others: Iterable[tuple[Labels, list[float]]] = ()) -> Iterable[str]:
+        values = {labels: value for labels, (value,) in self.state()}
+        if self.merge != "own":
+            for labels, (value,) in others:
+                before = values.get(labels, 0.0)
+                values[labels] = max(before, value) if self.merge == "max" else before + value
+        for labels, value in values.items():
+            yield f"{self.name}{label_text(self.labels, labels)} {value:g}"
 
 
 class Histogram:
@@ -103,16 +123,25 @@ class Histogram:
             cell = self.cells[values] = HistogramCell(self.bounds)
         return cell
 
-    def samples(self) -> Iterable[str]:
+    def state(self) -> list[tuple[Labels, list[float]]]:
+        return [(labels, [*cell.counts, cell.total]) for labels, cell in self.cells.items()]
+
+    def samples(self, others: Iterable[tuple[Labels, list[float]]] = ()) -> Iterable[str]:
         names = (*self.labels, "le")
-        for values, cell in self.cells.items():
+        all_values = dict(self.state())
+        for labels, more in others:
+            before = all_values.get(labels)
+            all_values[labels] = (
+                more if before is None else [a + b for a, b in zip(before, more, strict=True)]
+            )
+        for values, (*counts, total) in all_values.items():
             running = 0
             limits = [*(f"{bound:g}" for bound in self.bounds), "+Inf"]
-            for text, count in zip(limits, cell.counts, strict=True):
-                running += count
+            for text, count in zip(limits, counts, strict=True):
+                running += int(count)
                 yield f"{self.name}_bucket{label_text(names, (*values, text))} {running}"
             labels = label_text(self.labels, values)
-            yield f"{self.name}_sum{labels} {cell.total:g}"
+            yield f"{self.name}_sum{labels} {total:g}"
             yield f"{self.name}_count{labels} {running}"
 
 
@@ -218,15 +247,30 @@ class Metrics:
         self.all.append(metric)
         return metric
 
-    def watch(self, name: str, help: str, labels: Labels, read: Callable[[], dict[Labels, float]]) -> None:
+    def watch(
+        self,
+        name: str,
+        help: str,
+        labels: Labels,
+        read: Callable[[], dict[Labels, float]],
+        merge: Merge = "own",
+    ) -> None:
         """A gauge whose samples are read from live state when it is scraped."""
-        self.all.append(Gauge(name, help, labels, read))
+        self.all.append(Gauge(name, help, labels, read, merge))
 
-    def text(self) -> bytes:
-        """The exposition, version 0.0.4. Every name has its HELP and TYPE line even without samples."""
+    def snapshot(self) -> Snapshot:
+        """Everything counted here, for a supervisor to add up."""
+        return {metric.name: (metric.kind, metric.state()) for metric in self.all}
+
+    def text(self, others: Iterable[Snapshot] = ()) -> bytes:
+        """The exposition, version 0.0.4, with what other processes counted added.
+
+        Every name has its HELP and TYPE line even without samples.
+        """
+        others = list(others)
         lines = []
         for metric in self.all:
             lines.append(f"# HELP {metric.name} {metric.help}")
             lines.append(f"# TYPE {metric.name} {metric.kind}")
-            lines.extend(metric.samples())
+            lines.extend(metric.samples([s for o in others if metric.name in o for s in o[metric.name][1]]))
         return ("\n".join(lines) + "\n").encode()

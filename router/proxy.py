@@ -67,9 +67,12 @@ class Proxy:
         self.concurrency = Concurrency(
             config.max_concurrent_requests, config.queue_size, config.queue_timeout_secs
         )
-        self.dispatch = Dispatch(registry, policy, config.prefill_window_tokens, self.loop.time)
+        self.dispatch = Dispatch(
+            registry, policy, config.prefill_window_tokens, self.loop.time, config.workers_processes
+        )
         self.token_rate = TokenRate(config.rate_limit_tokens_per_second, self.loop.time)
         self.recorder = Recorder(metrics, config.effective_policy)
+        self.on_placed: Callable[[Call, Worker], None] | None = None  # for other processes to hear of
         self.direct = not config.cors_allowed_origins  # nothing wraps `send`
         self.id_ranks = {name.lower().encode(): i for i, name in enumerate(config.request_id_headers)}
         self.attempts = 1 if config.disable_retries else config.retry_max_retries

@@ -43,6 +43,16 @@ class Load(msgspec.Struct):
     at_s: float = 0.0
 
 
+class Share(msgspec.Struct, array_like=True):
+    """What another gateway process has at a worker, and what it thinks of it."""
+
+    in_flight: int = 0
+    pending_tokens: int = 0
+    sent_tokens: int = 0
+    total: int = 0
+    breaker: Literal["closed", "open", "half_open"] = "closed"
+
+
 class Worker:
     """One worker, or one data-parallel rank of it. Mutated only on the event loop."""
 
@@ -67,6 +77,9 @@ class Worker:
         self.load: Load | None = None
         self.foreign_requests = 0  # requests of other gateways, by its last load report
         self.foreign_tokens = 0
+        self.shares: dict[int, Share] = {}  # of the other gateway processes, by their number
+        self.sibling_requests = self.sibling_tokens = self.sibling_sent_tokens = 0  # their sums
+        self.on_load: Callable[[Worker], None] | None = None  # our share has changed
         self.kv: KvImage | None = None  # exact knowledge of its cache, when it publishes it
         self.capacity_tokens: int | None = None
         self.page_size: int | None = None
@@ -102,8 +115,8 @@ class Worker:
 
     @property
     def requests(self) -> int:
-        """In-flight requests, those of other gateways included."""
-        return self.in_flight + self.foreign_requests
+        """In-flight requests, those of other processes and gateways included."""
+        return self.in_flight + self.sibling_requests + self.foreign_requests
 
     @property
     def healthy(self) -> bool:
@@ -112,8 +125,23 @@ class Worker:
     def report(self, load: Load) -> None:
         """Take a load report: what exceeds our own share is the work of other gateways."""
         self.load = load
-        self.foreign_requests = max(0, load.running + load.waiting - self.in_flight)
-        self.foreign_tokens = max(0, load.queued_tokens - self.pending_tokens)
+        ours = self.in_flight + self.sibling_requests
+        self.foreign_requests = max(0, load.running + load.waiting - ours)
+        self.foreign_tokens = max(0, load.queued_tokens - self.pending_tokens - self.sibling_tokens)
+
+    def share(self) -> Share:
+        return Share(self.in_flight, self.pending_tokens, self.sent_tokens, self.total, self.breaker.state)
+
+    def set_share(self, index: int, share: Share | None) -> None:
+        """Take what process `index` has here; None: it is gone."""
+        if share is None:
+            self.shares.pop(index, None)
+        else:
+            self.shares[index] = share
+        shares = self.shares.values()
+        self.sibling_requests = sum(s.in_flight for s in shares)
+        self.sibling_tokens = sum(s.pending_tokens for s in shares)
+        self.sibling_sent_tokens = sum(s.sent_tokens for s in shares)
 
     def describe(self) -> dict[str, Any]:
         """The public view in `GET /workers`."""
@@ -129,11 +157,14 @@ class Worker:
             "priority": self.spec.priority,
             "cost": self.spec.cost,
             "status": self.status,
-            "is_healthy": self.healthy,
-            "circuit_breaker": self.breaker.state,
-            "load": self.in_flight,
-            "requests_total": self.total,
-            "pending_tokens": self.pending_tokens,
+            "is_healthy": self.healthy and not any(s.breaker != "closed" for s in self.shares.values()),
+            "circuit_breaker": max(
+                (self.breaker.state, *(s.breaker for s in self.shares.values())),
+                key=("closed", "half_open", "open").index,
+            ),
+            "load": self.in_flight + self.sibling_requests,
+            "requests_total": self.total + sum(s.total for s in self.shares.values()),
+            "pending_tokens": self.pending_tokens + self.sibling_tokens,
             "dp_rank": self.dp_rank,
             "instance_id": self.instance_id,
             "capacity_tokens": self.capacity_tokens,

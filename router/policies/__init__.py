@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from importlib import import_module
 from random import Random  # the name `random` here is the policy of that name
+from typing import Any
 
 from router.call import Call
 from router.config import RouterConfig
@@ -47,6 +48,13 @@ class Policy:
         """`worker` is gone for good."""
         self.cleared(worker)
 
+    def news(self, call: Call, worker: Worker) -> Any:
+        """What other gateway processes should know of `placed`, as plain data; None: nothing."""
+        return None
+
+    def heard(self, worker: Worker, news: Any) -> None:
+        """Another gateway process placed a request at `worker`, and told `news` of it."""
+
     def sweep(self, now_s: float) -> None:
         """Periodic upkeep, every `eviction_interval_secs`."""
 
@@ -57,7 +65,7 @@ class Policy:
 
 def least_loaded(workers: Sequence[Worker]) -> Worker:
     """Fewest in-flight requests, then fewest ever, then the first."""
-    return min(workers, key=lambda w: (w.in_flight + w.foreign_requests, w.total))
+    return min(workers, key=lambda w: (w.requests, w.total))
 
 
 def make_policy(name: str, config: RouterConfig, rng: Random | None = None) -> Policy:

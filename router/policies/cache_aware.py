@@ -17,8 +17,10 @@ had less than expected, its cache is smaller than it says, and the image shrinks
 """
 
 import random
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
@@ -34,6 +36,8 @@ BLOCK_BYTES = 256
 MISS_WEIGHT = 2.0
 PRESSURE_WEIGHT = 0.5
 MIN_IMAGE_BLOCKS = 16
+THEIRS_S = 5.0  # how long pages that another process has asked a worker for count as held; then events tell
+MAX_THEIRS = 100_000
 MAX_CHAIN_BYTES = 2 << 20  # of a prompt are hashed: 2.5 ms; what follows changes no decision
 
 
@@ -88,7 +92,9 @@ class CacheAware(Policy):
     def __init__(self, config: RouterConfig, rng: random.Random) -> None:
         super().__init__(config, rng)
         self.images: dict[Worker, Image] = {}
+        self.clock = time.monotonic
         self.coming: dict[Worker, dict[int, int]] = {}  # pages being computed there, with a count
+        self.theirs: dict[Worker, OrderedDict[int, float]] = {}  # for other processes, with an end time
         self.bytes_per_token = 4.0  # of prompt JSON; learned from the answers
 
     def choose(self, call: Call, workers: Sequence[Worker]) -> Worker:
@@ -135,6 +141,24 @@ class CacheAware(Policy):
             for page in call.pages.get(worker.kv.page_size, ()):
                 coming[page] = coming.get(page, 0) + 1
 
+    def news(self, call: Call, worker: Worker) -> Any:
+        pages = call.pages.get(worker.kv.page_size) if worker.kv is not None else None
+        return (call.chain, pages or ()) if call.chain or pages else None
+
+    def heard(self, worker: Worker, news: Any) -> None:
+        chain, pages = news
+        if chain:
+            image = self.images.get(worker) or self._new_image(worker)
+            image.insert(chain)
+        if pages:
+            now_s = self.clock()
+            theirs = self.theirs.setdefault(worker, OrderedDict())
+            for page in pages:
+                theirs[page] = now_s + THEIRS_S
+                theirs.move_to_end(page)
+            while theirs and (next(iter(theirs.values())) <= now_s or len(theirs) > MAX_THEIRS):
+                theirs.popitem(last=False)
+
     def uncached(self, call: Call, worker: Worker) -> float:
         kv = worker.kv
         if call.token_ids is not None and kv is not None and kv.live:
@@ -171,14 +195,18 @@ class CacheAware(Policy):
 
     def cleared(self, worker: Worker) -> None:
         self.images.pop(worker, None)
+        self.theirs.pop(worker, None)
 
     def _exact_hit(self, call: Call, worker: Worker, kv: KvImage) -> int:
         """Tokens of the prompt that `worker` holds or is computing now."""
         pages = hashes_of(call, kv.page_size)
         hit = kv.hit_pages(pages, worker.dp_rank)
         coming = self.coming.get(worker)
-        if coming:
-            while hit < len(pages) and pages[hit] in coming:
+        theirs = self.theirs.get(worker)
+        if coming or theirs:
+            coming, theirs = coming or {}, theirs or {}
+            now_s = self.clock() if theirs else 0.0
+            while hit < len(pages) and (pages[hit] in coming or theirs.get(pages[hit], 0.0) > now_s):
                 hit += 1
         return min(hit * kv.page_size, len(call.token_ids or ()) - 1)
 

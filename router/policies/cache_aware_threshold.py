@@ -8,6 +8,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from router.call import Call
 from router.config import RouterConfig
@@ -47,6 +48,12 @@ class CacheAwareThreshold(Policy):
 
     def placed(self, call: Call, worker: Worker) -> None:
         self.tree.insert(call.prompt_text(), worker)
+
+    def news(self, call: Call, worker: Worker) -> Any:
+        return call.prompt_text()
+
+    def heard(self, worker: Worker, news: Any) -> None:
+        self.tree.insert(news, worker)
 
     def cleared(self, worker: Worker) -> None:
         self.tree.remove(worker)

@@ -17,8 +17,9 @@ def queued_tokens(worker: Worker) -> float:
     """Work queued at `worker`, in prompt tokens."""
     return (
         worker.pending_tokens
+        + worker.sibling_tokens
         + worker.foreign_tokens
-        + RUNNING_REQUEST_TOKENS * (worker.in_flight + worker.foreign_requests)
+        + RUNNING_REQUEST_TOKENS * (worker.in_flight + worker.sibling_requests + worker.foreign_requests)
     )
 
 

@@ -7,6 +7,7 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from router.call import Call
 from router.config import RouterConfig
@@ -83,6 +84,28 @@ class Manual(Policy):
         entry = self.keys.pop(key)
         if entry.workers and entry.workers[0] in self.groups:
             self.groups[entry.workers[0]] -= 1
+
+    def news(self, call: Call, worker: Worker) -> Any:
+        entry = self.keys.get(call.routing_key or "")
+        return call.routing_key if entry is not None and entry.workers[0] is worker else None
+
+    def heard(self, worker: Worker, news: Any) -> None:
+        """Two processes that met a new key at once agree on the worker with the lower id."""
+        now_s = self.clock()
+        entry = self.keys.get(news)
+        if entry is None:
+            entry = self.keys[news] = Assignment(now_s)
+            if len(self.keys) > MAX_KEYS:
+                self._drop(next(iter(self.keys)))
+        entry.seen_s = now_s
+        self.keys.move_to_end(news)
+        home = entry.workers[0] if entry.workers else None
+        if home is worker or (home is not None and home.id < worker.id):
+            return
+        if home is not None and home in self.groups:
+            self.groups[home] -= 1
+        entry.workers = [worker, *(w for w in entry.workers if w is not worker)][:MAX_CANDIDATES]
+        self.groups[worker] = self.groups.get(worker, 0) + 1
 
     def cleared(self, worker: Worker) -> None:
         """A flushed cache moves no keys."""

@@ -307,7 +307,11 @@ async def test_metrics_count_what_happened():
 @asynchronous
 async def test_metrics_port_serves_the_same_text():
     metrics = Metrics()
-    server = await start_metrics_server(metrics, "127.0.0.1", 0)
+
+    async def text() -> bytes:
+        return metrics.text()
+
+    server = await start_metrics_server(text, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     async with httpx.AsyncClient() as client:
         response = await client.get(f"http://127.0.0.1:{port}/metrics")

@@ -1,0 +1,188 @@
+"""Several gateway processes on one port: one registry, shared prefixes and loads, one life."""
+
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from test_router_launch import alive, launch, wait_for
+
+from router.bench.worker import CHARS_PER_TOKEN
+from router.replicas import free_ports
+
+CHAT = {"model": "bench", "messages": [{"role": "user", "content": "hello"}]}
+
+
+class Cluster:
+    def __init__(self, port: int, process) -> None:
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.process = process
+        self.lines: list[str] = []
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        self.lines.extend(self.process.stderr)
+
+    def children(self) -> list[int]:
+        pid = self.process.pid
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return [int(child) for child in file.read().split()]
+
+    def everyone(self, path: str, tries: int = 24) -> list[httpx.Response]:
+        """Answers over as many connections: the kernel spreads them over the processes."""
+        answers = []
+        for _ in range(tries):
+            with httpx.Client() as client:
+                answers.append(client.get(self.url + path, timeout=10))
+        return answers
+
+    def metric(self, text: str) -> float:
+        lines = httpx.get(self.url + "/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(text))
+
+    def ready(self, workers: int) -> bool:
+        return all(a.json()["healthy_workers"] == workers for a in self.everyone("/readiness", 12))
+
+
+@contextmanager
+def workers(count: int, *flags: str):
+    ports = free_ports(count, 44300)
+    started = [launch("router.bench.worker", "--port", str(p), *flags) for p in ports]
+    try:
+        for p in ports:
+            wait_for(lambda p=p: httpx.get(f"http://127.0.0.1:{p}/health").status_code == 200)
+        yield [f"http://127.0.0.1:{p}" for p in ports]
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+@contextmanager
+def cluster(*flags: str, processes: int = 2):
+    port = free_ports(1, 44200)[0]
+    process = launch(
+        "router.launch_router", "--host", "127.0.0.1", "--port", str(port),
+        "--workers-processes", str(processes), "--shutdown-grace-period-secs", "5", *flags,
+    )  # fmt: skip
+    made = Cluster(port, process)
+    try:
+        wait_for(lambda: httpx.get(made.url + "/health").status_code == 200, 30)
+        yield made
+    finally:
+        pids = made.children() if process.poll() is None else []
+        process.kill()
+        process.wait()
+        for pid in pids:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def generate(c: Cluster, text: str, **more) -> httpx.Response:
+    """Over a connection of its own."""
+    with httpx.Client() as client:
+        body = {"text": text, "sampling_params": {"max_new_tokens": 2}, **more}
+        return client.post(c.url + "/generate", json=body, timeout=20)
+
+
+def test_registry_change_is_seen_by_every_process_and_metrics_are_added_up():
+    with workers(2) as urls, cluster() as c:
+        for url in urls:
+            assert httpx.post(c.url + "/workers", json={"url": url}).status_code == 202
+        wait_for(lambda: c.ready(2))
+        views = [a.json()["workers"] for a in c.everyone("/workers")]
+        assert {tuple(sorted((w["id"], w["url"], w["status"]) for w in v)) for v in views} == {
+            tuple(sorted((w["id"], w["url"], "ready") for w in views[0]))
+        }
+        assert all(generate(c, "x").status_code == 200 for _ in range(40))
+        assert c.metric("smg_worker_requests_total{") == 40
+        assert sum(w["requests_total"] for w in httpx.get(c.url + "/workers").json()["workers"]) == 40
+        gone = views[0][0]
+        assert httpx.delete(f"{c.url}/workers/{gone['id']}").status_code == 202
+        wait_for(lambda: c.ready(1))
+        answers = [generate(c, "x") for _ in range(20)]
+        assert all(a.headers["x-smg-routed-worker-id"] != gone["url"] for a in answers)
+        flushed = httpx.post(c.url + "/flush_cache").json()
+        assert flushed["total_http_workers"] == 1
+
+
+@pytest.mark.parametrize("policy", ["cache_aware", "cache_aware_threshold"])
+def test_prefix_learned_in_one_process_is_followed_by_the_other(policy):
+    flags = ("--cache-blocks", "4096")
+    with workers(4, *flags) as urls, cluster("--policy", policy, "--worker-urls", *urls, processes=3) as c:
+        wait_for(lambda: c.ready(4))
+        for family in range(6):
+            prefix = f"{family} " * 1000
+            homes = {generate(c, prefix + str(i)).headers["x-smg-routed-worker-id"] for i in range(12)}
+            assert len(homes) == 1
+        stats = [httpx.get(u + "/bench/stats").json() for u in urls]
+        prompt, cached = (sum(s[k] for s in stats) for k in ("prompt_tokens", "cached_tokens"))
+        missed = 6 * 2000 // CHARS_PER_TOKEN  # one first request of each family, and the odd ends
+        assert prompt - cached < missed + 72 * 20
+
+
+def test_load_of_one_process_is_weighed_by_the_other():
+    flags = ("--prefill-us", "1000")
+    with workers(2, *flags) as urls, cluster("--policy", "least_load", "--worker-urls", *urls) as c:
+        wait_for(lambda: c.ready(2))
+        with ThreadPoolExecutor(12) as pool:
+            running = []
+            for _ in range(12):  # each of 0.25 s, on a connection of its own
+                running.append(pool.submit(generate, c, "x" * 1000))
+                threading.Event().wait(0.03)
+            homes = [r.result().headers["x-smg-routed-worker-id"] for r in running]
+        assert sorted(homes.count(u) for u in urls) == [6, 6]
+
+
+def test_removed_worker_is_kept_until_what_runs_on_any_process_has_ended():
+    flags = ("--prefill-us", "4000")
+    with workers(1, *flags) as urls, cluster("--worker-urls", *urls) as c:
+        wait_for(lambda: c.ready(1))
+        worker = httpx.get(c.url + "/workers").json()["workers"][0]
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(generate, c, "x" * 1000)  # 1 s
+            wait_for(lambda: httpx.get(c.url + "/workers").json()["workers"][0]["load"] == 1)
+            httpx.delete(f"{c.url}/workers/{worker['id']}")
+            listed = httpx.get(c.url + "/workers").json()["workers"]
+            assert [w["status"] for w in listed] == ["draining"] and not answer.done()
+            assert answer.result().status_code == 200
+        wait_for(lambda: httpx.get(c.url + "/workers").json()["total"] == 0)
+
+
+def test_killed_process_is_started_again_with_the_registry_and_counts_stay():
+    with workers(1) as urls, cluster("--worker-urls", *urls) as c:
+        wait_for(lambda: c.ready(1))
+        assert all(generate(c, "x").status_code == 200 for _ in range(20))
+        assert c.metric("smg_worker_requests_total{") == 20
+        before = c.children()
+        os.kill(before[0], signal.SIGKILL)
+        wait_for(lambda: len(set(c.children()) - set(before)) == 1)
+        wait_for(lambda: c.ready(1))
+        assert all(generate(c, "x").status_code == 200 for _ in range(20))
+        assert c.metric("smg_worker_requests_total{") == 40
+
+
+def test_sigterm_drains_every_process_and_ends_all_with_zero():
+    with workers(1, "--prefill-us", "6000") as urls, cluster("--worker-urls", *urls) as c:
+        wait_for(lambda: c.ready(1))
+        pids = c.children()
+        with ThreadPoolExecutor(3) as pool:
+            running = [pool.submit(generate, c, "x" * 600) for _ in range(2)]  # 0.9 s each, serial
+            wait_for(lambda: httpx.get(c.url + "/workers").json()["workers"][0]["load"] == 2)
+            c.process.send_signal(signal.SIGTERM)
+            assert [r.result().status_code for r in running] == [200, 200]
+        assert c.process.wait(15) == 0
+        assert len(pids) == 2 and not any(alive(pid) for pid in pids)
+
+
+def test_members_end_when_their_supervisor_is_killed():
+    with cluster() as c:
+        pids = c.children()
+        c.process.kill()
+        c.process.wait()
+        wait_for(lambda: not any(alive(pid) for pid in pids))
