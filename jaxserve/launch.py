@@ -4,96 +4,40 @@ Birth: the port is tried, the engine process starts, reports progress, says that
 then the port opens. Death: SIGTERM or SIGINT stops new requests, running ones finish within the
 grace period, the engine drains and ends, exit status 0. An engine that dies or stops answering ends
 this process with status 1, after every waiting client was told.
+
+Of several hosts each has a launcher and an engine. Only host 0 has HTTP; when it has drained, all end
+with status 0, also when it was another host that was told to stop. When one fails all end with status
+1 and say which it was.
 """
 
 import asyncio
-import contextlib
-import json
 import logging
 import os
 import signal
 import socket
 import sys
 import tempfile
-import time
 
 from jaxserve.config import ConfigError, ServerConfig
-from jaxserve.messages import Drain, EngineDeadError, Info
-from jaxserve.progress import ProgressLines
+from jaxserve.engine_process import EngineProcess
+from jaxserve.messages import EngineDeadError, Info
 from jaxserve.replicas import Replicas, replica_configs
 from jaxserve.server.app import create_app, serve
+from jaxserve.server.health import start_health_server
 from jaxserve.text.chat_template import ChatTemplate, ChatTemplateError
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
-from jaxserve.transport import Connection, ZmqCarrier
 
 logger = logging.getLogger(__name__)
 
-WATCHDOG_S = 300.0  # an engine that owes an answer and says nothing for so long is frozen
-
-
-class EngineProcess:
-    """The engine in a process of its own, and the connection to it."""
-
-    def __init__(self, process: asyncio.subprocess.Process, carrier: ZmqCarrier):
-        self._process = process
-        self._carrier = carrier
-        self.connection: Connection = carrier.connection
-        self.dead = asyncio.Event()
-        self._tasks = [asyncio.create_task(self._watch_exit()), asyncio.create_task(self._watch_silence())]
-
-    @classmethod
-    async def start(cls, config: ServerConfig, address: str) -> "EngineProcess":
-        carrier = ZmqCarrier(address, ProgressLines())
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "jaxserve.engine.main", address),
-            stdin=asyncio.subprocess.PIPE,
-            start_new_session=True,  # a Ctrl-C in the terminal reaches this process only
-        )
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(config.to_dict()).encode() + b"\n")
-        return cls(process, carrier)
-
-    async def drain(self, grace_s: float) -> None:
-        """Let the engine finish and end; kill it when it does not."""
-        if self._process.returncode is None and not self.connection.closed:
-            self._carrier.connection.send(Drain(grace_s))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), grace_s + 10)
-        await self.kill()
-
-    async def kill(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        if self._process.returncode is None:
-            self._process.kill()
-            await self._process.wait()
-        await self._carrier.close()
-
-    async def _watch_exit(self) -> None:
-        code = await self._process.wait()
-        await asyncio.sleep(0.1)  # its last message may still be on the way
-        self._lose(f"the engine process ended with status {code}")
-
-    async def _watch_silence(self) -> None:
-        while True:
-            await asyncio.sleep(WATCHDOG_S / 10)
-            silent_s = time.monotonic() - self.connection.last_heard_s
-            if self.connection.waits and silent_s > WATCHDOG_S:
-                self._process.kill()
-                self._lose(f"the engine said nothing for {silent_s:.0f} s")
-
-    def _lose(self, reason: str) -> None:
-        self.connection.fail(reason)
-        self.dead.set()
+STOP_S = 5.0  # for an engine of several hosts to tell the others, when told to stop while starting
 
 
 async def run(config: ServerConfig) -> int:
     """Serve until a signal or the engine's end; returns the exit status."""
+    if config.node_rank:
+        return await follow(config)
     _try_port(config.host, config.port)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop = _stop_signal()
     configs = replica_configs(config)
     if len(configs) > 1:
         logger.warning(
@@ -104,11 +48,21 @@ async def run(config: ServerConfig) -> int:
     with tempfile.TemporaryDirectory(prefix="jaxserve-") as directory:
         engines = [await EngineProcess.start(c, f"ipc://{directory}/{i}") for i, c in enumerate(configs)]
         stopped = asyncio.create_task(stop.wait())
+
+        def stop_for(reason: str) -> None:
+            logger.warning("%s: finishing what runs, then all hosts end", reason)
+            stop.set()
+
+        for engine in engines:
+            engine.asks_stop = stop_for
         try:
             ready = asyncio.gather(*(engine.connection.ready() for engine in engines))
             await asyncio.wait((ready, stopped), return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():
                 ready.cancel()
+                if config.nnodes > 1:
+                    engines[0].ask_to_stop()
+                    await engines[0].wait_dead(STOP_S)
                 return 0
             await ready
             await _serve(config, engines, stop)
@@ -123,6 +77,51 @@ async def run(config: ServerConfig) -> int:
         finally:
             stopped.cancel()
             await asyncio.gather(*(engine.kill() for engine in engines))
+
+
+async def follow(config: ServerConfig) -> int:
+    """The launcher of a host that serves no HTTP: its engine follows host 0. Returns the exit status."""
+    port = config.follower_health_port
+    if port is not None:
+        _try_port(config.host, port)
+    stop = _stop_signal()
+    health = None
+    with tempfile.TemporaryDirectory(prefix="jaxserve-") as directory:
+        engine = await EngineProcess.start(config, f"ipc://{directory}/0")
+        waits = [asyncio.create_task(event.wait()) for event in (stop, engine.dead)]
+        try:
+            ready = asyncio.ensure_future(engine.connection.ready())
+            await asyncio.wait((ready, *waits), return_when=asyncio.FIRST_COMPLETED)
+            if ready.done() and not ready.exception():
+                logger.info("host %d is ready and follows %s", config.node_rank, config.dist_init_addr)
+                if port is not None:
+                    health = await start_health_server(config.host, port)
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if stop.is_set():
+                logger.warning("host %d was told to stop: asking host 0 to end all", config.node_rank)
+                engine.ask_to_stop()
+                await engine.wait_dead(config.shutdown_grace_period_secs + 3 * STOP_S)
+            await engine.wait_dead(STOP_S)
+            if engine.exit_status == 0:
+                logger.info("host %d ends: %s", config.node_rank, engine.connection.closed)
+                return 0
+            print(f"jaxserve: {engine.connection.closed or 'host 0 did not end'}", file=sys.stderr)
+            return 1
+        finally:
+            for task in waits:
+                task.cancel()
+            if health is not None:
+                health.close()
+            await engine.kill()
+
+
+def _stop_signal() -> asyncio.Event:
+    """Set by SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop
 
 
 async def _serve(config: ServerConfig, engines: list[EngineProcess], stop: asyncio.Event) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from jaxserve import mesh as meshes
 from jaxserve.config import ConfigError, ServerConfig
@@ -111,8 +111,6 @@ def refuse_unbuilt(config: ServerConfig) -> None:
     for name in ("enable_two_batch_overlap", "enable_eplb"):
         if getattr(config, name):
             raise ConfigError(f"{name} is not available in this version")
-    if config.nnodes > 1:
-        raise ConfigError(f"nnodes={config.nnodes}: several hosts are not available in this version; use 1")
 
 
 def draw(
@@ -153,6 +151,13 @@ def draw(
         context_len=_context_len(config, model.max_position),
         num_slots=config.max_running_requests or (32 if on_cpu else 256),
     )
+
+
+def draw_on_paper(config: ServerConfig, hf_config: dict[str, Any], on_cpu: bool = False) -> Blueprint:
+    """As `draw`, where none of the devices are. Raises ConfigError."""
+    shape = meshes.layout_of(config).shape
+    mesh = AbstractMesh(shape, meshes.AXES, axis_types=(AxisType.Auto,) * len(shape))
+    return draw(config, hf_config, mesh, on_cpu)
 
 
 def _weight_bytes_of_device(model: nnx.Module, mesh: Mesh | AbstractMesh, table: Rules) -> int:

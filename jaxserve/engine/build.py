@@ -20,8 +20,10 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve import mesh as meshes
-from jaxserve.config import ServerConfig
+from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.blueprint import Blueprint, draw, read_dummy_config, refuse_unbuilt
+from jaxserve.engine.follow import model_facts
+from jaxserve.engine.multihost import Hosts
 from jaxserve.engine.programs import ModelFunction
 from jaxserve.engine.runner import Runner, Sizes
 from jaxserve.engine.scheduler import Limits, Scheduler
@@ -44,12 +46,16 @@ def prepare_devices(config: ServerConfig) -> None:
     if config.device != "cpu":
         # Only this instance's GPUs: XLA reserves memory on every GPU that it sees.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(i) for i in range(config.base_gpu_id + config.tp)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[config.base_gpu_id :][: config.tp])
+        names = (
+            visible.split(",")
+            if visible
+            else [str(i) for i in range(config.base_gpu_id + config.local_devices)]
+        )
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[config.base_gpu_id :][: config.local_devices])
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(XLA_POOL_FRACTION))
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     with contextlib.suppress(RuntimeError):  # a backend exists already; make_mesh counts its devices
-        jax.config.update("jax_num_cpu_devices", config.tp)
+        jax.config.update("jax_num_cpu_devices", config.local_devices)
     cache = config.compile_cache_dir or os.path.join(
         os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "jaxserve", "xla"
     )
@@ -58,11 +64,20 @@ def prepare_devices(config: ServerConfig) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def build(config: ServerConfig, report: Report) -> tuple[Scheduler, Runner, Info, Stats]:
-    """Everything an EngineLoop needs, ready to serve. Raises ConfigError or CheckpointError."""
+def build(
+    config: ServerConfig, report: Report, hosts: Hosts | None = None
+) -> tuple[Scheduler, Runner, Info, Stats]:
+    """Everything an EngineLoop needs, ready to serve. Raises ConfigError or CheckpointError.
+
+    `hosts` are those of the instance that have met, when it has several; all return at the same time.
+    """
     begin_s = time.monotonic()
     layout = meshes.layout_of(config)
     refuse_unbuilt(config)
+    if config.nnodes > 1 and hosts is None:
+        raise ConfigError(
+            f"nnodes={config.nnodes}: an engine in this process has one host; use launch_server"
+        )
     checkpoint = (
         None if config.load_format == "dummy" else open_checkpoint(config.model_path, config.revision)
     )
@@ -76,6 +91,8 @@ def build(config: ServerConfig, report: Report) -> tuple[Scheduler, Runner, Info
     on_cpu = devices[0].platform == "cpu"
     mesh = meshes.make_mesh(layout, devices)
     blueprint = draw(config, hf_config, mesh, on_cpu)
+    if hosts is not None:
+        hosts.agree("model", model_facts(hf_config, checkpoint.tensors.values() if checkpoint else ()))
     model, experts, dtype = blueprint.model, blueprint.experts, blueprint.dtype
 
     def progress(done: int, total: int) -> None:
@@ -97,6 +114,8 @@ def build(config: ServerConfig, report: Report) -> tuple[Scheduler, Runner, Info
 
     num_slots = blueprint.num_slots
     num_pages = blueprint.num_pages(*_device_memory(blueprint))
+    if hosts is not None:  # the host with the least room decides for all
+        num_pages = hosts.agree("memory", {}, {"pages": num_pages})["pages"]
     max_req_len = blueprint.max_req_len(num_pages)
     sizes = Sizes(
         num_ranks=layout.dp,
@@ -110,9 +129,13 @@ def build(config: ServerConfig, report: Report) -> tuple[Scheduler, Runner, Info
     pools = _make_pools(blueprint, num_pages)
     function = ModelFunction(graph, treedef, experts, blueprint.expert_backend)
     runner = Runner(function, leaves, pools, mesh, sizes, buckets)
+    if hosts is not None:
+        hosts.agree("programs", {"sizes": repr(sizes), "buckets": repr(runner.buckets)})
     compile_s = time.monotonic()
     runner.compile_all(lambda done, total: report(Progress("compiling", done, total)))
     compile_s = time.monotonic() - compile_s
+    if hosts is not None:
+        hosts.agree("ready", {"programs": repr(runner.program_keys)})
 
     limits = Limits(
         num_pages=num_pages,
@@ -162,8 +185,8 @@ def _eos_ids(hf_config: dict[str, Any], generation_config: dict[str, Any]) -> li
 def _device_memory(blueprint: Blueprint) -> tuple[int, int]:
     """(all, used) bytes of a device; on CPU the host's memory divided by the devices."""
     if blueprint.on_cpu:
-        return psutil.virtual_memory().total // blueprint.mesh.size, blueprint.weight_bytes_of_device
-    stats = jax.devices()[0].memory_stats()
+        return psutil.virtual_memory().total // jax.local_device_count(), blueprint.weight_bytes_of_device
+    stats = jax.local_devices()[0].memory_stats()
     fraction = float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"])
     return int(stats["bytes_limit"] / fraction), stats["bytes_in_use"]
 

@@ -113,7 +113,7 @@ class Leader:
         self._gone: dict[int, threading.Event] = {}
         self._once = _Once()
 
-    def gather(self, config: ServerConfig, progress: Callable[[int, int], None]) -> None:
+    def meet(self, config: ServerConfig, progress: Callable[[int, int], None]) -> None:
         """Wait for every follower, then compare configurations. Raises ConfigError."""
         assert config.dist_init_addr is not None
         host, port = split_address(config.dist_init_addr)
@@ -172,6 +172,10 @@ class Leader:
 
     def fail(self, reason: str) -> None:
         self._end(Ending(f"host 0: {reason}", clean=False))
+
+    def stop(self) -> None:
+        """Told to stop before there is anything to drain."""
+        self.close("host 0 was told to stop")
 
     def close(self, reason: str) -> None:
         """A clean end, after the last plan; `on_end` is called once the followers are gone."""
@@ -251,18 +255,22 @@ class Follower:
         self._verdicts: queue.SimpleQueue[Verdict] = queue.SimpleQueue()
         self._plans: queue.SimpleQueue[Plan | None] = queue.SimpleQueue()
         self._once = _Once()
-        self._peer: Peer
+        self._peer: Peer | None = None
+        self._starting = True
 
-    def join(self, config: ServerConfig) -> None:
+    def meet(self, config: ServerConfig, progress: Callable[[int, int], None]) -> None:
         """Find host 0 and compare configurations. Raises ConfigError."""
         assert config.dist_init_addr is not None
         host, port = split_address(config.dist_init_addr)
         until_s = time.monotonic() + config.dist_timeout
-        self._peer = Peer(_connect(host, port + 1, until_s, config), f"host 0 ({host}:{port + 1})", SILENCE_S)
-        threading.Thread(target=self._read, daemon=True).start()
-        _watch({0: self._peer}, self._lose)
+        sock = _connect(host, port + 1, until_s, config)
+        peer = self._peer = Peer(sock, f"host 0 ({host}:{port + 1})", SILENCE_S)
+        threading.Thread(target=self._read, args=(peer,), daemon=True).start()
+        _watch({0: peer}, self._lose)
         self._send(Hello(self.rank, config_facts(config)))
+        progress(1, config.nnodes)
         self._verdict("start")
+        progress(config.nnodes, config.nnodes)
 
     def agree(self, stage: str, same: dict[str, str], least: dict[str, int] | None = None) -> dict[str, int]:
         self._send(Facts(stage, same, least or {}))
@@ -270,6 +278,7 @@ class Follower:
 
     def plans(self) -> Iterator[list[Launch]]:
         """What to launch, as it comes; ends when host 0 ends as it should."""
+        self._starting = False
         while (plan := self._plans.get()) is not None:
             try:
                 self._chain.check(plan)
@@ -278,9 +287,12 @@ class Follower:
                 return
             yield plan.launches
 
-    def leave(self) -> None:
-        """This host was told to stop: ask that all do."""
-        self._send(Leave())
+    def stop(self) -> None:
+        """This host was told to stop: ask host 0 that all do, after what runs."""
+        if self._peer is None:
+            self.close(f"host {self.rank} was told to stop before it found host 0")
+        else:
+            self._send(Leave())
 
     def fail(self, reason: str) -> None:
         self._lose(f"host {self.rank}: {reason}")
@@ -299,30 +311,32 @@ class Follower:
         return verdict.least
 
     def _send(self, message: Message) -> None:
+        assert self._peer is not None
         try:
             self._peer.send(message)
         except StreamError as error:
             self._lose(str(error))
 
-    def _read(self) -> None:
+    def _read(self, peer: Peer) -> None:
         try:
             while True:
-                match message := self._peer.receive():
+                match message := peer.receive():
                     case Verdict():
                         self._verdicts.put(message)
                     case Plan():
                         self._plans.put(message)
                     case End(reason, clean):
-                        if clean:
-                            return self._plans.put(None)
-                        return self._lose(reason)
+                        if not clean:
+                            return self._lose(reason)
+                        return self.close(reason) if self._starting else self._plans.put(None)
         except StreamError as error:
             self._lose(str(error))
 
     def _lose(self, reason: str) -> None:
         def tell() -> None:
-            with contextlib.suppress(StreamError):
-                self._peer.send(End(reason))
+            if self._peer is not None:
+                with contextlib.suppress(StreamError):
+                    self._peer.send(End(reason))
             self._on_end(Ending(reason, clean=False))
 
         self._once(tell)
