@@ -163,3 +163,44 @@ async def test_idle_connection_is_closed_after_its_keep_alive_and_a_used_one_is_
             await asyncio.sleep(0.2)
         assert closed.done() and not used.reader.at_eof()
         used.leave()
+
+
+@asynchronous
+async def test_head_that_does_not_end_is_408_however_it_drips_and_a_quick_client_is_served_on():
+    async with running(1, client_header_timeout_secs=0.3) as r:
+        quick, silent, slow = [await RawClient.connect(r.port) for _ in range(3)]
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        slow.writer.write(b"POST /generate HTTP/1.1\r\nhost: g\r\n")
+        answers = [asyncio.create_task(c.reader.read()) for c in (silent, slow)]
+        while not all(a.done() for a in answers):
+            slow.writer.write(b"x-a: b\r\n")
+            quick.post("/v1/chat/completions", CHAT)
+            await quick.read_until(b"HTTP/1.1 200")
+            await asyncio.sleep(0.05)
+        assert 0.25 < loop.time() - started_s < 2
+        for answer in answers:
+            head, _, body = answer.result().partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 408") and b"header_timeout" in body
+        await asyncio.sleep(0.4)  # idle between requests is no slow head
+        quick.post("/v1/chat/completions", CHAT)
+        await quick.read_until(b"HTTP/1.1 200")
+        slow_second = b"POST /generate HTTP/1.1\r\nhost: g\r\n"  # the second request of a connection
+        quick.writer.write(slow_second)
+        assert b"HTTP/1.1 408" in await quick.reader.read()
+
+
+@asynchronous
+async def test_slow_body_and_slow_answer_are_no_slow_head():
+    async with running(1, client_header_timeout_secs=0.2) as r:
+        r.workers[0].faults.delay_s = 0.3
+        client = await RawClient.connect(r.port)
+        client.writer.write(b"POST /generate HTTP/1.1\r\nhost: g\r\ncontent-length: 11\r\n\r\n")
+        await asyncio.sleep(0.3)
+        client.writer.write(b'{"text":"x"}'[:11])
+        client.leave()
+        client = await RawClient.connect(r.port)
+        client.writer.write(b"POST /generate HTTP/1.1\r\nhost: g\r\ncontent-length: 12\r\n\r\n")
+        await asyncio.sleep(0.3)
+        client.writer.write(b'{"text":"x"}')
+        await client.read_until(b"HTTP/1.1 200")
