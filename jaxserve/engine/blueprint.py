@@ -89,12 +89,18 @@ class Blueprint:
             wanted = -(-config.max_total_tokens // config.page_size)
         elif self.on_cpu and config.mem_fraction_static is None:
             wanted = min(fits, max(CPU_POOL_TOKENS, self.context_len) // config.page_size)
-        if wanted > fits or wanted < 1:
-            needed, left = (max(n, least) * per_device / 2**30 for n, least in ((wanted, 1), (fits, 0)))
-            share = f"mem_fraction_static={self.mem_fraction:g}"
+        if fits < 1:
             raise ConfigError(
-                f"{max(wanted, 1) * config.page_size} tokens of KV need {needed:.2f} GiB a device; "
-                f"{left:.2f} GiB are left of {share}; lower max_total_tokens"
+                f"weights take {used_bytes / 2**30:.2f} GiB a device and leave no page of KV in the "
+                f"{total_bytes * self.mem_fraction / 2**30:.2f} GiB that "
+                f"mem_fraction_static={self.mem_fraction:g} allows; use more devices"
+            )
+        if wanted > fits:
+            needed = wanted * per_device / 2**30
+            raise ConfigError(
+                f"{wanted * config.page_size} tokens of KV need {needed:.2f} GiB a device; "
+                f"{fits * per_device / 2**30:.2f} GiB are left of mem_fraction_static={self.mem_fraction:g}; "
+                "lower max_total_tokens"
             )
         return wanted
 

@@ -1,0 +1,252 @@
+"""What a step of a model on a layout reads, computes and sends, counted from its declared weights.
+
+Shapes, logical axes and sharding rules are the engine's own, so a new family needs nothing here.
+The collectives are those the engine runs: sums after projections whose input is split, and what
+expert dispatch sends.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxserve.engine.blueprint import Blueprint
+from jaxserve.layers.kv import LatentSpec
+from jaxserve.layers.quant import SCALE_SUFFIX
+from jaxserve.mesh import AXES, GROUP, weight_sharding
+from jaxserve.parallel.dispatch import Exchange
+from jaxserve.roofline import Collective, Step, Work, destinations_reached, experts_touched
+
+Part = Literal["dense", "expert", "head", "embedding"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A declared weight: its part in the model, and what one device of the layout has of it."""
+
+    part: Part
+    num_params: int  # whole
+    num_bytes: float  # whole
+    local_params: int
+    local_bytes: float
+    is_matrix: bool  # else a norm, a bias or scales: no multiplications to speak of
+    sums_over_group: bool  # its product is a partial sum on each device of the attention group
+
+
+class StepCost:
+    """Of a blueprint."""
+
+    def __init__(self, blueprint: Blueprint):
+        self.blueprint = blueprint
+        self.layout = blueprint.layout
+        model = blueprint.model
+        self.hidden, self.top_k, self.windows = _hidden(model), _top_k(model), _windows(model)
+        self.weights = [_weight(blueprint, p) for p in _params(model)]
+        self.itemsize = jnp.dtype(blueprint.dtype).itemsize
+        self.kv_bytes_of_token = blueprint.page_bytes_of_device / blueprint.config.page_size
+
+    # ---- memory ----
+
+    @property
+    def num_params(self) -> int:
+        return sum(w.num_params for w in self.weights)
+
+    @property
+    def active_params(self) -> float:
+        """That a token is multiplied with: its experts' share, and no embedding."""
+        experts = self.blueprint.experts
+        share = self.top_k / experts.num_experts if experts else 0
+        return sum(
+            w.num_params * (share if w.part == "expert" else 1)
+            for w in self.weights
+            if w.is_matrix and w.part != "embedding"
+        )
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of one copy of the model."""
+        return sum(w.num_bytes for w in self.weights)
+
+    @property
+    def weight_bytes_of_device(self) -> float:
+        return sum(w.local_bytes for w in self.weights)
+
+    def kv_tokens_of_rank(self, memory_bytes: float) -> int:
+        """KV tokens of one dp rank, when weights and KV may take `memory_bytes` of each device."""
+        return max(0, int((memory_bytes - self.weight_bytes_of_device) // self.kv_bytes_of_token))
+
+    def workspace_bytes(self, rows: int, prefill_tokens: int) -> float:
+        """An estimate: residual stream, the widest inner activations, logits, and sampling state of slots.
+
+        It must fit into what weights and KV leave; the compiler's own figure is known only after
+        compiling.
+        """
+        tokens, blueprint = rows + prefill_tokens, self.blueprint
+        widest = max(w.local_params / self.hidden for w in self.weights if w.is_matrix and w.part == "dense")
+        inner = 3 * widest * tokens
+        if blueprint.experts:
+            per_expert = max(w.num_params for w in self.weights if w.part == "expert") / (
+                blueprint.experts.num_experts * self.hidden
+            )
+            of_device = tokens * self.layout.dp * self.top_k / self.layout.num_devices
+            inner = max(inner, 3 * per_expert * of_device) + tokens * self.layout.dp * self.hidden
+        stream = 4 * tokens * self.hidden
+        slots = blueprint.num_slots * blueprint.model.vocab_size
+        return (stream + inner) * self.itemsize + rows * blueprint.model.vocab_size * 4 * 3 + slots * 3
+
+    # ---- steps ----
+
+    def decode(self, rows: float, context: float) -> Step:
+        """`rows` sequences a dp rank, each attending `context` tokens."""
+        pairs = [rows * min(context, window or context) for window in self.windows]
+        latent = isinstance(self.blueprint.model.kv, LatentSpec)
+        layer_bytes = self.kv_bytes_of_token / len(self.windows)
+        attention = Work(
+            "KV and attention",
+            sum(pairs) * layer_bytes,
+            sum(pairs) * self._flops_of_pair,
+            "latent_attention" if latent else "gemm",
+        )
+        return self._step(rows, rows, attention)
+
+    def prefill(self, tokens: float, prompt: float) -> Step:
+        """`tokens` a dp rank, of prompts `prompt` tokens long; a token attends half of its prompt."""
+        pairs = [tokens * min(prompt / 2, window or prompt) for window in self.windows]
+        latent = isinstance(self.blueprint.model.kv, LatentSpec)
+        attention = Work(
+            "KV and attention",
+            tokens * self.kv_bytes_of_token,
+            sum(pairs) * self._flops_of_pair,
+            "latent_attention" if latent else "prefill_attention",
+        )
+        return self._step(tokens, tokens / prompt, attention)
+
+    @property
+    def _flops_of_pair(self) -> float:
+        """One query token with one token of its context, in one layer on one device."""
+        model = self.blueprint.model
+        heads = model.num_q_heads / self.layout.group
+        if isinstance(model.kv, LatentSpec):  # absorbed: scores over latent and rope part, values are latents
+            return 2 * heads * (2 * model.kv.latent_dim + model.kv.rope_dim)
+        return 4 * heads * model.kv.head_dim
+
+    def _step(self, tokens: float, samples: float, attention: Work) -> Step:
+        works = [self._dense(tokens), attention]
+        experts = self.blueprint.experts
+        if experts:
+            every = tokens * self.layout.dp
+            ours = [w for w in self.weights if w.part == "expert"]
+            touched = experts_touched(experts.num_experts, self.top_k, every)
+            params = sum(w.local_params for w in ours)
+            flops = 2 * every * self.top_k / experts.num_experts * params
+            works.append(Work("experts", touched * sum(w.local_bytes for w in ours), flops))
+        head = [w for w in self.weights if w.part == "head"]
+        works.append(
+            Work("head", sum(w.local_bytes for w in head), 2 * samples * sum(w.local_params for w in head))
+        )
+        return Step(tuple(works), tuple(self._collectives(tokens, samples)))
+
+    def _dense(self, tokens: float) -> Work:
+        ours = [w for w in self.weights if w.part == "dense"]
+        flops = 2 * tokens * sum(w.local_params for w in ours if w.is_matrix)
+        return Work("dense weights", sum(w.local_bytes for w in ours), flops)
+
+    # ---- collectives ----
+
+    def _collectives(self, tokens: float, samples: float) -> list[Collective]:
+        group, out = self.layout.group, []
+        row = self.hidden * self.itemsize
+        if group > 1:
+            sums = sum(w.sums_over_group for w in self.weights)
+            out.append(Collective("sums in the group", "all_reduce", sums, group, 1, tokens * row))
+            if self.blueprint.table["vocab"]:
+                logits = samples * self.blueprint.model.vocab_size * 4
+                out.append(Collective("embedding", "all_reduce", 1, group, 1, tokens * row))
+                out.append(Collective("logits", "all_gather", 1, group, 1, logits))
+        if self.blueprint.experts and self.layout.num_devices > 1:
+            out += self._dispatch(self.blueprint.experts.num_layers, tokens, row)
+        return out
+
+    def _dispatch(self, layers: int, tokens: float, row: float) -> list[Collective]:
+        layout = self.layout
+        sizes: dict[str, int] = dict(zip(AXES, layout.shape))
+        routing = self.top_k * 8  # an id and a weight a choice
+        exchange = Exchange.plan(max(1, math.ceil(tokens)), self.top_k, sizes)
+        backend = self.blueprint.expert_backend
+        if backend == "all_to_all" or (backend == "auto" and exchange.is_worth_it):
+            e, tp = exchange.num_destinations, sizes["tp"]
+            sent = e * exchange.capacity
+            out = [
+                Collective("tokens to experts", "all_to_all", layers, e, tp, sent * (row + routing)),
+                Collective("results back", "all_to_all", layers, e, tp, sent * row),
+            ]
+            if tp > 1:
+                out.append(Collective("sums over tp", "all_reduce", layers, tp, 1, exchange.share * row))
+            if sizes["ep"] > 1:
+                out.append(
+                    Collective("shares of a rank", "all_gather", layers, sizes["ep"], tp, tokens * row)
+                )
+            return out
+        out = []
+        if layout.dp > 1:
+            every = tokens * layout.dp
+            out = [
+                Collective(
+                    "tokens to all", "all_gather", layers, layout.dp, layout.group, every * (row + routing)
+                ),
+                Collective("results back", "reduce_scatter", layers, layout.dp, layout.group, every * row),
+            ]
+        if layout.group > 1:
+            out.append(Collective("sums of experts", "all_reduce", layers, layout.group, 1, tokens * row))
+        return out
+
+    @property
+    def deduplicated(self) -> float:
+        """What a de-duplicated all-to-all moves of an all-gather's bytes, with evenly spread choices."""
+        dp, ep, _ = self.layout.shape
+        return destinations_reached(self.top_k, dp * ep)
+
+
+def _params(model: nnx.Module) -> list[nnx.Param]:
+    return [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Param)]
+
+
+def _weight(blueprint: Blueprint, param: nnx.Param) -> Weight:
+    value, axes = param.get_value(), param.logical
+    sharding = weight_sharding(blueprint.mesh, blueprint.table, param)
+    local, whole = math.prod(sharding.shard_shape(value.shape)), math.prod(value.shape)
+    itemsize = jnp.dtype(value.dtype).itemsize
+    is_scale = (
+        len(param.sources) > 0 and param.sources[-1].endswith(SCALE_SUFFIX) and value.dtype == jnp.float32
+    )
+    is_matrix = len(axes) >= 2 and not is_scale
+    vocabulary = blueprint.model.vocabulary
+    part: Part = "dense"
+    if "expert" in axes:
+        part = "expert"
+    elif "vocab" in axes:
+        part = "head" if vocabulary.head is None or param is vocabulary.head else "embedding"
+    split = {axis for axis in axes[1:] if axis and set(blueprint.table[axis]) & set(GROUP)}
+    sums = part == "dense" and is_matrix and axes[0] == "embed" and bool(split)
+    count = 0 if is_scale else 1
+    return Weight(part, whole * count, whole * itemsize, local * count, local * itemsize, is_matrix, sums)
+
+
+def _hidden(model: Any) -> int:
+    return model.vocabulary.embedding.get_value().shape[1]
+
+
+def _top_k(model: nnx.Module) -> int:
+    return next(
+        (n.routing.top_k for _, n in nnx.iter_graph(model) if hasattr(getattr(n, "routing", None), "top_k")),
+        0,
+    )
+
+
+def _windows(model: Any) -> list[int | None]:
+    """Tokens that each layer attends at most; None is all."""
+    nodes = [node for _, node in nnx.iter_graph(model) if hasattr(node, "layer") and hasattr(node, "window")]
+    by_layer = {node.layer: node.window for node in nodes}
+    return [by_layer.get(layer) for layer in range(model.kv.num_layers)]
