@@ -2,8 +2,18 @@
 
 import json
 
+import msgspec
 import pytest
+import tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from jaxserve.messages import Finish, Generate, Output, Sampling
+from jaxserve.server.sampling import TextRules
+from jaxserve.server.sequence import Sequence
+from jaxserve.text.tokenizer import Tokenizer
+
+CUTS = st.tuples(st.integers(0, 40), st.integers(1, 4))
 TEXT = "hello wörld <s the 漢字 stop and 🙂 stopping"
 VARYING = ("e2e_latency", "response_sent_to_client_ts")
 PATHS = ("/generate", "/v1/completions", "/v1/chat/completions")
@@ -190,3 +200,50 @@ def test_chat_with_input_ids_is_answered_as_with_the_messages_they_come_from(ser
         ).json()
         assert again | {"created": 0} == told | {"created": 0}
     assert [request.input_ids for request in server.engine.requests] == [ids] * 3
+
+
+# ---- sequences, without a server ----
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory):
+    kinds = (tiny_tokenizer.byte_level, tiny_tokenizer.sentencepiece, tiny_tokenizer.wordpiece)
+    return [
+        Tokenizer.from_dir(tiny_tokenizer.write(tmp_path_factory.mktemp(kind.__name__), kind()))
+        for kind in kinds
+    ]
+
+
+def shown(request, rules, tokenizer, tokens):
+    """What a tracked sequence shows, event by event: (tokens, their text, all text)."""
+    sequence = Sequence(request, rules, tokenizer, tracked=True)
+    events = []
+    for at in range(len(request.output_ids), len(tokens)):
+        if sequence.finish is not None:
+            break
+        finish = Finish("length") if at == len(tokens) - 1 else None
+        sequence.feed(Output("r", token_ids=[tokens[at]], finish=finish))
+        if ids := sequence.take_ids():
+            events.append((ids, sequence.take_text(), sequence.text))
+    return events
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_tokens_and_stop_strings_are_shown_alike_in_one_part_or_two(tokenizers, data):
+    tokenizer = data.draw(st.sampled_from(tokenizers))
+    size = tokenizer.fast.get_vocab_size()
+    some = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=6))
+    tokens = data.draw(st.lists(st.sampled_from(some), min_size=1, max_size=24))
+    text = tokenizer.decode(tokens)
+    stops = [text[a : a + n] for a, n in data.draw(st.lists(CUTS, max_size=2)) if text[a : a + n]]
+    stops += [stop + "x" for stop in stops]  # begun and not ended
+    rules = TextRules(stops=tuple(stops), keep_stop=data.draw(st.booleans()))
+    sampling = Sampling(max_new_tokens=len(tokens), min_new_tokens=data.draw(st.integers(0, len(tokens))))
+    request = Generate(rid="r", input_ids=[4, 5], sampling=sampling)
+    whole = shown(request, rules, tokenizer, tokens)
+    for cut in range(1, len(whole)):
+        told = [token for ids, *_ in whole[:cut] for token in ids]
+        resumed = msgspec.structs.replace(request, output_ids=told)
+        assert whole[:cut] + shown(resumed, rules, tokenizer, tokens) == whole
+    assert "".join(fresh for _, fresh, _ in whole) == whole[-1][2]
