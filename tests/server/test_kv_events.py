@@ -20,7 +20,6 @@ from jaxserve.server import kv_events
 from jaxserve.server.kv_events import KvFeed
 
 
-
 def stored(rank, parent, *pages):
     return CacheEvent("stored", rank, parent, struct.pack(f">{len(pages)}Q", *pages))
 
