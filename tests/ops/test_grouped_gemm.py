@@ -149,6 +149,17 @@ def test_kernel_gives_the_same_for_any_tile():
         check(Case(T=30, D=48, F=40, biases=True), "interpret", interpret=True, tile=tile)
 
 
+@pytest.mark.parametrize("T, parts", [(24, 8), (20, 4), (7, 1)])
+def test_many_tokens_go_in_parts_that_divide_them(T, parts):
+    case = Case(T=T, X=2, D=32, F=16)
+    check(case, "interpret", interpret=True, workspace_bytes=3 * 2 * (32 + 16) * 4)
+    function = functools.partial(
+        grouped_gemm.fast.feed_forward, activation=silu, workspace_bytes=3 * 2 * (32 + 16) * 4
+    )
+    jaxpr = str(jax.make_jaxpr(function)(*case.arguments()))
+    assert (f"length={parts}" in jaxpr) is (parts > 1)
+
+
 def test_step_of_padding_alone_gives_zero():
     case = Case(padding=1.1)
     for where in ("reference", "interpret"):

@@ -61,8 +61,9 @@ def marked(cell):
     return pytest.param(*cell, id=name(cell), marks=() if cell in FAST else pytest.mark.slow)
 
 
-def test_sample_covers_every_family_and_backend():
+def test_sample_covers_every_family_layout_and_backend():
     assert {family for family, _, _ in FAST} == set(MOE_FAMILIES)
+    assert {layout for _, layout, _ in FAST} == set(LAYOUTS)
     assert {backend for _, _, backend in FAST} == set(BACKENDS)
 
 
