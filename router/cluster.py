@@ -46,7 +46,7 @@ class Process:
         self.link: Link | None = None
         self.ready = False
         self.seen = 0  # version of the State it has taken in
-        self.tokens = (0, 0)  # prompt and cached, of its answers
+        self.tokens: tuple[int, int] = (0, 0)  # prompt and cached, of its answers
         self.counted: Snapshot = {}  # as last asked
 
 

@@ -31,6 +31,7 @@ class Exact:
         self.metrics = metrics
         self.tokenizer_path = tokenizer_path
         self.tokens: PromptTokens | None = None
+        self.models: frozenset[str] = frozenset()  # names of the model whose tokenizer that is
         self.subscriptions: dict[str, Subscription] = {}  # by process URL
         self.failures = metrics.counter(
             "smg_kv_event_subscription_failures_total", "KV event streams that ended", "worker", "reason"
@@ -76,7 +77,7 @@ class Exact:
 
     async def _load(self, worker: Worker) -> bool:
         if self.tokens is not None:
-            return True
+            return self.models == frozenset(worker.models)
         path = self.tokenizer_path
         if path is None:
             path = worker.info.get("tokenizer_path") or worker.info.get("model_path")
@@ -84,10 +85,12 @@ class Exact:
                 log.info("worker %s publishes KV events; --tokenizer-path would use them", worker.url)
                 return False
         try:
-            self.tokens = await asyncio.to_thread(PromptTokens, path)
-        except ValueError as error:
+            # A template the worker was given instead of its model's own is the one to render here.
+            self.tokens = await asyncio.to_thread(PromptTokens, path, worker.info.get("chat_template"))
+        except (ValueError, OSError) as error:
             log.error("exact routing is off: %s", error)
             return False
+        self.models = frozenset(worker.models)
         return True
 
     def _failed(self, worker: Worker, reason: str) -> None:

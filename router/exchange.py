@@ -86,7 +86,7 @@ class Exchange:
             self.tracked = call.tracker is not None
             more = HEADER if self.tracked else b""
         body = call.body if resumed is None else resumed
-        if resumed is None and call.token_ids is not None and worker.takes_ids:
+        if resumed is None and call.token_ids is not None and worker.takes_ids and worker.kv is not None:
             body = body_with_ids(call)
         if worker.dp_rank is not None:
             body = with_dp_rank(call, worker, body)

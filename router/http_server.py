@@ -6,12 +6,16 @@ knows it anyway.
 
 import asyncio
 import contextlib
+import os
 import signal
+import socket
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from router.errors import error_body
+
+LAST_REQUEST_S = 0.25  # for the request of a client that connected just before the port closed
 
 
 class ClientConnection(HttpToolsProtocol):
@@ -165,6 +169,40 @@ class GatewayServer(uvicorn.Server):
 
     def stop(self) -> None:
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse new connections, but answer those who have connected already and not asked yet.
+
+        Closing at once would reset what waits to be accepted, and clients that connect for one request.
+        """
+        if not self.force_exit:
+            for server in self.servers:
+                await self._accept_last(server)
+            if any(getattr(c, "cycle", None) is None for c in self.server_state.connections):
+                await asyncio.sleep(LAST_REQUEST_S)
+        await super().shutdown(sockets)
+
+    async def _accept_last(self, server: asyncio.Server) -> None:
+        loop, config = asyncio.get_running_loop(), self.config
+
+        def protocol() -> asyncio.Protocol:
+            return ClientConnection(
+                config=config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+
+        # Duplicates listen on until they are closed too.
+        listeners = [socket.socket(fileno=os.dup(s.fileno())) for s in server.sockets]
+        server.close()
+        waiting = []
+        for listener in listeners:
+            listener.setblocking(False)
+            with listener, contextlib.suppress(OSError):  # BlockingIOError: no more
+                while True:
+                    waiting.append(listener.accept()[0])
+        for client in waiting:
+            client.setblocking(False)
+            with contextlib.suppress(OSError):
+                await loop.connect_accepted_socket(protocol, client, ssl=config.ssl)
 
     def _start_drain(self) -> None:
         self._drain = asyncio.ensure_future(self._wait_idle())

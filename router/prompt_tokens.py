@@ -8,6 +8,7 @@ import asyncio
 import datetime
 import json
 import logging
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from router.call import Call
 log = logging.getLogger("router")
 
 INLINE_CHARS = 2000  # longer prompts are encoded on a thread: 1 MB of text takes 100 ms
+LOOPS_OVER_CONTENT = re.compile(r"\bin\s+(?:content\b|\w+\.content\b|\w+\[\s*['\"]content['\"]\s*\])")
+TESTS_FOR_STRING = re.compile(r"\bis\s+(?:not\s+)?string\b")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -135,6 +138,8 @@ class PromptTokens:
             source = named.get("default")
         if not isinstance(source, str):
             return None
+        if LOOPS_OVER_CONTENT.search(source) and not TESTS_FOR_STRING.search(source):
+            return None  # it takes content in parts, into which the worker would bring plain text
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )

@@ -79,7 +79,9 @@ class Tracker:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return
         if isinstance(value, dict):
-            self.id = value["id"] if isinstance(value.get("id"), str) else None
+            meta = value.get("meta_info")  # of /generate
+            name = meta.get("id") if isinstance(meta, dict) else value.get("id")
+            self.id = name if isinstance(name, str) else None
             self.created = value["created"] if isinstance(value.get("created"), int) else None
 
 
