@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 
 import zmq
@@ -110,6 +111,7 @@ def _serve(config: ServerConfig, endpoint: ZmqEndpoint, hosts: Leader | Follower
     scheduler, runner, info, stats = build(config, endpoint.send, hosts)
     endpoint.send(info)
     if isinstance(hosts, Follower):
+        stats.loop_thread = threading.get_ident()
         return follow(hosts, runner)
     if isinstance(hosts, Leader):
         announce_to(hosts, runner)
