@@ -23,7 +23,7 @@ async def generate(request: Request) -> Response:
     sequences, batch = await prepare(service, body, wants_tracking(request))
     request.scope[SEQUENCES] = sequences
     if body.stream:
-        return EventStream(_events(service, body, sequences, batch))
+        return EventStream(_events(service, body, sequences, batch), sequences[0].tracked)
     await unless_gone(request, service.complete(sequences))
     replies = [as_reply(s, body) for s in sequences]
     return json_response(replies if batch else replies[0])

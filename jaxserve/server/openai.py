@@ -121,7 +121,7 @@ async def completions(request: Request) -> Response:
 
     if body.stream:
         chunks: Chunks = lambda s: completion_chunks(answer, s, echo(s))  # noqa: E731
-        return EventStream(_events(service, answer, chunks))
+        return EventStream(_events(service, answer, chunks), answer.sequences[0].tracked)
     await unless_gone(request, service.complete(answer.sequences))
     choices = [completion_choice(answer, s, echo(s)) for s in answer.sequences]
     return json_response(answer.whole(choices))
@@ -164,7 +164,7 @@ async def chat_completions(request: Request) -> Response:
     )
     if body.stream:
         chunks: Chunks = lambda s: chat_chunks(answer, s, service.tokenizer)  # noqa: E731
-        return EventStream(_events(service, answer, chunks))
+        return EventStream(_events(service, answer, chunks), answer.sequences[0].tracked)
     await unless_gone(request, service.complete(answer.sequences))
     return json_response(answer.whole([chat_choice(answer, s, service.tokenizer) for s in answer.sequences]))
 
@@ -172,6 +172,8 @@ async def chat_completions(request: Request) -> Response:
 async def _chat_prompt(service: Service, body: ChatBody) -> tuple[list[int], str]:
     """(token ids, the parameter they came from). Raises RequestError."""
     if body.input_ids is not None:
+        if body.messages:
+            check_messages(body.messages)  # what is refused without the ids is refused with them
         return body.input_ids, "input_ids"
     messages = check_messages(body.messages)
     if service.chat_template is None:

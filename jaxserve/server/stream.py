@@ -142,8 +142,11 @@ class EventStream(Response):
     one is an error event. Both end the stream; `[DONE]` closes it, unless the last event brought it along.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes]):
+    def __init__(self, events: AsyncGenerator[bytes], resumable: bool = False):
+        """`resumable`: a gateway will go on with the stream elsewhere if it breaks here; so when the engine
+        is gone or ends, the connection is cut, without an error event that the client would see."""
         self.events = events
+        self.resumable = resumable
         self.background = None
         self.status_code = 200
 
@@ -171,6 +174,8 @@ class EventStream(Response):
                 failure = as_request_error(error)
                 if not started:
                     await error_response(failure)(scope, receive, send)
+                    return
+                if self.resumable and failure.status == 503:
                     return
                 body = error_body(failure.message, failure.status, failure.param, failure.code)
                 await send({"type": "http.response.body", "body": sse(body), "more_body": True})
