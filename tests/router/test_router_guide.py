@@ -8,9 +8,7 @@ from contextlib import contextmanager
 import httpx
 import pytest
 from test_router_launch import launch, plan_of, wait_for
-from test_router_processes import workers
-
-from router.replicas import free_ports
+from test_router_processes import some_ports, workers
 
 MODEL = "--model-path meta-llama/Meta-Llama-3.1-70B-Instruct"
 # (command, replicas, devices of each, ranks inside each, policy)
@@ -67,7 +65,7 @@ def test_co_launch_command_plans_its_replicas(command, count, tp, ranks, policy)
 
 @contextmanager
 def gateway(*flags: str):
-    port = free_ports(1, 44400)[0]
+    port = some_ports(1)[0]
     process = launch("router.launch_router", *flags, "--host", "127.0.0.1", "--port", str(port))
     try:
         wait_for(lambda: httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200)

@@ -1,6 +1,7 @@
 """Several gateway processes on one port: one registry, shared prefixes and loads, one life."""
 
 import os
+import random
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,11 @@ from router.bench.worker import CHARS_PER_TOKEN
 from router.replicas import free_ports
 
 CHAT = {"model": "bench", "messages": [{"role": "user", "content": "hello"}]}
+
+
+def some_ports(count: int) -> list[int]:
+    """Below the ports that outgoing connections take, and not where a test run beside this one looks."""
+    return free_ports(count, random.randrange(20_000, 30_000))
 
 
 class Cluster:
@@ -51,7 +57,7 @@ class Cluster:
 
 @contextmanager
 def workers(count: int, *flags: str):
-    ports = free_ports(count, 44300)
+    ports = some_ports(count)
     started = [launch("router.bench.worker", "--port", str(p), *flags) for p in ports]
     try:
         for p in ports:
@@ -65,7 +71,7 @@ def workers(count: int, *flags: str):
 
 @contextmanager
 def cluster(*flags: str, processes: int = 2):
-    port = free_ports(1, 44200)[0]
+    port = some_ports(1)[0]
     process = launch(
         "router.launch_router", "--host", "127.0.0.1", "--port", str(port),
         "--workers-processes", str(processes), "--shutdown-grace-period-secs", "5", *flags,

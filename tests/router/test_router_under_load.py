@@ -8,9 +8,7 @@ import pytest
 from gateway_harness import CHAT, asynchronous, running, until
 from mock_worker import MockWorker
 from test_router_launch import launch, wait_for
-from test_router_processes import workers
-
-from router.replicas import free_ports
+from test_router_processes import some_ports, workers
 
 
 @asynchronous
@@ -53,7 +51,7 @@ async def test_workers_added_drained_and_removed_under_load_lose_nothing():
 def restart_under_load(*flags: str) -> tuple[int, int, int]:
     """(requests answered 200, others, refused connections that were tried again)."""
     with workers(2, "--prefill-us", "50") as urls:
-        port = free_ports(1, 44500)[0]
+        port = some_ports(1)[0]
         command = (
             "router.launch_router", "--host", "127.0.0.1", "--port", str(port), "--policy", "cache_aware",
             "--shutdown-grace-period-secs", "10", "--log-level", "error", "--worker-urls", *urls, *flags,
