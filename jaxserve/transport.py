@@ -98,7 +98,8 @@ class QueueEndpoint:
 class Connection:
     """An EngineClient over any carrier: `send` takes messages away, `deliver` brings answers.
 
-    Belongs to one asyncio loop. `closed` says why the engine is gone, once it is.
+    Belongs to one asyncio loop. `closed` says why the engine is gone, once it is; `refused` whether it
+    was for what the operator configured.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Connection:
         self._take_cache_events: Callable[[list[CacheEvent]], None] | None = None
         self._loads: list[RankLoad] = []
         self.closed: EngineDeadError | None = None
+        self.refused = False
         self.last_heard_s = time.monotonic()
 
     async def ready(self) -> Info:
@@ -150,12 +152,13 @@ class Connection:
         if self.closed:
             raise self.closed
         self._next_call += 1
-        answer = self._calls[self._next_call] = asyncio.get_running_loop().create_future()
+        call_id = self._next_call
+        answer = self._calls[call_id] = asyncio.get_running_loop().create_future()
         try:
-            self.send(Call(self._next_call, method))
+            self.send(Call(call_id, method))
             return await answer
         finally:
-            del self._calls[self._next_call]
+            del self._calls[call_id]
 
     async def watch_cache(self, take: Callable[[list[CacheEvent]], None]) -> None:
         self._take_cache_events = take
@@ -182,7 +185,8 @@ class Connection:
             case Progress():
                 if self._on_progress:
                     self._on_progress(message)
-            case Fatal(_, text):
+            case Fatal(kind, text):
+                self.refused = kind == "config"
                 self.fail(text)
 
     def _deliver_output(self, output: Output) -> None:
@@ -255,12 +259,15 @@ class ZmqCarrier:
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         self._socket.set_hwm(0)
         self._socket.bind(address)
-        self._out = zmq.Socket.shadow(self._socket)  # sends at once, without a task for each message
         self.connection = Connection(self._send, on_progress)
         self._task = asyncio.create_task(self._read())
 
     def _send(self, message: ToEngine) -> None:
-        self._out.send(_encode(message), zmq.NOBLOCK)
+        # Done at once, without a task. Not through a plain socket beside the asyncio one: a send takes the
+        # wake-up of a message that has just come, and only this one then looks for it.
+        sent = self._socket.send(_encode(message), zmq.NOBLOCK)
+        if isinstance(sent.exception(), zmq.Again):  # nothing is ever full here: the other end has gone
+            self.connection.fail("the engine process is gone")
 
     async def _read(self) -> None:
         while True:
