@@ -10,7 +10,7 @@ so that all layers share one compiled kernel.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -251,9 +251,9 @@ def _prefill_kernel(
 class _Pools(NamedTuple):
     """One sequence's latents and rope parts."""
 
-    latent_ref: jax.Array
-    rope_ref: jax.Array
-    table_ref: jax.Array
+    latent_ref: Any
+    rope_ref: Any
+    table_ref: Any
     slot: jax.Array
     page_offset: jax.Array
     keys: int
