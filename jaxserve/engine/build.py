@@ -91,6 +91,8 @@ def build(
     on_cpu = devices[0].platform == "cpu"
     mesh = meshes.make_mesh(layout, devices)
     blueprint = draw(config, hf_config, mesh, on_cpu)
+    # No room is an error now, not after minutes of loading.
+    blueprint.num_pages(_device_memory(blueprint)[0], blueprint.weight_bytes_of_device)
     if hosts is not None:
         hosts.agree("model", model_facts(hf_config, checkpoint.tensors.values() if checkpoint else ()))
     model, experts, dtype = blueprint.model, blueprint.experts, blueprint.dtype
