@@ -114,8 +114,8 @@ class ServerConfig:
         parser = cls.parser(prog)
         given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
         path = given.pop("config", None)
-        values = read_yaml(path) if path else {}
         try:
+            values = read_yaml(path) if path else {}
             return cls.from_keywords(**{**_by_name(cls, values), **given})
         except ConfigError as error:
             parser.error(str(error))
