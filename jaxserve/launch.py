@@ -60,6 +60,7 @@ async def run(config: ServerConfig) -> int:
             await asyncio.wait((ready, stopped), return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():
                 ready.cancel()
+                await asyncio.gather(ready, return_exceptions=True)  # seen: nobody else waits for it
                 if config.nnodes > 1:
                     engines[0].ask_to_stop()
                     await engines[0].wait_dead(STOP_S)
@@ -71,9 +72,9 @@ async def run(config: ServerConfig) -> int:
                 return 1
             await asyncio.gather(*(e.drain(config.shutdown_grace_period_secs) for e in engines))
             return 0
-        except (EngineDeadError, ConfigError) as error:
+        except EngineDeadError as error:
             print(f"jaxserve: {error}", file=sys.stderr)
-            return 1
+            return 2 if any(e.connection.refused for e in engines) else 1
         finally:
             stopped.cancel()
             await asyncio.gather(*(engine.kill() for engine in engines))
@@ -106,7 +107,7 @@ async def follow(config: ServerConfig) -> int:
                 logger.info("host %d ends: %s", config.node_rank, engine.connection.closed)
                 return 0
             print(f"jaxserve: {engine.connection.closed or 'host 0 did not end'}", file=sys.stderr)
-            return 1
+            return 2 if engine.connection.refused else 1
         finally:
             for task in waits:
                 task.cancel()
@@ -163,6 +164,8 @@ async def _serve(config: ServerConfig, engines: list[EngineProcess], stop: async
             log_level=config.log_level,
             started=started,
         )
+    except OSError as error:  # the port was free at the start
+        raise _cannot_listen(config.host, config.port, error) from error
     finally:
         for watcher in watchers:
             watcher.cancel()
@@ -188,6 +191,8 @@ def _try_port(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
-        raise ConfigError(
-            f"cannot listen on host={host}, port={port}: {os.strerror(error.errno or 0)}"
-        ) from error
+        raise _cannot_listen(host, port, error) from error
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot listen on host={host}, port={port}: {os.strerror(error.errno or 0)}")
