@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -133,16 +134,19 @@ def test_prefix_learned_in_one_process_is_followed_by_the_other(policy):
 
 
 def test_load_of_one_process_is_weighed_by_the_other():
-    flags = ("--prefill-us", "1000")
-    with workers(2, *flags) as urls, cluster("--policy", "least_load", "--worker-urls", *urls) as c:
-        wait_for(lambda: c.ready(2))
-        with ThreadPoolExecutor(12) as pool:
-            running = []
-            for _ in range(12):  # each of 0.25 s, on a connection of its own
-                running.append(pool.submit(generate, c, "x" * 1000))
-                threading.Event().wait(0.03)
-            homes = [r.result().headers["x-smg-routed-worker-id"] for r in running]
-        assert sorted(homes.count(u) for u in urls) == [6, 6]
+    flags = ("--prefill-us", "100000")  # none of the requests ends while the test runs
+    with ThreadPoolExecutor(12) as pool, workers(2, *flags) as urls:
+        with cluster("--policy", "least_load", "--worker-urls", *urls) as c:
+
+            def loads() -> list[int]:
+                return [w["load"] for w in httpx.get(c.url + "/workers").json()["workers"]]
+
+            wait_for(lambda: c.ready(2))
+            for i in range(12):  # each on a connection of its own, so at either process
+                pool.submit(generate, c, "x" * 1000)
+                wait_for(lambda i=i: sum(loads()) == i + 1)
+                time.sleep(0.02)  # the supervisor told the other process before it told us
+            assert loads() == [6, 6]
 
 
 def test_removed_worker_is_kept_until_what_runs_on_any_process_has_ended():
