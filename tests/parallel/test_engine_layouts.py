@@ -5,8 +5,10 @@ import json
 
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
-from jaxserve.config import ConfigError
+from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.engine.blueprint import draw
 from jaxserve.parallel.dispatch import choose_backend
 from tests.models.tiny import MOE_FAMILIES, Golden, read_config
 
@@ -129,3 +131,30 @@ def test_load_counters_survive_wrapping_at_32_bits(engine):
     runner._load_seen = near
     runner._expert_load = (runner._expert_load[0] * 0 + 4,)  # wrapped: 7 more than `near`
     assert (runner.expert_load() - total == 7).all()
+
+
+def test_guides_command_for_deepseek_is_accepted_and_its_names_are_mapped(caplog):
+    config = ServerConfig.from_command_line(
+        [
+            "--model-path",
+            "M",
+            "--tp",
+            "8",
+            "--dp-size",
+            "8",
+            "--ep",
+            "8",
+            "--enable-dp-attention",
+            "--moe-a2a-backend",
+            "deepep",
+            "--moe-runner-backend",
+            "deep_gemm",
+        ]
+    )
+    mesh = AbstractMesh((8, 1, 1), ("dp", "ep", "tp"))
+    with caplog.at_level("INFO"):
+        blueprint = draw(config, read_config("deepseek_v3"), mesh, on_cpu=True)
+    assert (blueprint.layout.shape, blueprint.expert_backend) == ((8, 1, 1), "all_to_all")
+    messages = [record.message for record in caplog.records]
+    assert "moe_a2a_backend=deepep means all_to_all here" in messages
+    assert "moe_runner_backend=deep_gemm: experts run in this engine's grouped GEMM" in messages
