@@ -135,18 +135,21 @@ def test_prefix_learned_in_one_process_is_followed_by_the_other(policy):
 
 def test_load_of_one_process_is_weighed_by_the_other():
     flags = ("--prefill-us", "100000")  # none of the requests ends while the test runs
-    with ThreadPoolExecutor(12) as pool, workers(2, *flags) as urls:
-        with cluster("--policy", "least_load", "--worker-urls", *urls) as c:
+    with (
+        ThreadPoolExecutor(12) as pool,
+        workers(2, *flags) as urls,
+        cluster("--policy", "least_load", "--worker-urls", *urls) as c,
+    ):
 
-            def loads() -> list[int]:
-                return [w["load"] for w in httpx.get(c.url + "/workers").json()["workers"]]
+        def loads() -> list[int]:
+            return [w["load"] for w in httpx.get(c.url + "/workers").json()["workers"]]
 
-            wait_for(lambda: c.ready(2))
-            for i in range(12):  # each on a connection of its own, so at either process
-                pool.submit(generate, c, "x" * 1000)
-                wait_for(lambda i=i: sum(loads()) == i + 1)
-                time.sleep(0.02)  # the supervisor told the other process before it told us
-            assert loads() == [6, 6]
+        wait_for(lambda: c.ready(2))
+        for i in range(12):  # each on a connection of its own, so at either process
+            pool.submit(generate, c, "x" * 1000)
+            wait_for(lambda i=i: sum(loads()) == i + 1)
+            time.sleep(0.02)  # the supervisor told the other process before it told us
+        assert loads() == [6, 6]
 
 
 def test_removed_worker_is_kept_until_what_runs_on_any_process_has_ended():
