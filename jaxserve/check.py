@@ -101,12 +101,12 @@ def lines(report: Report) -> Iterator[str]:
     blueprint, cost = report.blueprint, report.cost
     config, layout, model = blueprint.config, blueprint.layout, blueprint.model
     yield (
-        f"model      {type(model).__name__}, {blueprint.dtype.name}: {cost.num_params / 1e9:.3f} B "
-        f"parameters, {cost.active_params / 1e9:.2f} B multiplied with each token"
+        f"model      {type(model).__name__}, {blueprint.dtype.name}: {_count(cost.num_params)} parameters, "
+        f"{_count(cost.active_params)} multiplied with each token"
     )
     dp, ep, tp = layout.shape
     yield (
-        f"layout     {layout.num_devices} devices on {config.nnodes} hosts: "
+        f"layout     {_many(layout.num_devices, 'device')} on {_many(config.nnodes, 'host')}: "
         f"mesh dp {dp} x ep {ep} x tp {tp}, attention groups of {layout.group}"
     )
     if report.num_replicas > 1:
@@ -143,14 +143,26 @@ def _memory_lines(report: Report) -> Iterator[str]:
     static = cost.weight_bytes_of_device + report.kv_bytes_of_device
     workspace = cost.workspace_bytes(largest.rows, largest.prefill_tokens)
     left = device.memory_bytes - static
-    yield f"memory     {device.memory_bytes / GIB:.1f} GiB a device ({name}), of which"
-    yield f"           {cost.weight_bytes_of_device / GIB:7.2f} GiB weights"
-    yield (
-        f"           {report.kv_bytes_of_device / GIB:7.2f} GiB KV (mem_fraction_static="
-        f"{blueprint.mem_fraction:g} for both)"
-    )
     enough = "" if workspace < left else ": TOO LITTLE, lower mem_fraction_static"
-    yield f"           {workspace / GIB:7.2f} GiB workspace, estimated; {left / GIB:.2f} GiB are left{enough}"
+    yield f"memory     {_size(device.memory_bytes)} a device ({name}), of which"
+    yield f"           {_size(cost.weight_bytes_of_device):>10} weights"
+    yield (
+        f"           {_size(report.kv_bytes_of_device):>10} KV (mem_fraction_static="
+        f"{blueprint.mem_fraction:g} is for both)"
+    )
+    yield f"           {_size(workspace):>10} workspace, estimated; {_size(left)} are left{enough}"
+
+
+def _many(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.2f} MiB"
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
 def _step_lines(report: Report) -> Iterator[str]:
