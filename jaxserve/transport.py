@@ -265,7 +265,7 @@ class ZmqCarrier:
     def _send(self, message: ToEngine) -> None:
         # Done at once, without a task. Not through a plain socket beside the asyncio one: a send takes the
         # wake-up of a message that has just come, and only this one then looks for it.
-        sent = self._socket.send(_encode(message), zmq.NOBLOCK)
+        sent: Any = self._socket.send(_encode(message), zmq.NOBLOCK)  # a future that is done
         if isinstance(sent.exception(), zmq.Again):  # nothing is ever full here: the other end has gone
             self.connection.fail("the engine process is gone")
 
