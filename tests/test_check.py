@@ -1,0 +1,203 @@
+"""The preflight: it refuses what the engine refuses, and says what the engine then is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jaxserve import check as preflight
+from jaxserve.check import check, find_hf_config, lines
+from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.weights import CheckpointError
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+SHAPES = ROOT / "tools" / "shapes"
+FAMILIES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
+
+
+def shape(name, **options):
+    return ServerConfig.from_keywords(model_path=str(SHAPES / f"{name}.json"), load_format="dummy", **options)
+
+
+def test_llama_8b_on_one_h100():
+    report = check(shape("llama-3.1-8b"), "h100")
+    # 8,030,261,248 parameters of two bytes; 2 x 32 layers x 8 heads x 128 numbers of two bytes a token.
+    assert report.cost.weight_bytes_of_device == 16_060_522_496
+    assert report.cost.kv_bytes_of_token == 131_072
+    pool_bytes = int(79.1 * 2**30) * 0.88 - 16_060_522_496
+    assert report.num_pages == pool_bytes // (16 * 131_072)
+    assert report.kv_tokens == report.num_pages * 16
+    assert [b.rows for b in report.blueprint.buckets(report.num_pages) if not b.prefill_tokens] == [
+        8, 16, 32, 64, 128, 256,
+    ]  # fmt: skip
+
+
+def test_printed_report_names_every_part(capsys):
+    argv = ["--model-path", str(SHAPES / "deepseek-v3.json"), "--load-format", "dummy", "--gpu", "h200"]
+    argv += ["--tp", "8", "--dp-size", "8", "--ep", "8", "--enable-dp-attention"]
+    assert preflight.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "DeepseekV3ForCausalLM, bfloat16: 671.03 B parameters, 36.62 B multiplied with each token" in out
+    assert "8 devices on 1 host: mesh dp 8 x ep 1 x tp 1, attention groups of 1" in out
+    assert "256 experts in 58 layers, 8 a token; dispatch: auto" in out
+    assert "70,272 bytes a token and device" in out
+    assert "decode rows of a dp rank: 8 16 32 64 128 256" in out
+    assert "58 all_gather over 8 devices" in out
+    for part in ("weights", "KV (mem_fraction_static=0.88", "workspace, estimated", "floor ms", "MB sent"):
+        assert part in out
+
+
+def test_report_needs_no_gpu_and_no_weights(tmp_path):
+    """A process of its own, in which no backend is ever asked for devices."""
+    (tmp_path / "config.json").write_text((GOLDEN / "qwen3" / "config.json").read_text())
+    code = (
+        "import jax, sys\n"
+        "def fail(*_): raise SystemExit('a backend was started')\n"
+        "jax.devices = jax.local_devices = fail\n"
+        "from jaxserve.check import main\n"
+        f"sys.exit(main(['--model-path', {str(tmp_path)!r}, '--tp', '2']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Qwen3ForCausalLM" in done.stdout
+
+
+LAYOUTS = [{}, {"tp": 2}, {"tp": 4, "dp_size": 2, "enable_dp_attention": True}]
+
+
+@pytest.mark.parametrize("options", LAYOUTS, ids=["tp1", "tp2", "tp4-dpa2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_counted_on_every_layout(family, options):
+    config = ServerConfig.from_keywords(model_path=str(GOLDEN / family), device="cpu", **options)
+    report = check(config)
+    layout = report.blueprint.layout
+    assert report.cost.weight_bytes_of_device == report.blueprint.weight_bytes_of_device
+    assert report.cost.weight_bytes_of_device >= report.cost.weight_bytes / layout.num_devices
+    assert 0 < report.cost.active_params <= report.cost.num_params
+    for step in (report.cost.decode(2, 64), report.cost.prefill(32, 64)):
+        assert step.flops > 0 and step.num_bytes > 0
+        assert (step.collective_bytes > 0) == (layout.num_devices > 1)
+    assert any(family in line or "parameters" in line for line in lines(report))
+
+
+@pytest.mark.parametrize(
+    "family, options",
+    [("llama", {}), ("deepseek_v3", {"tp": 4, "dp_size": 2, "ep": 4, "enable_dp_attention": True})],
+    ids=["llama", "deepseek-dpa2-ep4"],
+)
+def test_engine_becomes_what_the_report_says(engine, family, options):
+    """Held against the engine's own account, and its arrays' shards."""
+    made = engine(family, **options)
+    runner = made._engine.runner
+    config = ServerConfig.from_keywords(
+        model_path=str(GOLDEN / family), device="cpu", dtype="float32", max_running_requests=4,
+        chunked_prefill_size=32, max_total_tokens=1024, **options,
+    )  # fmt: skip
+    report = check(config)
+    info = made.info
+    assert report.kv_tokens == info.max_total_num_tokens
+    assert report.blueprint.max_req_len(report.num_pages) == info.max_req_len
+    assert report.blueprint.num_slots * report.blueprint.layout.dp == info.max_running_requests
+    assert report.cost.weight_bytes == info.weight_bytes
+    assert sorted(report.blueprint.buckets(report.num_pages), key=str) == sorted(runner.buckets, key=str)
+    device = runner._leaves[0].sharding.mesh.devices.flat[0]
+    on_device = [
+        s.data.nbytes for leaf in runner._leaves for s in leaf.addressable_shards if s.device == device
+    ]
+    assert report.cost.weight_bytes_of_device == sum(on_device)
+    pools = (runner._key_pages, runner._value_pages)
+    kept = [s.data.nbytes for pool in pools for s in pool.addressable_shards if s.device == device]
+    assert report.kv_bytes_of_device == sum(kept)
+
+
+REFUSED = {
+    "heads": ("llama", {"tp": 3}, "attention heads do not divide over 3 devices"),
+    "ep_dense": ("llama", {"tp": 2, "ep": 2}, "ep=2: this model has no experts; use ep 1"),
+    "ep_dp": ("mixtral", {"tp": 8, "dp_size": 4, "ep": 2, "enable_dp_attention": True}, "not a multiple of"),
+    "context": ("llama", {"context_length": 100000}, "context_length=100000 exceeds the model's"),
+    "ragged": ("mixtral", {"tp": 2, "ep": 2, "moe_a2a_backend": "ragged"}, "'ragged' is not available"),
+    "room": ("llama", {"max_total_tokens": 10**10}, "lower max_total_tokens"),
+    "small": ("llama", {"mem_fraction_static": 1e-9}, "leave no page of KV"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_refusal_is_word_for_word_the_engines(case, compile_cache):
+    import jaxserve
+
+    family, options, expected = case
+    options = {"device": "cpu", "compile_cache_dir": compile_cache, **options}
+    # Tests have 8 virtual devices, which share the host's memory; a server makes as many as it needs.
+    memory = psutil.virtual_memory().total // 8
+    with pytest.raises(ConfigError) as of_check:
+        check(ServerConfig.from_keywords(model_path=str(GOLDEN / family), **options), None, memory)
+    with pytest.raises(ConfigError) as of_engine:
+        jaxserve.Engine(model_path=str(GOLDEN / family), skip_tokenizer_init=True, **options)
+    assert expected in str(of_check.value)
+    assert str(of_check.value) == str(of_engine.value)
+
+
+def test_refusal_ends_with_status_2_on_standard_error(capsys):
+    argv = ["--model-path", str(SHAPES / "deepseek-v3.json"), "--load-format", "dummy", "--tp", "8"]
+    assert preflight.main([*argv, "--gpu", "h100"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(
+        "jaxserve: weights take 79.61 GiB a device and leave no page of KV in the 69.61"
+    )
+
+
+def test_smaller_memory_leaves_fewer_tokens():
+    whole = check(shape("llama-3.1-8b"), "h100", 80 * 10**9)
+    half = check(shape("llama-3.1-8b"), "h100", 40 * 10**9)
+    assert whole.kv_bytes_of_device - half.kv_bytes_of_device == pytest.approx(0.88 * 40e9, rel=1e-4)
+
+
+def test_unknown_gpu_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="gpu='h300' is unknown; use one of a100, h100, h200, b200, l40s"):
+        check(shape("llama-3.1-8b"), "h300")
+
+
+@pytest.mark.parametrize("memory", ["0", "-4"])
+def test_memory_must_be_positive(memory, capsys):
+    argv = ["--model-path", str(SHAPES / "llama-3.1-8b.json"), "--load-format", "dummy"]
+    assert preflight.main([*argv, "--device-memory-gb", memory]) == 2
+    assert "must be a positive number" in capsys.readouterr().err
+
+
+def test_native_data_parallelism_is_reported_as_replicas():
+    report = check(shape("llama-3.1-70b", tp=4, dp_size=2), "h100")
+    assert (report.num_replicas, report.blueprint.layout.num_devices) == (2, 4)
+    assert any("2 full replicas" in line for line in lines(report))
+
+
+def test_hub_model_is_read_from_the_cache_and_never_fetched(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    config = ServerConfig.from_keywords(model_path="owner/model")
+    with pytest.raises(CheckpointError, match=r"owner/model: its config.json is not in the hub cache"):
+        find_hf_config(config)
+    commit = "0" * 40
+    folder = tmp_path / "models--owner--model"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "snapshots" / commit / "config.json").write_text(json.dumps({"architectures": ["X"]}))
+    assert find_hf_config(config) == {"architectures": ["X"]}
+
+
+def test_path_that_is_nothing_is_refused_as_the_engine_does(tmp_path):
+    config = ServerConfig.from_keywords(model_path=str(tmp_path / "missing"))
+    with pytest.raises(CheckpointError, match="no such file or directory"):
+        find_hf_config(config)
+
+
+def test_help_lists_the_servers_flags_too(capsys):
+    assert preflight.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--gpu" in out and "--mem-fraction-static" in out
