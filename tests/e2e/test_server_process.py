@@ -10,7 +10,7 @@ import openai
 import psutil
 import pytest
 
-from tests.e2e.conftest import PATIENCE_S, body, until
+from tests.e2e.process import PATIENCE_S, body, until
 
 PROMPT = [10, 11, 12, 13, 14] * 8
 GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}

@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 
 from jaxserve.engine import scheduler
-from tests.engine.asking import FAMILIES, NOISE, Golden, Row, ask, check_greedy, golden_rows, greedy, tokens
+from jaxserve.messages import Generate, Sampling
+from tests.engine.asking import (
+    FAMILIES,
+    NOISE,
+    Golden,
+    Row,
+    ask,
+    check_greedy,
+    golden_rows,
+    greedy,
+    raw,
+    tokens,
+)
 
 TIGHT = {"max_total_tokens": 160}  # ten pages
 TOLERANCE = 1e-4  # of logits, see test_families.py
@@ -255,6 +267,32 @@ def test_seeded_row_gets_its_tokens_from_every_sample_program(engine, golden, fa
     neighbour = Row([40, 41, 42], {"max_new_tokens": 30, "ignore_eos": True, "sampling_seed": 1, **spice})
     beside = ask(small, [row, neighbour], **fields)[0]
     assert beside["output_ids"] == alone["output_ids"]
+
+
+# ---- output made elsewhere ----
+
+
+@pytest.mark.parametrize("already", [1, 7, 15, 16, 23])
+@pytest.mark.parametrize("cached", [False, True], ids=["cold", "cached"])
+def test_output_made_elsewhere_is_continued_with_the_same_tokens(engine, already, cached):
+    golden, small = Golden.read("llama"), engine("llama")
+    rows = {
+        "greedy": Sampling(max_new_tokens=24, temperature=0.0),
+        "seeded": Sampling(max_new_tokens=24, seed=5, top_p=0.9),
+        "penalised": Sampling(max_new_tokens=24, temperature=0.0, frequency_penalty=1.5),
+        "barred": Sampling(max_new_tokens=24, temperature=0.0, min_new_tokens=20, stop_token_ids=(7,)),
+    }
+    prompt = golden.prompts[2].tolist()
+    for name, sampling in rows.items():
+        small.flush_cache()
+        [whole] = raw(small, Generate(rid=name, input_ids=prompt, sampling=sampling))
+        want = [token for output in whole for token in output.token_ids]
+        if not cached:
+            small.flush_cache()
+        resumed = Generate(rid=name, input_ids=prompt, output_ids=want[:already], sampling=sampling)
+        neighbour = Generate(rid="n", input_ids=[5], sampling=Sampling(max_new_tokens=9, top_k=4, seed=1))
+        rest, _ = raw(small, resumed, neighbour)
+        assert [token for output in rest for token in output.token_ids] == want[already:], name
 
 
 # ---- layouts ----
