@@ -31,6 +31,7 @@ INFO = Info(
     max_total_num_tokens=4096,
     max_req_len=500,
     max_running_requests=8,
+    chunked_prefill_size=256,
     dp_size=2,
     instance_id="instance-1",
     device_kind="cpu",

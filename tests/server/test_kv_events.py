@@ -303,7 +303,8 @@ def test_from_must_be_a_number(server):
 def test_server_info_says_what_is_implemented_and_where_the_tokenizer_is(server):
     info = server.http.get("/server_info").json()
     assert info["protocol"] == ["kv_events/1", "resume/1", "input_ids/1"]
-    wanted = {"instance_id": "instance-1", "page_size": 16, "dp_size": 2, "max_total_num_tokens": 4096}
+    wanted = {"instance_id": "instance-1", "page_size": 16, "dp_size": 2}
+    wanted |= {"max_total_num_tokens": 4096, "chunked_prefill_size": 256}
     assert {name: info[name] for name in wanted} == wanted
     assert info["tokenizer_path"] == "tiny/model"
 
