@@ -156,6 +156,7 @@ class Info(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     max_total_num_tokens: int  # KV capacity of the instance in tokens, all dp ranks
     max_req_len: int  # the longest prompt plus output one request may have
     max_running_requests: int
+    chunked_prefill_size: int = 0  # prompt tokens of one step and rank; 0: not told
     dp_size: int
     instance_id: str
     device_kind: str

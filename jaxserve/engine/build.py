@@ -163,6 +163,7 @@ def build(
         max_total_num_tokens=num_pages * config.page_size * layout.dp,
         max_req_len=max_req_len,
         max_running_requests=num_slots * layout.dp,
+        chunked_prefill_size=limits.prefill_tokens,
         dp_size=layout.dp,
         instance_id=uuid.uuid4().hex,
         device_kind=devices[0].device_kind,
