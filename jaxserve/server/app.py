@@ -208,6 +208,7 @@ async def serve(
             try:
                 await asyncio.wait_for(app.state.service.wait_idle(), grace_s)
             except TimeoutError:
+                app.state.service.stopping = True
                 await app.state.service.abort(None, abort_all=True)
     finally:
         stopping.cancel()

@@ -46,6 +46,7 @@ class Service:
         self.num_outputs = 0  # outputs the engine has sent, a sign of life
         self._dead: str | None = None
         self._running: dict[str, Sequence] = {}
+        self.stopping = False  # the grace period is over: what is aborted now may go on elsewhere
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -156,6 +157,8 @@ class Service:
             sequence.e2e_latency_s = clock() - sequence.started_s
             if metrics is not None:
                 metrics.finished(sequence)
+        if self.stopping and sequence.tracked and sequence.finish["type"] == "abort":
+            raise unavailable("the server is shutting down")
         status = sequence.finish.get("status_code")
         if status is not None and status >= 400:
             headers = {"retry-after": "1"} if status == 503 else None

@@ -2,11 +2,14 @@
 
 import json
 
+import httpx
 import msgspec
 import pytest
 import tiny_tokenizer
+from fake_engine import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_server import Running, make_app
 
 from jaxserve.messages import Finish, Generate, Output, Sampling
 from jaxserve.server.sampling import TextRules
@@ -185,6 +188,37 @@ def test_what_cannot_be_resumed_is_refused_by_name(server, change, message):
 def test_stream_that_cannot_be_resumed_is_not_tracked(server, field):
     body = {**body_of("/v1/completions", {}), **field}
     assert all(ids is None for ids, _ in stream(server, "/v1/completions", body, **{"x-resume": "track"}))
+
+
+# ---- a worker that cannot go on ----
+
+
+@pytest.mark.parametrize("death", ["engine", "grace period"])
+@pytest.mark.parametrize("path", PATHS)
+def test_tracked_stream_is_cut_and_a_plain_one_told_when_the_worker_ends(tokenizer, path, death):
+    """A gateway resumes what breaks off; an error event would reach the client."""
+    for headers in ({"x-resume": "track"}, {}):
+        engine = FakeEngine(lambda request: [9] * 10_000)
+        engine.delay_s = 0.005
+        running = Running(make_app(engine, tokenizer), grace_s=0.1)
+        body, told = body_of(path, {"max_tokens": 400}), []
+        url = f"http://127.0.0.1:{running.port}{path}"
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=10) as answer:
+            try:
+                for line in answer.iter_lines():
+                    told.append(line)
+                    if len(told) == 6 and death == "engine":
+                        engine.dead = True
+                    elif len(told) == 6:
+                        running.stop()
+                whole = True
+            except httpx.RemoteProtocolError:
+                whole = False
+        running.stop()
+        running.thread.join(10)
+        assert whole == (not headers)
+        assert ("[DONE]" in told[-2]) == whole
+        assert any('"error"' in line or '"abort"' in line for line in told) == whole
 
 
 # ---- input ids ----
