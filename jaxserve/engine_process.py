@@ -15,7 +15,9 @@ from jaxserve.progress import ProgressLines
 from jaxserve.transport import Connection, ZmqCarrier
 
 WATCHDOG_S = 300.0  # an engine that owes an answer and says nothing for so long is frozen
-FROZEN_S = 10.0  # of several hosts: an engine without a sign of life for so long is killed
+# Of several hosts, an engine without a sign of life for so long is killed: a little later than the other
+# hosts miss it (`multihost.SILENCE_S`), so that they can still say that it was silent.
+FROZEN_S = 13.0
 
 
 class EngineProcess:

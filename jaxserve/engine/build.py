@@ -22,8 +22,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxserve import mesh as meshes
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.blueprint import Blueprint, draw, read_dummy_config, refuse_unbuilt
-from jaxserve.engine.follow import model_facts
-from jaxserve.engine.multihost import Hosts
+from jaxserve.engine.follow import compile_alike, model_facts
+from jaxserve.engine.multihost import Hosts, config_facts
 from jaxserve.engine.programs import ModelFunction
 from jaxserve.engine.runner import Runner, Sizes
 from jaxserve.engine.scheduler import Limits, Scheduler
@@ -94,7 +94,8 @@ def build(
     # No room is an error now, not after minutes of loading.
     blueprint.num_pages(_device_memory(blueprint)[0], blueprint.weight_bytes_of_device)
     if hosts is not None:
-        hosts.agree("model", model_facts(hf_config, checkpoint.tensors.values() if checkpoint else ()))
+        facts = model_facts(hf_config, checkpoint.tensors.values() if checkpoint else ())
+        hosts.agree("model", facts)
     model, experts, dtype = blueprint.model, blueprint.experts, blueprint.dtype
 
     def progress(done: int, total: int) -> None:
@@ -132,9 +133,17 @@ def build(
     function = ModelFunction(graph, treedef, experts, blueprint.expert_backend)
     runner = Runner(function, leaves, pools, mesh, sizes, buckets)
     if hosts is not None:
-        hosts.agree("programs", {"sizes": repr(sizes), "buckets": repr(runner.buckets)})
+        programs = {"sizes": repr(sizes), "buckets": repr(runner.buckets)}
+        hosts.agree("programs", programs)
     compile_s = time.monotonic()
-    runner.compile_all(lambda done, total: report(Progress("compiling", done, total)))
+
+    def compiled(done: int, total: int) -> None:
+        report(Progress("compiling", done, total))
+
+    if hosts is None:
+        runner.compile_all(compiled)
+    else:
+        compile_alike(runner, hosts, repr((config_facts(config), facts, programs)), compiled)
     compile_s = time.monotonic() - compile_s
     if hosts is not None:
         hosts.agree("ready", {"programs": repr(runner.program_keys)})

@@ -1,17 +1,24 @@
 """How several hosts run one engine: joining jax, plans on the wire, and a follower's loop."""
 
 import json
+import logging
+import os
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import xxhash
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine import plan_stream
-from jaxserve.engine.multihost import Follower, Leader, split_address
-from jaxserve.engine.runner import Launch, Runner
+from jaxserve.engine.multihost import Follower, Hosts, Leader, split_address
+from jaxserve.engine.plan_stream import Program
+from jaxserve.engine.runner import Launch, Progress, Runner
+
+logger = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 2  # steps; with more than 32 unfinished programs Gloo hangs
 
@@ -50,6 +57,49 @@ def model_facts(hf_config: dict[str, Any], tensors: Any) -> dict[str, str]:
 def _short(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     return text if len(text) <= 80 else f"xxh3:{xxhash.xxh3_64_hexdigest(text.encode())}"
+
+
+def compile_alike(runner: Runner, hosts: Hosts, facts: str, progress: Progress) -> None:
+    """Compile on host 0, and take its programs on the other hosts; on CPU, each host for itself.
+
+    What GPU hosts tune each for itself may differ in the last bits, and so in the tokens that they take
+    for the same. jax besides writes the cache on host 0 alone; a follower would compile at every start.
+    On CPU nothing is tuned, and jax names a program differently on every host (jaxlib 0.11.2).
+    """
+    if jax.default_backend() == "cpu":
+        return runner.compile_all(progress)
+    directory = Path(jax.config.jax_compilation_cache_dir, xxhash.xxh3_64_hexdigest(facts.encode()))
+    directory.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    compilation_cache.reset_cache()
+    if isinstance(hosts, Leader):
+        runner.compile_all(progress)
+        hosts.share(Program(path.name, path.read_bytes()) for path in directory.glob("*-cache"))
+        hosts.agree("compiled", {})
+        return
+    hosts.agree("compiled", {})
+    while not hosts.shared.empty():
+        program = hosts.shared.get()
+        path = directory / Path(program.file).name
+        part = path.with_suffix(f".{os.getpid()}")  # hosts on one machine may share the directory
+        part.write_bytes(program.content)
+        part.replace(path)
+    taken = _count_taken()
+    runner.compile_all(progress)
+    if missed := len(runner.program_keys) - len(taken):
+        logger.warning("%d programs were compiled here and not taken from host 0", missed)
+
+
+def _count_taken() -> list[str]:
+    """Grows by one for each program that is read from the cache from now on."""
+    taken: list[str] = []
+
+    def listen(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            taken.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    return taken
 
 
 def announce_to(leader: Leader, runner: Runner) -> None:

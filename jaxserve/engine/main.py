@@ -17,7 +17,7 @@ import time
 import zmq
 
 from jaxserve.config import ConfigError, ServerConfig
-from jaxserve.engine.multihost import SILENCE_S, Ending, Follower, Leader
+from jaxserve.engine.multihost import SILENCE_S, Ending, Follower, Hosts, Leader
 from jaxserve.lifeline import Lifeline
 from jaxserve.messages import Fatal, Progress
 from jaxserve.transport import ZmqEndpoint
@@ -50,8 +50,9 @@ def main() -> int:
             logger.exception("the engine failed")
         text = str(error) or repr(error)
         if hosts is not None:
-            time.sleep(0 if expected else ECHO_S)  # the connection's thread may know better, and end first
-            hosts.fail(text)  # comes back where the others know already
+            if not expected:
+                time.sleep(ECHO_S)  # the connection's thread may know better, and end first
+            hosts.give_up(text)
         endpoint.send(Fatal("config" if expected else "internal", text))
         status = 2 if expected else 1
     finally:
@@ -64,7 +65,7 @@ def main() -> int:
     return status
 
 
-def _hosts(config: ServerConfig, lifeline: Lifeline) -> Leader | Follower | None:
+def _hosts(config: ServerConfig, lifeline: Lifeline) -> Hosts | None:
     def end(ending: Ending) -> None:
         lifeline.say(f"end {ending.reason}")
         os._exit(0 if ending.clean else 1)
@@ -76,7 +77,7 @@ def _hosts(config: ServerConfig, lifeline: Lifeline) -> Leader | Follower | None
     return Leader(end, lambda reason: lifeline.say(f"stop {reason}"))
 
 
-def _hold(lifeline: Lifeline, hosts: Leader | Follower | None) -> None:
+def _hold(lifeline: Lifeline, hosts: Hosts | None) -> None:
     """From now on end with the launcher and, of several hosts, end a frozen launcher."""
     launcher = os.getppid()
 
@@ -97,7 +98,7 @@ def _hold(lifeline: Lifeline, hosts: Leader | Follower | None) -> None:
     lifeline.start(heard, lost, None if hosts is None else SILENCE_S)
 
 
-def _serve(config: ServerConfig, endpoint: ZmqEndpoint, hosts: Leader | Follower | None) -> None:
+def _serve(config: ServerConfig, endpoint: ZmqEndpoint, hosts: Hosts | None) -> None:
     if hosts is not None:
         hosts.meet(config, lambda done, total: endpoint.send(Progress("waiting for hosts", done, total)))
 

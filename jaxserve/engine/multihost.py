@@ -15,10 +15,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Protocol
 
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.plan_stream import (
@@ -31,6 +30,7 @@ from jaxserve.engine.plan_stream import (
     Message,
     Peer,
     Plan,
+    Program,
     StreamError,
     Verdict,
 )
@@ -79,23 +79,6 @@ class Ending:
     clean: bool
 
 
-class Hosts(Protocol):
-    """This host's view of the others."""
-
-    rank: int
-
-    def agree(self, stage: str, same: dict[str, str], least: dict[str, int] | None = None) -> dict[str, int]:
-        """Wait until every host is at this stage. Returns the least of each count over the hosts.
-
-        Raises ConfigError on every host when one of `same` differs.
-        """
-        ...
-
-    def fail(self, reason: str) -> None:
-        """This host cannot go on: tell the others, then end. Does not return in a real engine."""
-        ...
-
-
 OnEnd = Callable[[Ending], None]
 """Called once, from whichever thread notices, after the others were told: ends the process."""
 
@@ -122,7 +105,7 @@ class Leader:
         expected = range(1, config.nnodes)
         until_s = time.monotonic() + config.dist_timeout
         _watch(self._peers, self._lose)
-        with _listen(host, port + 1) as listener:
+        with _listen(host, port + 1) as listener, _woken(listener):
             threading.Thread(target=_accept, args=(listener, hellos), daemon=True).start()
             while len(self._peers) < len(expected):
                 progress(1 + len(self._peers), config.nnodes)
@@ -149,6 +132,10 @@ class Leader:
         self._judge("start", config_facts(config), facts)
 
     def agree(self, stage: str, same: dict[str, str], least: dict[str, int] | None = None) -> dict[str, int]:
+        """Wait until every host is at this stage. Returns the least of each count over the hosts.
+
+        Raises ConfigError on every host when one of `same` differs.
+        """
         theirs: dict[int, dict[str, str]] = {}
         counts = [least or {}]
         while len(theirs) < len(self._peers):
@@ -163,15 +150,20 @@ class Leader:
 
     def send(self, launches: list[Launch]) -> None:
         """Tell every follower what this host launches next; call it before launching."""
-        plan = self._chain.seal(launches)
-        for peer in self._peers.values():
-            try:
-                peer.send(plan)
-            except StreamError as error:
-                self._lose(str(error))
+        self._tell(self._chain.seal(launches))
+
+    def share(self, programs: Iterable[Program]) -> None:
+        """Give every follower what was compiled here."""
+        for program in programs:
+            self._tell(program)
 
     def fail(self, reason: str) -> None:
+        """This host cannot go on: tell the others, then end. Does not return in a real engine."""
         self._end(Ending(f"host 0: {reason}", clean=False))
+
+    def give_up(self, reason: str) -> None:
+        """Tell the others, unless they know, and come back: the caller ends."""
+        self._once(lambda: self._part(End(f"host 0: {reason}")))
 
     def stop(self) -> None:
         """Told to stop before there is anything to drain."""
@@ -221,9 +213,12 @@ class Leader:
         if found:
             shown = found[:4] + [f"{len(found) - 4} more"] * (len(found) > 4)
             self._refuse(stage, "the hosts do not agree: " + "; ".join(shown))
+        self._tell(Verdict(stage, None, least or {}))
+
+    def _tell(self, message: Message) -> None:
         for peer in self._peers.values():
             try:
-                peer.send(Verdict(stage, None, least or {}))
+                peer.send(message)
             except StreamError as error:
                 self._lose(str(error))
 
@@ -254,6 +249,7 @@ class Follower:
         self._chain = Chain()
         self._verdicts: queue.SimpleQueue[Verdict] = queue.SimpleQueue()
         self._plans: queue.SimpleQueue[Plan | None] = queue.SimpleQueue()
+        self.shared: queue.SimpleQueue[Program] = queue.SimpleQueue()  # all that came before a verdict
         self._once = _Once()
         self._peer: Peer | None = None
         self._starting = True
@@ -273,6 +269,7 @@ class Follower:
         progress(config.nnodes, config.nnodes)
 
     def agree(self, stage: str, same: dict[str, str], least: dict[str, int] | None = None) -> dict[str, int]:
+        """As `Leader.agree`."""
         self._send(Facts(stage, same, least or {}))
         return self._verdict(stage)
 
@@ -295,7 +292,12 @@ class Follower:
             self._send(Leave())
 
     def fail(self, reason: str) -> None:
+        """As `Leader.fail`."""
         self._lose(f"host {self.rank}: {reason}")
+
+    def give_up(self, reason: str) -> None:
+        """As `Leader.give_up`."""
+        self._once(lambda: self._tell_end(f"host {self.rank}: {reason}"))
 
     def close(self, reason: str) -> None:
         """After the last plan."""
@@ -323,6 +325,8 @@ class Follower:
                 match message := peer.receive():
                     case Verdict():
                         self._verdicts.put(message)
+                    case Program():
+                        self.shared.put(message)
                     case Plan():
                         self._plans.put(message)
                     case End(reason, clean):
@@ -334,12 +338,19 @@ class Follower:
 
     def _lose(self, reason: str) -> None:
         def tell() -> None:
-            if self._peer is not None:
-                with contextlib.suppress(StreamError):
-                    self._peer.send(End(reason))
+            self._tell_end(reason)
             self._on_end(Ending(reason, clean=False))
 
         self._once(tell)
+
+    def _tell_end(self, reason: str) -> None:
+        if self._peer is not None:
+            with contextlib.suppress(StreamError):
+                self._peer.send(End(reason))
+
+
+Hosts = Leader | Follower
+"""This host's view of the others."""
 
 
 def differences(mine: dict[str, str], theirs: dict[str, str], rank: int) -> list[str]:
@@ -396,6 +407,15 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(
             f"dist_init_addr: host 0 cannot listen on {host}:{port}: {error.strerror or error}"
         ) from error
+
+
+@contextlib.contextmanager
+def _woken(listener: socket.socket) -> Iterator[None]:
+    """Ends a thread's `accept` at the end; closing alone would let it wait, and take one more."""
+    try:
+        yield
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
 
 
 def _accept(listener: socket.socket, hellos: "queue.SimpleQueue[tuple[Peer, Hello]]") -> None:

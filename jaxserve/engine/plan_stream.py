@@ -52,6 +52,13 @@ class Verdict(msgspec.Struct, frozen=True, tag=True):
     least: dict[str, int] = {}
 
 
+class Program(msgspec.Struct, frozen=True, tag=True):
+    """A compiled program as host 0's cache holds it: the file's name and content."""
+
+    file: str
+    content: bytes
+
+
 class Plan(msgspec.Struct, frozen=True, tag=True):
     """What to launch, in order."""
 
@@ -75,7 +82,7 @@ class End(msgspec.Struct, frozen=True, tag=True):
     clean: bool = False
 
 
-Message = Hello | Facts | Verdict | Plan | Beat | Leave | End
+Message = Hello | Facts | Verdict | Program | Plan | Beat | Leave | End
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Message).decode

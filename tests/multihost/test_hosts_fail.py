@@ -34,7 +34,10 @@ def test_follower_in_trouble_ends_all_by_name(tmp_path: Path, compile_cache: str
         statuses = made.wait_ended()
         waiting.join()
         assert reason in made.log(0)
-        assert waiting.error is not None and reason in waiting.error
+        if (part, number) == ("launcher", signal.SIGSTOP):
+            assert len(waiting.tokens) == 400  # its engine went on until then
+        else:
+            assert waiting.error is not None and reason in waiting.error
         assert statuses[0] == 1
         assert statuses[1] == (1 if part == "engine" else -signal.SIGKILL)
         if (part, number) == ("engine", signal.SIGSTOP):
@@ -72,8 +75,8 @@ def test_follower_told_to_stop_lets_requests_finish_and_ends_all(tmp_path: Path,
 def test_another_configuration_on_a_follower_is_refused_by_key_on_every_host(tmp_path: Path):
     with unstarted(tmp_path, GOLDEN / "llama", 2, **TINY) as made:
         made.start(0)
-        made.start(1, page_size=32)
-        assert made.wait_ended(60) == [1, 1]
+        made.start(1, {"page_size": 32})
+        assert made.wait_ended(60) == [2, 2]
         for rank in (0, 1):
             assert "host 1 has page_size=32, host 0 has page_size=16" in made.log(rank)
 
@@ -84,8 +87,8 @@ def test_another_model_on_a_follower_is_refused_before_weights_are_read(tmp_path
     (other / "config.json").write_text(json.dumps({**config, "rope_theta": 7.0}))
     with unstarted(tmp_path, GOLDEN / "llama", 2, **TINY) as made:
         made.start(0)
-        made.start(1, model_path=other)
-        assert made.wait_ended(60) == [1, 1]
+        made.start(1, {"model_path": other})
+        assert made.wait_ended(60) == [2, 2]
         for rank in (0, 1):
             assert "host 1 has config.json:rope_theta=7.0, host 0 has" in made.log(rank)
             assert "loading weights" not in made.log(rank)
@@ -95,7 +98,7 @@ def test_host_that_never_comes_is_named_within_the_timeout(tmp_path: Path):
     with unstarted(tmp_path, GOLDEN / "llama", 3, **{**TINY, "tp": 3, "dist_timeout": 4}) as made:
         made.start(0)
         made.start(1)
-        assert made.wait_ended(30) == [1, 1]
+        assert made.wait_ended(30) == [2, 2]
         for rank in (0, 1):
             assert "host 2 of 3 did not come" in made.log(rank)
 
@@ -103,5 +106,5 @@ def test_host_that_never_comes_is_named_within_the_timeout(tmp_path: Path):
 def test_follower_alone_says_where_it_looked_for_host_0(tmp_path: Path):
     with unstarted(tmp_path, GOLDEN / "llama", 2, **{**TINY, "dist_timeout": 2}) as made:
         made.start(1)
-        assert made.wait_ended(30) == [1]
+        assert made.wait_ended(30) == [2]
         assert "host 1: host 0 does not answer at 127.0.0.1:" in made.log(1)
