@@ -172,9 +172,28 @@ def test_sizes_that_the_guide_calls_valid_are(dp):
     assert on_paper(flags).blueprint.layout.shape == (dp, 1, 8 // dp)
 
 
-def test_dp_attention_at_dp_1_is_plain_tensor_parallelism():
-    flags = f"--model-path {DEEPSEEK} --tp 8 --dp-size 1 --enable-dp-attention"
-    assert on_paper(flags).blueprint.layout.shape == (1, 1, 8)
+def test_dp_attention_at_dp_1_switches_itself_off_with_a_log_line(caplog):
+    with caplog.at_level("INFO"):
+        report = on_paper(f"--model-path {DEEPSEEK} --tp 8 --dp-size 1 --enable-dp-attention")
+    assert report.blueprint.layout.shape == (1, 1, 8)
+    assert "enable_dp_attention is off: it needs dp_size > 1, and dp_size is 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "tp, dp, gain",
+    [(8, 2, "keeps no more KV than tp=8 alone"), (16, 4, "keeps 2 times as much KV as tp=16 alone")],
+)
+def test_dp_attention_on_grouped_queries_warns_and_works(tp, dp, gain, caplog):
+    """Llama-70B has 8 KV heads: plain tensor parallelism over 16 devices keeps each twice."""
+    report = on_paper(f"--model-path {LLAMA} --tp {tp} --dp-size {dp} --enable-dp-attention")
+    assert report.blueprint.layout.dp == dp
+    (warning,) = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert gain in warning.getMessage() and "8 KV heads" in warning.getMessage()
+
+
+def test_dp_attention_on_latents_does_not_warn(caplog):
+    on_paper(DPA8)
+    assert [r for r in caplog.records if r.levelname == "WARNING"] == []
 
 
 def test_dp_size_without_dp_attention_is_full_replicas():

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jaxserve import mesh as meshes
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.batch import Bucket
-from jaxserve.layers.kv import PoolLayout, pool_layouts
+from jaxserve.layers.kv import KVSpec, LatentSpec, PoolLayout, pool_layouts
 from jaxserve.layers.moe import ExpertSpec
 from jaxserve.mesh import Layout, Rules
 from jaxserve.models import resolve
@@ -143,6 +143,7 @@ def draw(
         logger.info(
             "moe_runner_backend=%s: experts run in this engine's grouped GEMM", config.moe_runner_backend
         )
+    _tell_of_dp_attention(config, layout, model.kv)
     return Blueprint(
         config=config,
         layout=layout,
@@ -157,6 +158,20 @@ def draw(
         context_len=_context_len(config, model.max_position),
         num_slots=config.max_running_requests or (32 if on_cpu else 256),
     )
+
+
+def _tell_of_dp_attention(config: ServerConfig, layout: Layout, kv: KVSpec | LatentSpec) -> None:
+    if config.enable_dp_attention and layout.dp == 1:
+        logger.info("enable_dp_attention is off: it needs dp_size > 1, and dp_size is 1")
+    if layout.dp > 1 and isinstance(kv, KVSpec):
+        # Up to as many devices as KV heads keep every token's KV once, however they are grouped.
+        before, after = (max(1, size // kv.num_kv_heads) for size in (layout.num_devices, layout.group))
+        gain = f"keeps {before / after:g} times as much KV as" if before > after else "keeps no more KV than"
+        logger.warning(
+            "enable_dp_attention with dp_size=%d on a model with %d KV heads %s tp=%d alone, and more "
+            "weights a device; it is made for latent attention (MLA)",
+            *(layout.dp, kv.num_kv_heads, gain, layout.num_devices),
+        )
 
 
 def draw_on_paper(config: ServerConfig, hf_config: dict[str, Any], on_cpu: bool = False) -> Blueprint:
