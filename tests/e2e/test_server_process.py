@@ -100,7 +100,8 @@ def test_openai_client_gets_an_error_with_the_parameter_named(server):
 def test_client_that_leaves_mid_stream_frees_its_pages(server):
     fields = body(PROMPT, 3000, stream=True)
     with server.http.stream("POST", "/generate", json=fields) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # held: httpx closes the stream of a generator that is dropped
+        next(lines)
         assert server.loads()["num_running_reqs"] == 1
     server.until_idle()
 

@@ -266,7 +266,8 @@ def test_a_flipped_bit_is_found_when_a_tensor_is_read_and_by_verify(converted, t
     original, target = open_checkpoint(converted / "done"), tmp_path / "out"
     shutil.copytree(converted / "done", target)
     data = [p for p in sorted(target.glob("items/*/ocdbt.process_0/d/*")) if p.stat().st_size > 4096]
-    assert len(data) == 3  # the embedding and two layers; the rest are b-tree nodes
+    assert len(data) >= 3  # the embedding and two layers, each in one file or in several
+    found = set()
     for path in data:
         content = path.read_bytes()
         for at in (len(content) // 3, len(content) // 2):
@@ -280,10 +281,11 @@ def test_a_flipped_bit_is_found_when_a_tensor_is_read_and_by_verify(converted, t
                     damaged.append(name)
                 else:
                     np.testing.assert_array_equal(values, original.read(name))
-            assert len(damaged) == 1, (path, damaged)
-        assert run(converted / "source", target, "--verify") == 1
-        assert f"tensor {damaged[0]}" in unwrapped(capsys)
+            found.update(damaged)
+            assert run(converted / "source", target, "--verify") == (1 if damaged else 0)
+            assert all(f"tensor {name}" in text for text in [unwrapped(capsys)] for name in damaged)
         path.write_bytes(content)
+    assert len(found) >= 3
     assert run(converted / "source", target, "--verify") == 0
 
 
@@ -304,12 +306,9 @@ def test_verify_finds_a_source_that_changed(converted, tmp_path):
 
 def test_a_missing_item_or_data_file_is_named(converted, tmp_path):
     shutil.copytree(converted / "done", tmp_path / "out")
-    (data,) = [
-        p
-        for p in (tmp_path / "out" / "items" / "model.layers.0").glob("ocdbt*/d/*")
-        if p.stat().st_size > 4096
-    ]
-    data.unlink()
+    for path in (tmp_path / "out" / "items" / "model.layers.0").glob("ocdbt.process_0/d/*"):
+        if path.stat().st_size > 4096:
+            path.unlink()
     with pytest.raises(
         CheckpointError, match=r"items/model\.layers\.0: tensor model\.layers\.0\S+ \[.*\] cannot be read"
     ):
