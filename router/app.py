@@ -48,7 +48,7 @@ class Gateway:
         self.ask: Callable[..., Awaitable[None]] | None = None  # answers control requests elsewhere
         self.ask_counts: Callable[[], Awaitable[list[Snapshot]]] | None = None
         self.on_started: Callable[[], None] | None = None
-        self.hit_tokens: Callable[[], tuple[int, int]] = self._own_hit_tokens
+        self.hit_tokens: Callable[[], tuple[int, dict[str, int]]] = self._own_hit_tokens
         self.metrics = Metrics()
         self.registry = Registry(self._make_worker)
         self.policy = make_policy(config.effective_policy, config, rng)
@@ -307,12 +307,12 @@ class Gateway:
         )  # fmt: skip
 
     def _hit_rate(self) -> dict[tuple[str, ...], float]:
-        prompt_tokens, cached_tokens = self.hit_tokens()
-        return {("device",): cached_tokens / prompt_tokens} if prompt_tokens else {}
+        prompt_tokens, by_tier = self.hit_tokens()
+        return {(tier,): tokens / prompt_tokens for tier, tokens in by_tier.items()} if prompt_tokens else {}
 
-    def _own_hit_tokens(self) -> tuple[int, int]:
+    def _own_hit_tokens(self) -> tuple[int, dict[str, int]]:
         seen = self.proxy.recorder if self.proxy else None
-        return (seen.prompt_tokens, seen.cached_tokens) if seen is not None else (0, 0)
+        return (seen.prompt_tokens, seen.cached_tokens) if seen is not None else (0, {})
 
     def _running(self) -> int:
         return self.proxy.concurrency.running if self.proxy else 0

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from router.resume import Tracker
 
 EMPTY = msgspec.Raw(b"")
+BAD_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what decoding raises
 _raw = msgspec.Raw
 
 
@@ -29,10 +30,15 @@ class Fields(msgspec.Struct):
     input: _raw = EMPTY  # embeddings, responses
     query: _raw = EMPTY  # rerank
     cache_salt: str | None = None
+    extra_key: str | None = None
     lora_path: _raw = EMPTY
     routing_key: str | None = None
     routed_dp_rank: int | None = None
     data_parallel_rank: int | None = None
+
+    def salt(self) -> str:
+        """What prompts must agree in to share a cache, beside their tokens (PROTOCOL.md, 3.1)."""
+        return "\0".join(part for part in (self.cache_salt, self.extra_key) if part)
 
 
 _decode = msgspec.json.Decoder(Fields).decode
@@ -79,6 +85,7 @@ class Call:
     __slots__ = (
         "attempts",
         "body",
+        "cache_root",
         "chain",
         "decision",
         "fields",
@@ -113,6 +120,7 @@ class Call:
         self.request_id = b""
         self.chain: list[int] | None = None  # block hashes, filled by cache_aware
         self.token_ids: list[int] | None = None  # of the prompt, when exact routing knows them
+        self.cache_root = 0  # parent of the first page, set with token_ids
         self.pages: dict[int, list[int]] = {}  # page hashes by page size
         self.tracker: Tracker | None = None  # of a stream that can be resumed
         self.decision = ""  # why this worker
@@ -133,7 +141,7 @@ class Call:
         except msgspec.ValidationError:
             self.stream = bool(_object(self.body).get("stream"))
             return
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except BAD_JSON as error:
             raise _not_json(error) from error
         self.fields = fields
         self.model = fields.model
@@ -180,7 +188,7 @@ def _object(body: bytes | bytearray) -> dict:
     """The body, if it is a JSON object. Raises RequestError(400)."""
     try:
         value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except BAD_JSON as error:
         raise _not_json(error) from error
     if not isinstance(value, dict):
         raise RequestError(400, "invalid_json", "the request body must be a JSON object")

@@ -46,7 +46,8 @@ class Process:
         self.link: Link | None = None
         self.ready = False
         self.seen = 0  # version of the State it has taken in
-        self.tokens: tuple[int, int] = (0, 0)  # prompt and cached, of its answers
+        self.prompt_tokens = 0  # of its answers
+        self.cached_tokens: dict[str, int] = {}  # by tier
         self.counted: Snapshot = {}  # as last asked
 
 
@@ -63,7 +64,8 @@ class Cluster:
         self.announcing = False
         self.ending = False
         self.departed: Snapshot = {}  # counts of members that died
-        self.departed_tokens = [0, 0]
+        self.departed_prompt_tokens = 0
+        self.departed_cached_tokens: dict[str, int] = {}
         self.counting: dict[int, tuple[set[int], asyncio.Future[None]]] = {}
         self.failed: asyncio.Future[None] | None = None
         self.port = config.port
@@ -175,9 +177,9 @@ class Cluster:
         self._tell(frames.GONE, member.index)
         add_counts(self.departed, member.counted)
         member.counted = {}
-        for i in (0, 1):
-            self.departed_tokens[i] += member.tokens[i]
-        member.tokens = (0, 0)
+        self.departed_prompt_tokens += member.prompt_tokens
+        self.departed_cached_tokens = _added(self.departed_cached_tokens, member.cached_tokens)
+        member.prompt_tokens, member.cached_tokens = 0, {}
         for left, done in self.counting.values():
             left.discard(member.index)
             if not left and not done.done():
@@ -219,7 +221,7 @@ class Cluster:
             if worker is not None and worker.suspected is not None:
                 worker.suspected.set()
         member.seen = loads.seen
-        member.tokens = (loads.prompt_tokens, loads.cached_tokens)
+        member.prompt_tokens, member.cached_tokens = loads.prompt_tokens, loads.cached_tokens
         self._wake()
 
     def _wake(self) -> None:
@@ -305,12 +307,13 @@ class Cluster:
             del self.counting[number]
         return [self.departed, *(m.counted for m in self.members)]
 
-    def _hit_tokens(self) -> tuple[int, int]:
-        prompt, cached = self.departed_tokens
-        return (
-            prompt + sum(m.tokens[0] for m in self.members),
-            cached + sum(m.tokens[1] for m in self.members),
-        )
+    def _hit_tokens(self) -> tuple[int, dict[str, int]]:
+        prompt_tokens = self.departed_prompt_tokens + sum(m.prompt_tokens for m in self.members)
+        return prompt_tokens, _added(self.departed_cached_tokens, *(m.cached_tokens for m in self.members))
+
+
+def _added(*counts: dict[str, int]) -> dict[str, int]:
+    return {name: sum(c.get(name, 0) for c in counts) for c in counts for name in c}
 
 
 def _state_of(w: Worker) -> WorkerState:

@@ -5,13 +5,14 @@ A worker takes part when its `/server_info` says `kv_events/1` and its tokenizer
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
-from router.call import Call
+from router.call import BAD_JSON, Call
 from router.kv_events import FEATURE, KvImage, Subscription
 from router.metrics import Metrics
 from router.page_hash import page_hashes, root_hash
@@ -61,7 +62,12 @@ class Exact:
     async def prepare(self, call: Call) -> None:
         """Fill `call.token_ids` when the prompt's ids are certain."""
         if self.tokens is not None and self.live:
-            call.token_ids = await self.tokens.ids(call)
+            with contextlib.suppress(
+                *BAD_JSON
+            ):  # in a field that routing does not read: the worker's to judge
+                fields = call.fields
+                call.cache_root = root_hash(self._adapter(call), fields.salt() if fields else "")
+                call.token_ids = await self.tokens.ids(call)
 
     def lag_s(self) -> dict[tuple[str, ...], float]:
         """Seconds since the last event or comment, by worker."""
@@ -74,6 +80,19 @@ class Exact:
 
     async def close(self) -> None:
         await asyncio.gather(*(s.close() for s in self.subscriptions.values()))
+
+    def _adapter(self, call: Call) -> str:
+        """The adapter that the request names: in `lora_path`, or behind the model's name and a colon."""
+        fields = call.fields
+        if fields is None:
+            return ""
+        if fields.lora_path:
+            decoded = msgspec.json.decode(fields.lora_path)
+            return decoded if isinstance(decoded, str) else ""
+        model = fields.model or ""
+        if ":" not in model or model in self.models:
+            return ""  # names of models may have colons too
+        return model.partition(":")[2]
 
     async def _load(self, worker: Worker) -> bool:
         if self.tokens is not None:
@@ -110,16 +129,8 @@ def hashes_of(call: Call, page_size: int) -> list[int]:
     """The prompt's page hashes, computed once a page size. `call.token_ids` must be known."""
     found = call.pages.get(page_size)
     if found is None:
-        assert call.token_ids is not None and call.fields is not None
-        fields = call.fields
-        adapter = ""
-        if fields.lora_path:
-            decoded = msgspec.json.decode(fields.lora_path)
-            adapter = decoded if isinstance(decoded, str) else ""
-        elif fields.model and ":" in fields.model:
-            adapter = fields.model.partition(":")[2]
-        root = root_hash(adapter, fields.cache_salt or "")
-        found = call.pages[page_size] = page_hashes(call.token_ids, page_size, root)
+        assert call.token_ids is not None
+        found = call.pages[page_size] = page_hashes(call.token_ids, page_size, call.cache_root)
     return found
 
 
@@ -127,7 +138,10 @@ def body_with_ids(call: Call) -> bytes | bytearray:
     """The body with the prompt as token ids, so that the worker need not tokenize it again."""
     if call.token_ids is None or call.fields is None or call.fields.input_ids:
         return call.body
-    body = msgspec.json.decode(call.body)
+    try:
+        body = msgspec.json.decode(call.body)
+    except BAD_JSON:
+        return call.body
     if call.path == "/generate":
         body.pop("text", None)
         body["input_ids"] = call.token_ids

@@ -9,7 +9,7 @@ from router.breaker import NORMAL, Admission
 from router.call import Call
 from router.errors import stream_error_event
 from router.exact import body_with_ids
-from router.headers import Answer, ClientHeaders, read_answer, request_head, usage_in, with_dp_rank
+from router.headers import Answer, ClientHeaders, read_answer, request_head, tiers_in, usage_in, with_dp_rank
 from router.resume import HEADER, Tracker, make_tracker
 from router.upstream import Connection, UpstreamError
 from router.workers import Worker
@@ -236,7 +236,7 @@ class Exchange:
         if self.answer.cached_tokens is not None:
             cached = self.answer.cached_tokens
         if cached is not None:
-            self.proxy.recorder.cached(self.call, self.worker, self.prompt_tokens, cached)
+            self.proxy.recorder.cached(self.call, self.worker, self.prompt_tokens, cached, tiers_in(data))
             self.proxy.policy.learned(self.call, self.worker, self.prompt_tokens, cached)
 
     def _arrived(self) -> None:

@@ -124,7 +124,7 @@ def read_answer(headers: list[tuple[bytes, bytes]]) -> Answer:
             if name == b"x-worker-load":
                 answer.load = parse_load(value)
             elif name == b"x-cached-tokens":
-                answer.cached_tokens = int(value) if value.isdigit() else None
+                answer.cached_tokens = int(value) if value.isdigit() and len(value) <= 15 else None
             elif name == b"x-worker-instance":
                 answer.instance = value.decode("latin-1")
             continue
@@ -145,7 +145,7 @@ def parse_load(value: bytes) -> Load | None:
         for item in value.decode("ascii").split(","):
             name, _, number = item.strip().partition("=")
             if name == "kv_usage":
-                load.kv_usage = float(number)
+                load.kv_usage = min(1.0, max(0.0, float(number)))
             elif name in ("running", "waiting", "queued_tokens"):
                 setattr(load, name, int(number))
     except ValueError:
@@ -169,6 +169,16 @@ def usage_in(body: bytes) -> tuple[int, int, int | None]:
         int(completion[1]) if completion else 0,
         int(cached[1]) if cached else None,
     )
+
+
+_find_tiers = re.compile(rb'"cached_tokens_details" ?: ?\{([^{}]*)\}').search
+_find_tier = re.compile(rb'"(device|host|storage)" ?: ?(\d{1,15})').findall
+
+
+def tiers_in(body: bytes) -> dict[str, int]:
+    """Cached tokens by the tier they came from, as SGLang's `/generate` tells them; {} when it does not."""
+    found = _find_tiers(body) if b'"cached_tokens_details"' in body else None
+    return {name.decode(): int(number) for name, number in _find_tier(found[1])} if found else {}
 
 
 def with_dp_rank(call: Call, worker: Worker, body: bytes | bytearray) -> bytes | bytearray:

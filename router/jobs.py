@@ -22,6 +22,7 @@ log = logging.getLogger("router")
 JOB_KEPT_S = 300.0
 FIRST_PROBE_PAUSE_S = 0.1
 LONGEST_PROBE_PAUSE_S = 1.0
+MAX_RANKS = 1024  # of one worker: each is a worker of its own here
 
 
 class Refused(Exception):
@@ -240,7 +241,7 @@ async def learn(worker: Worker) -> None:
     offered = info.get("protocol")
     worker.takes_ids = isinstance(offered, list) and "input_ids/1" in offered
     worker.resumes = isinstance(offered, list) and "resume/1" in offered
-    worker.dp_size = _positive(info.get("dp_size")) or 1
+    worker.dp_size = min(_positive(info.get("dp_size")) or 1, MAX_RANKS)
     if isinstance(info.get("instance_id"), str):
         worker.instance_id = info["instance_id"]
 

@@ -20,6 +20,7 @@ FEATURE = "kv_events/1"
 SILENCE_S = 15.0
 RECONNECT_S = (0.1, 5.0)  # first and longest pause
 MAX_EVENT_BYTES = 64 << 20
+MAX_PAGE_SIZE = 65536
 
 
 class OutOfStep(Exception):
@@ -66,6 +67,8 @@ class KvImage:
             self._snapshot = None
             self._until = int(data["next"])
             self.page_size = int(data["page_size"])
+            if not 0 < self.page_size <= MAX_PAGE_SIZE:
+                raise ValueError(f"page_size {self.page_size}")
             if data["instance"] != self.instance:
                 self.instance = str(data["instance"])
                 self.ranks = {}

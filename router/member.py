@@ -64,7 +64,7 @@ class Loads(msgspec.Struct):
     shares: dict[str, Share]
     suspects: list[str]  # workers that should be probed now
     prompt_tokens: int
-    cached_tokens: int
+    cached_tokens: dict[str, int]
 
 
 class News(msgspec.Struct):
@@ -273,7 +273,7 @@ class Member:
             shares,
             list(self.suspects),
             seen.prompt_tokens if seen else 0,
-            seen.cached_tokens if seen else 0,
+            seen.cached_tokens if seen else {},
         )
         if self.placed or self.charges:
             self.link.send(frames.NEWS, News(self.placed, self.charges))

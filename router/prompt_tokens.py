@@ -18,7 +18,7 @@ import jinja2.sandbox
 import msgspec
 import tokenizers
 
-from router.call import Call
+from router.call import BAD_JSON, Call
 
 log = logging.getLogger("router")
 
@@ -72,7 +72,7 @@ class PromptTokens:
             if not raw or call.path not in ("/generate", "/v1/completions"):
                 return None
             prompt = msgspec.json.decode(raw)
-        except (msgspec.DecodeError, RecursionError):
+        except BAD_JSON:
             return None
         return (prompt, True) if isinstance(prompt, str) else None
 

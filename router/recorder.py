@@ -51,7 +51,7 @@ class Recorder:
         self._models: set[str] = set()
         self._error = metrics.prediction_error.of()
         self.prompt_tokens = 0  # of answers that told their cached tokens
-        self.cached_tokens = 0
+        self.cached_tokens: dict[str, int] = {}  # by the tier they came from
 
     def model_label(self, model: str | None) -> str:
         if model is None:
@@ -129,9 +129,14 @@ class Recorder:
         m.http_responses.of(path, str(error.status), error.code).add()
         m.http_duration.of("POST", path).observe(elapsed_s)
 
-    def cached(self, call: Call, worker: Worker, prompt_tokens: int, cached_tokens: int) -> None:
+    def cached(
+        self, call: Call, worker: Worker, prompt_tokens: int, cached_tokens: int, tiers: dict[str, int]
+    ) -> None:
+        """What of a prompt was cached; `tiers` where the worker tells them, else it has the device alone."""
         self.prompt_tokens += prompt_tokens
-        self.cached_tokens += cached_tokens
+        by_tier = self.cached_tokens
+        for tier, tokens in (tiers or {"device": cached_tokens}).items():
+            by_tier[tier] = by_tier.get(tier, 0) + tokens
         cells = self._cached.get(worker.url)
         if cells is None:
             m = self.metrics

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from router.call import Call
+from router.call import BAD_JSON, Call
 
 HEADER = b"x-resume: track\r\n"
 _PATHS = ("/generate", "/v1/completions", "/v1/chat/completions")
@@ -76,7 +76,7 @@ class Tracker:
     def _remember(self, event: bytes) -> None:
         try:
             value = msgspec.json.decode(event[5:])
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except BAD_JSON:
             return
         if isinstance(value, dict):
             meta = value.get("meta_info")  # of /generate
@@ -92,7 +92,7 @@ def make_tracker(call: Call) -> Tracker | None:
         return None
     try:
         body = msgspec.json.decode(call.body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except BAD_JSON:
         return None
     if not isinstance(body, dict):
         return None
@@ -111,7 +111,10 @@ def make_tracker(call: Call) -> Tracker | None:
     ids = body.get("input_ids")
     if isinstance(ids, list) and not all(isinstance(i, int) for i in ids):
         return None
-    for message in body.get("messages") or ():
+    messages = body.get("messages") or []
+    if not isinstance(messages, list):
+        return None
+    for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             return None
     seeded = sampling.get("seed") is not None or sampling.get("sampling_seed") is not None

@@ -244,8 +244,8 @@ def block_chain(call: Call) -> list[int]:
     prompt = call.prompt
     fields = call.fields
     seed = 0
-    if fields is not None and (fields.cache_salt or fields.lora_path or fields.model):
-        salt = f"{fields.model}\0{fields.cache_salt}\0".encode() + bytes(fields.lora_path)
+    if fields is not None and (fields.model or fields.lora_path or fields.cache_salt or fields.extra_key):
+        salt = f"{fields.model}\0{fields.salt()}\0".encode() + bytes(fields.lora_path)
         seed = xxh3_64_intdigest(salt)
     chain = []
     length = min(len(prompt), MAX_CHAIN_BYTES)

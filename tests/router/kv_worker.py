@@ -49,8 +49,8 @@ class KvWorker(MockWorker):
         self.pages: dict[str, None] = {}
         self.log: deque[tuple[str, dict]] = deque(maxlen=self.buffer_len)
 
-    def store(self, token_ids: list[int]) -> None:
-        pages = [f"{h:016x}" for h in page_hashes(token_ids, PAGE, root_hash())]
+    def store(self, token_ids: list[int], salt: str = "", adapter: str = "") -> None:
+        pages = [f"{h:016x}" for h in page_hashes(token_ids, PAGE, root_hash(adapter, salt))]
         new = [p for p in pages if p not in self.pages]
         if new:
             first = pages.index(new[0])
@@ -86,7 +86,7 @@ class KvWorker(MockWorker):
         if path == "/kv_events":
             await self._kv_events(query, reader, writer)
             return False
-        if path == "/generate" or path.endswith("completions"):
+        if self.faults.body is None and (path == "/generate" or path.endswith("completions")):
             ids = json.loads(body).get("input_ids") or []
             self.store(ids)
         return await super()._answer(method, target, headers, body, reader, writer)

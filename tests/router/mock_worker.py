@@ -36,6 +36,7 @@ class Faults:
     token_s: float = 0.0  # between tokens
     frozen: bool = False  # accept and read, answer nothing
     garbage: bool = False  # answer what is not HTTP
+    body: bytes | None = None  # every data request is answered 200 with it
     cut_body: bool = False  # announce more bytes than are sent
 
 
@@ -136,6 +137,9 @@ class MockWorker:
                 extra = {"retry-after": faults.retry_after} if faults.retry_after else {}
                 error = {"error": {"message": "injected", "type": "server_error", "code": None}}
                 await self._send(writer, faults.status, json.dumps(error).encode(), extra)
+                return True
+            if faults.body is not None:
+                await self._send(writer, 200, faults.body)
                 return True
             return await self._generate(path, headers, body, gone, writer)
         finally:

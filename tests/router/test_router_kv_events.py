@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kv_worker import PAGE, KvWorker, write_tokenizer
 
+from router.call import ROUTES, Call
 from router.kv_events import KvImage, OutOfStep
 from router.page_hash import page_hashes, root_hash
 
@@ -92,6 +93,36 @@ async def test_request_goes_to_the_worker_whose_events_say_it_holds_the_prompt(t
         assert sent["input_ids"][: len(ids)] == ids and "text" not in sent  # tokenized once
         predicted = r.metric(f'router_predicted_cached_tokens_total{{worker="{workers[1].url}"}}')
         assert predicted == len(ids) // PAGE * PAGE
+
+
+@pytest.mark.parametrize(
+    "fields, salt, adapter",
+    [
+        ({"cache_salt": "a"}, "a", ""),
+        ({"extra_key": "b"}, "b", ""),
+        ({"cache_salt": "a", "extra_key": "b"}, "a\0b", ""),
+        ({"model": "org/m:8b"}, "", ""),
+        ({"model": "org/m:8b:sql"}, "", "8b:sql"),
+    ],
+)
+def test_hit_is_predicted_under_the_same_salt_and_adapter_alone(tmp_path, fields, salt, adapter):
+    """A colon in the name of a model that is served does not name an adapter."""
+    ids = list(range(64))
+
+    @asynchronous
+    async def scenario():
+        worker = await KvWorker(write_tokenizer(tmp_path), model="org/m:8b").start()
+        worker.store(ids[:32], salt, adapter)
+        worker.store(ids, "other")
+        async with running(workers=[worker], policy="cache_aware") as r:
+            await until(lambda: kv_of(r, worker) and kv_of(r, worker).live)
+            call = Call(ROUTES["/generate"], json.dumps({"input_ids": ids, **fields}).encode())
+            call.parse(True)
+            await r.gateway.exact.prepare(call)
+            r.gateway.policy.choose(call, [r.registered(worker)])
+            assert call.predicted_tokens == 32
+
+    scenario()
 
 
 @asynchronous

@@ -209,6 +209,7 @@ def test_cache_aware_does_not_share_prefixes_across_salts_and_adapters():
     plain = block_chain(chat("q" * 2000))
     assert plain == block_chain(chat("q" * 2000))
     assert plain != block_chain(chat("q" * 2000, cache_salt="tenant"))
+    assert plain != block_chain(chat("q" * 2000, extra_key="tenant"))
     assert plain != block_chain(chat("q" * 2000, lora_path="adapter"))
 
 

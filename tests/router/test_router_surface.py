@@ -10,6 +10,7 @@ import yaml
 from gateway_harness import CHAT, RawClient, asynchronous, running, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kv_worker import KvWorker, write_tokenizer
 from mock_worker import MockWorker
 
 from router.config import RouterConfig
@@ -305,6 +306,17 @@ async def test_metrics_count_what_happened():
 
 
 @asynchronous
+async def test_hit_rate_is_told_by_the_tier_that_the_worker_names():
+    tiers = {"device": 30, "host": 10, "storage": 5, "storage_backend": "file"}
+    meta = {"prompt_tokens": 100, "completion_tokens": 1, "cached_tokens": 45, "cached_tokens_details": tiers}
+    async with running(1) as r:
+        r.workers[0].faults.body = json.dumps({"text": "x", "meta_info": meta}).encode()
+        await r.client.post("/generate", json={"text": "hello"})
+        rates = [r.metric(f'sglang_cache_hit_rate{{source="{t}"}}') for t in ("device", "host", "storage")]
+        assert rates == [0.3, 0.1, 0.05]
+
+
+@asynchronous
 async def test_metrics_port_serves_the_same_text():
     metrics = Metrics()
 
@@ -369,7 +381,8 @@ JSON_VALUES = st.recursive(
 )
 FIELDS = st.sampled_from(
     ["model", "stream", "messages", "text", "prompt", "input_ids", "cache_salt", "routing_key",
-     "routed_dp_rank", "system", "lora_path"]
+     "routed_dp_rank", "system", "lora_path", "extra_key", "sampling_params", "temperature", "n", "resume",
+     "chat_template_kwargs"]
 )  # fmt: skip
 PATHS = ["/generate", "/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/embeddings",
          "/workers", "/workers/0", "/flush_cache", "/v1/models", "/nowhere", "/%2e%2e",
@@ -386,15 +399,54 @@ PATHS = ["/generate", "/v1/chat/completions", "/v1/completions", "/v1/messages",
     seed=st.randoms(use_true_random=False),
 )
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_no_input_causes_a_500(bodies, seed):
+def test_no_input_causes_a_500(bodies, seed, tmp_path_factory):
+    """In front of workers that are told nothing more than the bytes, or of those that know the protocol."""
+
     @asynchronous
     async def scenario():
-        async with running(2, policy=seed.choice(["cache_aware", "cache_aware_threshold", "manual"])) as r:
+        policy = seed.choice(["cache_aware", "cache_aware", "cache_aware_threshold", "manual"])
+        workers = None
+        if policy == "cache_aware":
+            tokenizer = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+            workers = [await KvWorker(tokenizer).start()]
+            workers[0].info["protocol"] = ["kv_events/1", "input_ids/1", "resume/1"]
+            workers[0].faults.body = b"{}"
+        async with running(2, workers=workers, policy=policy) as r:
+            if workers:
+                await until(lambda: r.registered(workers[0]).kv and r.registered(workers[0]).kv.live)
             for body in bodies:
                 method = seed.choice(["POST", "POST", "POST", "GET", "PUT", "DELETE", "PATCH"])
                 path = seed.choice(PATHS)
                 response = await r.client.request(method, path, content=body)
                 assert response.status_code not in (500, 502), (method, path, body, response.text)
+
+    scenario()
+
+
+BAD_DEEP_INSIDE = [
+    b'{"text": "a", "x": "\xff"}',  # what routing does not read is not decoded for it
+    b'{"text": "a", "lora_path": "\xff"}',
+    b'{"text": "\xff"}',
+    b'{"text": "a", "x": 1e999}',
+    b'{"prompt": "a", "n": 1' + b"0" * 5000 + b"}",
+    b'{"text": "a", "stream": true, "temperature": 0, "messages": 5}',
+    b'{"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": 5}',
+    b'{"text": "a", "x": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+]
+
+
+def test_what_only_a_full_decoding_finds_wrong_is_left_to_the_worker(tmp_path):
+    @asynchronous
+    async def scenario():
+        worker = await KvWorker(write_tokenizer(tmp_path)).start()
+        worker.info["protocol"] = ["kv_events/1", "input_ids/1", "resume/1"]
+        worker.faults.body = b"{}"
+        async with running(workers=[worker], policy="cache_aware") as r:
+            await until(lambda: r.registered(worker).kv and r.registered(worker).kv.live)
+            for body in BAD_DEEP_INSIDE:
+                for path in ("/generate", "/v1/completions", "/v1/chat/completions"):
+                    response = await r.client.post(path, content=body)
+                    assert response.status_code in (200, 400), (path, body, response.text)
 
     scenario()
 
