@@ -62,13 +62,11 @@ def make_mesh(layout: Layout, devices: Sequence[Any]) -> Mesh:
 Rules = dict[str, tuple[str, ...]]
 
 
-def rules(
-    layout: Layout, *, num_q_heads: int, num_kv_heads: int, vocab_size: int, num_experts: int | None = None
-) -> Rules:
+def rules(layout: Layout, *, num_q_heads: int, num_kv_heads: int, num_experts: int | None = None) -> Rules:
     """Logical axis -> mesh axes, for a model on a layout. `num_experts` is None for a dense model.
 
-    KV heads are replicated when the group does not divide them. Raises ConfigError for query heads
-    or experts that do not divide.
+    KV heads are replicated when the group does not divide them; the vocabulary is padded
+    (`Vocabulary.pad`). Raises ConfigError for query heads or experts that do not divide.
     """
     if num_experts is not None and num_experts % layout.ep:
         valid = [e for e in range(1, layout.num_devices + 1) if layout.num_devices % e == 0]
@@ -89,7 +87,7 @@ def rules(
         "embed": (),
         "q_heads": GROUP,
         "kv_heads": GROUP if num_kv_heads % layout.group == 0 else (),
-        "vocab": GROUP if vocab_size % layout.group == 0 else (),
+        "vocab": GROUP,
         "ffn": GROUP,
         "expert": ("dp", "ep") if with_ep else (),
         "expert_ffn": ("tp",) if with_ep else AXES,

@@ -161,10 +161,9 @@ class StepCost:
         if group > 1:
             sums = sum(w.sums_over_group for w in self.weights)
             out.append(Collective("sums in the group", "all_reduce", sums, group, 1, tokens * row))
-            if self.blueprint.table["vocab"]:
-                logits = samples * self.blueprint.model.vocab_size * 4
-                out.append(Collective("embedding", "all_reduce", 1, group, 1, tokens * row))
-                out.append(Collective("logits", "all_gather", 1, group, 1, logits))
+            logits = samples * self.blueprint.model.vocab_size * 4
+            out.append(Collective("embedding", "all_reduce", 1, group, 1, tokens * row))
+            out.append(Collective("logits", "all_gather", 1, group, 1, logits))
         if self.blueprint.experts and self.layout.num_devices > 1:
             out += self._dispatch(self.blueprint.experts.num_layers, tokens, row)
         return out

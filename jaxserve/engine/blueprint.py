@@ -135,9 +135,9 @@ def draw(
         layout,
         num_q_heads=model.num_q_heads,
         num_kv_heads=model.kv.num_kv_heads,
-        vocab_size=model.vocab_size,
         num_experts=experts.num_experts if experts else None,
     )
+    model.vocabulary.pad(layout.group)
     expert_backend = choose_backend(config.moe_a2a_backend, layout.ep)
     if config.moe_runner_backend is not None:
         logger.info(

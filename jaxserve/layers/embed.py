@@ -12,6 +12,9 @@ from jaxserve.layers.weight import weight
 class Vocabulary(nnx.Module):
     """Token embedding and logits, which share one matrix when `tied`.
 
+    `pad` gives both matrices rows that no token has, so that every device of a group has as many.
+    They end here: no id reads them, and logits are those of the vocabulary alone.
+
     Args:
         prefix: of the checkpoint's `embed_tokens`.
         head: checkpoint tensor of the output head; unused when tied.
@@ -31,11 +34,17 @@ class Vocabulary(nnx.Module):
         scale: float | None = None,
         softcap: float | None = None,
     ):
+        self.size = vocab
         shape, axes = (vocab, hidden), ("vocab", "embed")
         self.embedding = weight(shape, axes, f"{prefix}embed_tokens.weight", dtype=dtype)
         self.head = None if tied else weight(shape, axes, head, dtype=dtype)
         self.scale = scale
         self.softcap = softcap
+
+    def pad(self, num_devices: int) -> None:
+        """Declare as many rows as `num_devices` divide; before weights are read."""
+        self.embedding = _padded(self.embedding, num_devices)
+        self.head = None if self.head is None else _padded(self.head, num_devices)
 
     def embed(self, token_T: jax.Array) -> jax.Array:
         """Embedding rows. Token ids are checked where a request enters; here they are in range."""
@@ -47,7 +56,13 @@ class Vocabulary(nnx.Module):
     def logits(self, hidden_RD: jax.Array) -> jax.Array:
         """float32 logits [R, V]."""
         matrix = self.embedding if self.head is None else self.head
-        logits_RV = project(hidden_RD, matrix, out_dtype=jnp.float32)
+        logits_RV = project(hidden_RD, matrix, out_dtype=jnp.float32)[:, : self.size]
         if self.softcap is None:
             return logits_RV
         return jnp.tanh(logits_RV / self.softcap) * self.softcap
+
+
+def _padded(param: nnx.Param, num_devices: int) -> nnx.Param:
+    value, stored = param.get_value(), param.stored
+    rows = -(-stored[0] // num_devices) * num_devices
+    return weight((rows, *stored[1:]), param.logical, *param.sources, dtype=value.dtype, stored=stored)

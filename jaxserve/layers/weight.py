@@ -59,6 +59,7 @@ def weight(
     dtype: Any,
     assemble: Assemble | None = None,
     init: Literal["ones", "zeros", "random"] | None = None,
+    stored: tuple[int, ...] | None = None,
 ) -> nnx.Param:
     """One abstract parameter.
 
@@ -69,8 +70,11 @@ def weight(
         assemble: maps the source arrays to one of `shape`; by default one source, reshaped.
         dtype: what it is kept in on the device.
         init: what dummy weights put here; by default ones at rank 1, zeros for biases, else random.
+        stored: the shape in the checkpoint, when zeros behind it make up `shape`.
     """
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and logical axes {axes} differ in rank")
     value = jax.ShapeDtypeStruct(shape, dtype)
-    return nnx.Param(value, logical=axes, sources=sources, assemble=assemble, init=init)
+    return nnx.Param(
+        value, logical=axes, sources=sources, assemble=assemble, init=init, stored=stored or shape
+    )

@@ -115,7 +115,7 @@ def _check_sources(checkpoint: Checkpoint, path: str, param: nnx.Param) -> None:
     if param.assemble is not None:
         return  # its result is checked when it is made
     assert len(infos) == 1, f"{path} has {len(infos)} sources and no way to assemble them"
-    want, info = tuple(param.get_raw_value().shape), infos[0]
+    want, info = param.stored, infos[0]
     if _split_dimensions(info.shape, want) is None:
         raise CheckpointError(
             f"{info.file}: tensor {info.name} has shape {list(info.shape)}, expected "
@@ -162,8 +162,11 @@ def _split_dimensions(stored: tuple[int, ...], want: tuple[int, ...]) -> list[ra
 
 
 def _reader(checkpoint: Checkpoint, path: str, param: nnx.Param) -> Callable[[Index | None], np.ndarray]:
-    """Index of the parameter -> that part in the parameter's dtype; equal parts are read once."""
-    want = param.get_raw_value()
+    """Index of the parameter -> that part in the parameter's dtype; equal parts are read once.
+
+    What lies behind the stored shape is zeros.
+    """
+    want, stored = param.get_raw_value(), param.stored
     dtype = jnp.dtype(want.dtype)
     parts: dict[Any, np.ndarray] = {}
     whole: list[np.ndarray] = []
@@ -173,7 +176,12 @@ def _reader(checkpoint: Checkpoint, path: str, param: nnx.Param) -> Callable[[In
         key = tuple((part.start, part.stop) for part in index)
         if key not in parts:
             if param.assemble is None:
-                part = _read_split(checkpoint, param.sources[0], want.shape, index)
+                inside = tuple(
+                    slice(*(min(end, n) for end in (p.start, p.stop))) for p, n in zip(index, stored)
+                )
+                part = _read_split(checkpoint, param.sources[0], stored, inside)
+                missing = [(0, p.stop - p.start - n) for p, n in zip(index, part.shape)]
+                part = np.pad(part, missing) if any(after for _, after in missing) else part
             elif isinstance(param.assemble, Stacked | Sliced):
                 part = _read_slices(checkpoint, path, param, index)
             else:

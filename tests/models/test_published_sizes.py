@@ -59,7 +59,6 @@ def test_every_weight_of_deepseek_v3_divides_over_the_layouts_it_is_served_on(la
         layout,
         num_q_heads=model.num_q_heads,
         num_kv_heads=model.kv.num_kv_heads,
-        vocab_size=model.vocab_size,
         num_experts=model.experts.num_experts,
     )
     mesh = AbstractMesh(layout.shape, ("dp", "ep", "tp"))

@@ -103,7 +103,7 @@ class TinyEngine:
         self.structure, self.params = nnx.split(model)
         if layout:
             heads = {"num_q_heads": model.num_q_heads, "num_kv_heads": model.kv.num_kv_heads}
-            table = rules(layout, vocab_size=model.vocab_size, **heads)
+            table = rules(layout, **heads)
             shardings = nnx.map_state(
                 lambda path, param: param.replace(weight_sharding(self.mesh, table, param)), self.params
             )
