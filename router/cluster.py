@@ -2,7 +2,7 @@
 
 The supervisor owns the registry: it registers, drains, discovers and probes workers, answers control
 routes, adds up metrics, and passes each member's loads and placements on to the others. It carries no
-data requests. Members share the port by SO_REUSEPORT; one that dies is started again.
+data requests. Members share the port by SO_REUSEPORT; one that dies or is frozen is started again.
 """
 
 import asyncio
@@ -31,6 +31,8 @@ STABLE_S = 10.0
 MAX_EARLY_DEATHS = 3
 COUNT_TIMEOUT_S = 2.0
 END_GRACE_S = 5.0  # beyond the members' own
+PING_S = 1.0
+MAX_UNANSWERED = 5  # pings in a row; its event loop never stands still for that long
 
 
 class ClusterFailed(RuntimeError):
@@ -45,6 +47,7 @@ class Process:
         self.process: asyncio.subprocess.Process | None = None
         self.link: Link | None = None
         self.ready = False
+        self.unanswered = 0  # pings since it was last heard
         self.seen = 0  # version of the State it has taken in
         self.prompt_tokens = 0  # of its answers
         self.cached_tokens: dict[str, int] = {}  # by tier
@@ -138,7 +141,7 @@ class Cluster:
     async def _run(self, member: Process) -> int:
         """One life of a member; returns its exit code, negative for a signal."""
         ours, theirs = socket.socketpair()
-        member.ready, member.seen = False, 0
+        member.ready, member.seen, member.unanswered = False, 0, 0
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "router.member", str(theirs.fileno()),
@@ -155,20 +158,30 @@ class Cluster:
         self._send_state(member)
         if self.ending:
             process.send_signal(signal.SIGTERM)
-        code = await self._ended(process)
+        code = await self._ended(member, process)
         member.link.close()
         member.link = None
         self._forget(member)
         return code
 
-    async def _ended(self, process: asyncio.subprocess.Process) -> int:
+    async def _ended(self, member: Process, process: asyncio.subprocess.Process) -> int:
+        """Wait for the end of the process; bring it about when it is frozen or out of grace."""
         waiting = asyncio.ensure_future(process.wait())
-        while not waiting.done():
-            grace_s = self.config.shutdown_grace_period_secs + END_GRACE_S if self.ending else 1.0
-            await asyncio.wait((waiting,), timeout=grace_s)
-            if self.ending and not waiting.done() and grace_s > 1.0:
+        left_s = self.config.shutdown_grace_period_secs + END_GRACE_S
+        while True:
+            await asyncio.wait((waiting,), timeout=PING_S)
+            if waiting.done():
+                return waiting.result()
+            left_s -= PING_S if self.ending else 0.0
+            # Pings are counted, not timed: a supervisor that was stopped itself blames nobody.
+            if member.ready:
+                member.unanswered += 1
+                if member.link is not None:
+                    member.link.send(frames.PING, None)
+            if left_s <= 0 or member.unanswered > MAX_UNANSWERED:
+                if member.unanswered > MAX_UNANSWERED:
+                    log.error("process %d is frozen and is ended", member.index)
                 process.kill()
-        return waiting.result()
 
     def _forget(self, member: Process) -> None:
         """It died: its requests are no load any more, and its counts stay counted."""
@@ -189,6 +202,7 @@ class Cluster:
     # ---- frames ----
 
     def _take(self, member: Process, kind: int, payload: bytes) -> None:
+        member.unanswered = 0
         if kind in (frames.NEWS, frames.LOADS):
             for other in self.members:
                 if other is not member and other.link is not None:

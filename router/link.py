@@ -15,8 +15,8 @@ HEADER = struct.Struct("<IB")
 NEWS_BUFFER_BYTES = 4 << 20  # a reader that lags further behind misses news; loads are sent again anyway
 
 # Kinds. From the supervisor: CONFIG, STATE, CLEARED, ANSWER, COUNT, GONE; from a member: READY, ASK,
-# COUNTED; passed on to every other member: LOADS, NEWS.
-CONFIG, READY, STATE, CLEARED, LOADS, NEWS, GONE, ASK, ANSWER, COUNT, COUNTED = range(11)
+# COUNTED; passed on to every other member: LOADS, NEWS. PING asks for PONG.
+CONFIG, READY, STATE, CLEARED, LOADS, NEWS, GONE, ASK, ANSWER, COUNT, COUNTED, PING, PONG = range(13)
 
 
 class Link(asyncio.Protocol):

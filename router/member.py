@@ -165,6 +165,8 @@ class Member:
                 self._freed(worker)
         elif kind == frames.COUNT:
             self.link.send(frames.COUNTED, (msgspec.msgpack.decode(payload), gateway.metrics.snapshot()))
+        elif kind == frames.PING:
+            self.link.send(frames.PONG, None)
         elif kind == frames.ANSWER:
             answer = msgspec.msgpack.decode(payload, type=Answer)
             waiting = self.asked.get(answer.id)

@@ -102,9 +102,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{ROOT}:{HERE}"}
 
 
-def launch(*flags: str) -> subprocess.Popen:
+def launch(*flags: str, start: str = "-m") -> subprocess.Popen:
+    """A module (or with "-c" a program) and its flags as a process."""
     return subprocess.Popen(
-        [sys.executable, "-m", *flags], env=environment(), stderr=subprocess.PIPE, text=True
+        [sys.executable, start, *flags], env=environment(), stderr=subprocess.PIPE, text=True
     )
 
 

@@ -1,15 +1,20 @@
 """Several gateway processes on one port: one registry, shared prefixes and loads, one life."""
 
+import asyncio
 import os
 import random
 import signal
+import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 
 import httpx
 import pytest
+from gateway_harness import asynchronous, until
+from kv_worker import KvWorker, write_tokenizer
+from test_router_edges import certificate
 from test_router_launch import alive, launch, wait_for
 
 from router.bench.worker import CHARS_PER_TOKEN
@@ -24,9 +29,10 @@ def some_ports(count: int) -> list[int]:
 
 
 class Cluster:
-    def __init__(self, port: int, process) -> None:
+    def __init__(self, port: int, process, trust: ssl.SSLContext | None = None) -> None:
         self.port = port
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"{'https' if trust else 'http'}://127.0.0.1:{port}"
+        self.trust = trust or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # made once: 20 ms
         self.process = process
         self.lines: list[str] = []
         self.reader = threading.Thread(target=self._read, daemon=True)
@@ -44,12 +50,12 @@ class Cluster:
         """Answers over as many connections: the kernel spreads them over the processes."""
         answers = []
         for _ in range(tries):
-            with httpx.Client() as client:
+            with httpx.Client(verify=self.trust) as client:
                 answers.append(client.get(self.url + path, timeout=10))
         return answers
 
     def metric(self, text: str) -> float:
-        lines = httpx.get(self.url + "/metrics").text.splitlines()
+        lines = httpx.get(self.url + "/metrics", verify=self.trust).text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(text))
 
     def ready(self, workers: int) -> bool:
@@ -71,15 +77,17 @@ def workers(count: int, *flags: str):
 
 
 @contextmanager
-def cluster(*flags: str, processes: int = 2):
+def cluster(*flags: str, processes: int = 2, program: str | None = None, trust=None):
+    """`program`: what starts it instead of the launcher."""
     port = some_ports(1)[0]
     process = launch(
-        "router.launch_router", "--host", "127.0.0.1", "--port", str(port),
+        program or "router.launch_router", "--host", "127.0.0.1", "--port", str(port),
         "--workers-processes", str(processes), "--shutdown-grace-period-secs", "5", *flags,
+        start="-c" if program else "-m",
     )  # fmt: skip
-    made = Cluster(port, process)
+    made = Cluster(port, process, trust)
     try:
-        wait_for(lambda: httpx.get(made.url + "/health").status_code == 200, 30)
+        wait_for(lambda: httpx.get(made.url + "/health", verify=made.trust).status_code == 200, 30)
         yield made
     finally:
         pids = made.children() if process.poll() is None else []
@@ -90,9 +98,19 @@ def cluster(*flags: str, processes: int = 2):
                 os.kill(pid, signal.SIGKILL)
 
 
-def generate(c: Cluster, text: str, **more) -> httpx.Response:
+@asynccontextmanager
+async def running_beside(c: AbstractContextManager[Cluster]):
+    """The cluster as a context of a test whose event loop its workers need."""
+    made = await asyncio.to_thread(c.__enter__)
+    try:
+        yield made
+    finally:
+        await asyncio.to_thread(c.__exit__, None, None, None)
+
+
+def generate(c: Cluster, text: str | None, **more) -> httpx.Response:
     """Over a connection of its own."""
-    with httpx.Client() as client:
+    with httpx.Client(verify=c.trust) as client:
         body = {"text": text, "sampling_params": {"max_new_tokens": 2}, **more}
         return client.post(c.url + "/generate", json=body, timeout=20)
 
@@ -178,6 +196,55 @@ def test_killed_process_is_started_again_with_the_registry_and_counts_stay():
         wait_for(lambda: c.ready(1))
         assert all(generate(c, "x").status_code == 200 for _ in range(20))
         assert c.metric("smg_worker_requests_total{") == 40
+
+
+def test_frozen_process_is_ended_and_started_again():
+    quick = "import router.cluster as c, router.launch_router as l; c.PING_S = 0.1; l.main()"
+    with workers(1) as urls, cluster("--worker-urls", *urls, program=quick) as c:
+        wait_for(lambda: c.ready(1))
+        before = c.children()
+        os.kill(before[0], signal.SIGSTOP)
+        wait_for(lambda: len(c.children()) == 2 and before[0] not in c.children())
+        assert before[1] in c.children()
+        wait_for(lambda: c.ready(1))
+        assert all(generate(c, "x").status_code == 200 for _ in range(20))
+        assert any("process 0 is frozen" in line for line in c.lines)
+
+
+def test_every_process_follows_the_events_of_every_worker(tmp_path):
+    """A prompt that no process has seen goes, through whichever, where it is held; as token ids."""
+
+    @asynchronous
+    async def scenario():
+        folder = write_tokenizer(tmp_path)
+        held = [await KvWorker(folder, name=f"w{i}").start() for i in range(2)]
+        flags = ("--policy", "cache_aware", "--worker-urls", *(w.url for w in held))
+        async with running_beside(cluster(*flags)) as c:
+            await until(lambda: all(len(w.streams) == 2 for w in held), 15)  # one of each process
+            await asyncio.to_thread(wait_for, lambda: c.ready(2))
+            for family, home in enumerate((held[1], held[0], held[1])):
+                ids = list(range(100 * family, 100 * family + 64))
+                home.store(ids)
+                told = 4 * (family + 1)
+                await asyncio.to_thread(wait_for, lambda told=told: c.metric("router_kv_pages{") == told)
+                answers = [
+                    await asyncio.to_thread(generate, c, None, input_ids=[*ids, 255]) for _ in range(8)
+                ]
+                assert {a.headers["x-smg-routed-worker-id"] for a in answers} == {home.url}
+                assert {a.json()["meta_info"]["completion_tokens"] for a in answers} == {2}
+
+    scenario()
+
+
+def test_https_is_served_by_every_process(tmp_path):
+    cert, key = certificate(tmp_path)
+    flags = ("--tls-cert-path", cert, "--tls-key-path", key)
+    trust = ssl.create_default_context(cafile=cert)
+    with workers(1) as urls, cluster("--worker-urls", *urls, *flags, trust=trust) as c:
+        wait_for(lambda: c.ready(1))
+        assert all(generate(c, "x").status_code == 200 for _ in range(12))
+        assert c.metric("smg_worker_requests_total{") == 12
+        assert "data: [DONE]" in generate(c, "x", stream=True).text
 
 
 def test_sigterm_drains_every_process_and_ends_all_with_zero():
