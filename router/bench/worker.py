@@ -11,6 +11,7 @@ import asyncio
 import gc
 import json
 import random
+import sys
 from collections import OrderedDict
 from typing import Any
 
@@ -234,12 +235,15 @@ async def serve(given: argparse.Namespace) -> None:
     device = Device(given)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: Connection(device), "127.0.0.1", given.port, backlog=4096)
+    if not given.port:
+        port = server.sockets[0].getsockname()[1]
+        print(f"running on http://127.0.0.1:{port}", file=sys.stderr, flush=True)
     await server.serve_forever()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--port", type=int, required=True, help="0: a free one, which it tells")
     parser.add_argument("--model", default="bench")
     parser.add_argument("--cache-blocks", type=int, default=0, help="capacity in blocks; 0: no cache")
     parser.add_argument("--prefill-us", type=float, default=0.0, help="for each uncached prompt token")

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from test_router_launch import launch, plan_of, wait_for
-from test_router_processes import some_ports, workers
+from test_router_launch import launch, listening, plan_of, wait_for
+from test_router_processes import workers
 
 MODEL = "--model-path meta-llama/Meta-Llama-3.1-70B-Instruct"
 # (command, replicas, devices of each, ranks inside each, policy)
@@ -65,14 +65,12 @@ def test_co_launch_command_plans_its_replicas(command, count, tp, ranks, policy)
 
 @contextmanager
 def gateway(*flags: str):
-    port = some_ports(1)[0]
-    process = launch("router.launch_router", *flags, "--host", "127.0.0.1", "--port", str(port))
+    process = launch("router.launch_router", *flags, "--host", "127.0.0.1", "--port", "0")
     try:
-        wait_for(lambda: httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200)
-        yield port
+        yield listening(process)
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def curl(command: str, port: int, worker: str = "") -> httpx.Response:

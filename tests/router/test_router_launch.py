@@ -2,11 +2,15 @@
 
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import IO
 
 import httpx
 import pytest
@@ -109,6 +113,32 @@ def launch(*flags: str, start: str = "-m") -> subprocess.Popen:
     )
 
 
+def listening(process: subprocess.Popen, lines: list[str] | None = None) -> int:
+    """The port that a process started with `--port 0` says it listens on: none is guessed, none taken twice.
+
+    What it writes is collected in `lines`.
+    """
+    assert process.stderr is not None
+    lines = [] if lines is None else lines
+    for line in process.stderr:
+        lines.append(line)
+        found = re.search(r"(?:running|processes) on https?://127\.0\.0\.1:(\d+)", line)
+        if found:
+            threading.Thread(target=_collect, args=(process.stderr, lines), daemon=True).start()
+            return int(found[1])
+    raise AssertionError(f"it ended with {process.wait()}: {lines}")
+
+
+def _collect(stream: IO[str], lines: list[str]) -> None:
+    with stream:
+        lines.extend(stream)
+
+
+def some_ports(count: int) -> list[int]:
+    """Where something may be started again: below the ports that outgoing connections take."""
+    return free_ports(count, random.randrange(20_000, 30_000))
+
+
 def wait_for(condition, timeout_s: float = 15):
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -131,13 +161,12 @@ def alive(pid: int) -> bool:
 
 
 def test_replicas_are_started_restarted_when_killed_and_ended_on_sigterm(tmp_path):
-    port = free_ports(1, 42000)[0]
     process = launch(
         "router.launch_server", "--engine-module", "fake_engine", "--note", str(tmp_path), "--dp-size", "2",
-        "--host", "127.0.0.1", "--port", str(port), "--router-dp-worker-base-port", "43000",
+        "--host", "127.0.0.1", "--port", "0", "--router-dp-worker-base-port", str(some_ports(1)[0]),
         "--router-shutdown-grace-period-secs", "3",
     )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
+    url = f"http://127.0.0.1:{listening(process)}"
 
     def ready(count: int) -> bool:
         return httpx.get(url + "/readiness").json()["healthy_workers"] == count
@@ -158,14 +187,13 @@ def test_replicas_are_started_restarted_when_killed_and_ended_on_sigterm(tmp_pat
         assert not any(alive(pid) for pid in pids)
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def test_engine_that_refuses_its_flags_ends_the_launcher(tmp_path):
-    port = free_ports(1, 42100)[0]
     process = launch(
         "router.launch_server", "--engine-module", "fake_engine", "--note", str(tmp_path), "--refuse",
-        "--host", "127.0.0.1", "--port", str(port), "--router-shutdown-grace-period-secs", "1",
+        "--host", "127.0.0.1", "--port", "0", "--router-shutdown-grace-period-secs", "1",
     )  # fmt: skip
     _, text = process.communicate(timeout=20)
     assert process.returncode == 1
@@ -173,7 +201,7 @@ def test_engine_that_refuses_its_flags_ends_the_launcher(tmp_path):
 
 
 def test_router_drains_on_sigterm_and_ends_with_zero(tmp_path):
-    port = free_ports(1, 42200)[0]
+    port = some_ports(1)[0]
     process = launch("router.launch_router", "--host", "127.0.0.1", "--port", str(port), "--log-json")
     try:
         wait_for(lambda: httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200)

@@ -2,10 +2,8 @@
 
 import asyncio
 import os
-import random
 import signal
 import ssl
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
@@ -15,31 +13,20 @@ import pytest
 from gateway_harness import asynchronous, until
 from kv_worker import KvWorker, write_tokenizer
 from test_router_edges import certificate
-from test_router_launch import alive, launch, wait_for
+from test_router_launch import alive, launch, listening, wait_for
 
 from router.bench.worker import CHARS_PER_TOKEN
-from router.replicas import free_ports
 
 CHAT = {"model": "bench", "messages": [{"role": "user", "content": "hello"}]}
 
 
-def some_ports(count: int) -> list[int]:
-    """Below the ports that outgoing connections take, and not where a test run beside this one looks."""
-    return free_ports(count, random.randrange(20_000, 30_000))
-
-
 class Cluster:
-    def __init__(self, port: int, process, trust: ssl.SSLContext | None = None) -> None:
-        self.port = port
-        self.url = f"{'https' if trust else 'http'}://127.0.0.1:{port}"
+    def __init__(self, process, trust: ssl.SSLContext | None = None) -> None:
+        self.lines: list[str] = []
+        self.port = listening(process, self.lines)
+        self.url = f"{'https' if trust else 'http'}://127.0.0.1:{self.port}"
         self.trust = trust or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # made once: 20 ms
         self.process = process
-        self.lines: list[str] = []
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    def _read(self) -> None:
-        self.lines.extend(self.process.stderr)
 
     def children(self) -> list[int]:
         pid = self.process.pid
@@ -58,34 +45,35 @@ class Cluster:
         lines = httpx.get(self.url + "/metrics", verify=self.trust).text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(text))
 
+    def total(self) -> int:
+        """Requests sent to workers, as far as the supervisor knows."""
+        workers = httpx.get(self.url + "/workers", verify=self.trust).json()["workers"]
+        return sum(w["requests_total"] for w in workers)
+
     def ready(self, workers: int) -> bool:
         return all(a.json()["healthy_workers"] == workers for a in self.everyone("/readiness", 12))
 
 
 @contextmanager
 def workers(count: int, *flags: str):
-    ports = some_ports(count)
-    started = [launch("router.bench.worker", "--port", str(p), *flags) for p in ports]
+    started = [launch("router.bench.worker", "--port", "0", *flags) for _ in range(count)]
     try:
-        for p in ports:
-            wait_for(lambda p=p: httpx.get(f"http://127.0.0.1:{p}/health").status_code == 200)
-        yield [f"http://127.0.0.1:{p}" for p in ports]
+        yield [f"http://127.0.0.1:{listening(process)}" for process in started]
     finally:
         for process in started:
             process.kill()
-            process.communicate()
+            process.wait()
 
 
 @contextmanager
 def cluster(*flags: str, processes: int = 2, program: str | None = None, trust=None):
     """`program`: what starts it instead of the launcher."""
-    port = some_ports(1)[0]
     process = launch(
-        program or "router.launch_router", "--host", "127.0.0.1", "--port", str(port),
+        program or "router.launch_router", "--host", "127.0.0.1", "--port", "0",
         "--workers-processes", str(processes), "--shutdown-grace-period-secs", "5", *flags,
         start="-c" if program else "-m",
     )  # fmt: skip
-    made = Cluster(port, process, trust)
+    made = Cluster(process, trust)
     try:
         wait_for(lambda: httpx.get(made.url + "/health", verify=made.trust).status_code == 200, 30)
         yield made
@@ -126,7 +114,7 @@ def test_registry_change_is_seen_by_every_process_and_metrics_are_added_up():
         }
         assert all(generate(c, "x").status_code == 200 for _ in range(40))
         assert c.metric("smg_worker_requests_total{") == 40
-        assert sum(w["requests_total"] for w in httpx.get(c.url + "/workers").json()["workers"]) == 40
+        wait_for(lambda: c.total() == 40)
         gone = views[0][0]
         assert httpx.delete(f"{c.url}/workers/{gone['id']}").status_code == 202
         wait_for(lambda: c.ready(1))
@@ -143,8 +131,12 @@ def test_prefix_learned_in_one_process_is_followed_by_the_other(policy):
         wait_for(lambda: c.ready(4))
         for family in range(6):
             prefix = f"{family} " * 1000
-            homes = {generate(c, prefix + str(i)).headers["x-smg-routed-worker-id"] for i in range(12)}
+            homes = {generate(c, prefix + "0").headers["x-smg-routed-worker-id"]}
+            # What the supervisor counts it has passed on to the others before.
+            wait_for(lambda sent=12 * family + 1: c.total() == sent)
+            homes |= {generate(c, prefix + str(i)).headers["x-smg-routed-worker-id"] for i in range(1, 12)}
             assert len(homes) == 1
+            wait_for(lambda sent=12 * family + 12: c.total() == sent)
         stats = [httpx.get(u + "/bench/stats").json() for u in urls]
         prompt, cached = (sum(s[k] for s in stats) for k in ("prompt_tokens", "cached_tokens"))
         missed = 6 * 2000 // CHARS_PER_TOKEN  # one first request of each family, and the odd ends

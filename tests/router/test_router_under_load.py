@@ -7,8 +7,8 @@ import httpx
 import pytest
 from gateway_harness import CHAT, asynchronous, running, until
 from mock_worker import MockWorker
-from test_router_launch import launch, wait_for
-from test_router_processes import some_ports, workers
+from test_router_launch import launch, some_ports, wait_for
+from test_router_processes import workers
 
 
 @asynchronous
