@@ -66,7 +66,7 @@ def rules(layout: Layout, *, num_q_heads: int, num_kv_heads: int, num_experts: i
     """Logical axis -> mesh axes, for a model on a layout. `num_experts` is None for a dense model.
 
     KV heads are replicated when the group does not divide them; the vocabulary is padded
-    (`Vocabulary.pad`). Raises ConfigError for query heads or experts that do not divide.
+    (`Vocabulary.split`). Raises ConfigError for query heads or experts that do not divide.
     """
     if num_experts is not None and num_experts % layout.ep:
         valid = [e for e in range(1, layout.num_devices + 1) if layout.num_devices % e == 0]

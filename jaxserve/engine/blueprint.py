@@ -137,7 +137,7 @@ def draw(
         num_kv_heads=model.kv.num_kv_heads,
         num_experts=experts.num_experts if experts else None,
     )
-    model.vocabulary.pad(layout.group)
+    model.vocabulary.split(mesh)
     expert_backend = choose_backend(config.moe_a2a_backend, layout.ep)
     if config.moe_runner_backend is not None:
         logger.info(

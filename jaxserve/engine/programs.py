@@ -6,6 +6,7 @@ under `shard_map`; the rest is partitioned by XLA.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -177,19 +178,11 @@ def sample(
 ) -> tuple[jax.Array, SlotState, dict[str, jax.Array]]:
     """Choose one token a row. Returns last_token, the slots' state, and what the host reads."""
     f = packing.unpack(packed_RM)
-    raw_SV = logits_SV = model.call(leaves).logits(samples_SD)
-    if variant.filters:
-        logits_SV = per_rank(mesh, _with_slot_state, logits_SV, slots, f)
-    if not variant.random:
-        token_S = sampling.greedy(logits_SV)
+    logits_SV = model.call(leaves).logits(samples_SD)
+    if variant.random:
+        token_S = per_rank(mesh, partial(_draw, variant), logits_SV, slots, f)
     else:
-        uniform_S = sampling.uniform(f["seed"], f["position"])
-        if variant.filters:
-            token_S = sampling.sample(
-                logits_SV, uniform_S, f["temperature"], f["top_k"], f["top_p"], f["min_p"]
-            )
-        else:
-            token_S = sampling.sample_temperature(logits_SV, uniform_S, f["temperature"])
+        token_S = sampling.greedy(logits_SV)  # each device's best, not whole rows, go through the group
     last_token_S = per_rank(mesh, _set_rows, last_token_S, f["slot"], token_S)
     out = {"token": token_S}
     if variant.filters:
@@ -197,8 +190,16 @@ def sample(
         slots = {**slots, "output_count": count_SV}
     if variant.logprobs:
         ids_SI = f["logprob_ids"].reshape(-1, NUM_LOGPROB_IDS)
-        out |= _logprobs(raw_SV, token_S, ids_SI)
+        out |= per_rank(mesh, _logprobs, logits_SV, token_S, ids_SI)
     return last_token_S, slots, out
+
+
+def _draw(variant: Variant, logits_RV: jax.Array, slots: SlotState, f: dict[str, jax.Array]) -> jax.Array:
+    uniform_R = sampling.uniform(f["seed"], f["position"])
+    if not variant.filters:
+        return sampling.sample_temperature(logits_RV, uniform_R, f["temperature"])
+    logits_RV = _with_slot_state(logits_RV, slots, f)
+    return sampling.sample(logits_RV, uniform_R, f["temperature"], f["top_k"], f["top_p"], f["min_p"])
 
 
 def _set_rows(last_S: jax.Array, slot_R: jax.Array, token_R: jax.Array) -> jax.Array:
@@ -271,7 +272,7 @@ def score(
 
     def part(args: tuple[jax.Array, jax.Array, jax.Array]) -> dict[str, jax.Array]:
         hidden_CD, target_C, ids_CI = args
-        return _logprobs(module.logits(hidden_CD), target_C, ids_CI)
+        return per_rank(mesh, _logprobs, module.logits(hidden_CD), target_C, ids_CI)
 
     return jax.tree.map(join, jax.lax.map(part, (split(prefill_PD), split(f["target"]), split(ids_PI))))
 

@@ -88,6 +88,18 @@ class StepContext:
             self._rope_tables[rope] = rope.table(self.position_T)
         return self._rope_tables[rope]
 
+    def per_rank(self, function: Callable[..., Any], x_T: jax.Array, shared: Any = None) -> Any:
+        """`function(x_T, shared)` on each dp rank's tokens alone; what it returns is joined again.
+
+        For what the partitioner cannot split by tokens, such as `top_k`: it would gather all ranks'.
+        """
+        if self.mesh is None:
+            return function(x_T, shared)
+        rank, whole = PartitionSpec("dp"), PartitionSpec()
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=(rank, whole), out_specs=rank, check_vma=False
+        )(x_T, shared)
+
     def attend(
         self,
         layer: int,

@@ -3,16 +3,18 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxserve.layers.linear import project
 from jaxserve.layers.weight import weight
+from jaxserve.mesh import GROUP
 
 
 class Vocabulary(nnx.Module):
     """Token embedding and logits, which share one matrix when `tied`.
 
-    `pad` gives both matrices rows that no token has, so that every device of a group has as many.
+    `split` gives both matrices rows that no token has, so that every device of a group has as many.
     They end here: no id reads them, and logits are those of the vocabulary alone.
 
     Args:
@@ -40,11 +42,14 @@ class Vocabulary(nnx.Module):
         self.head = None if tied else weight(shape, axes, head, dtype=dtype)
         self.scale = scale
         self.softcap = softcap
+        self.by_device: NamedSharding | None = None  # of logits, once they are split
 
-    def pad(self, num_devices: int) -> None:
-        """Declare as many rows as `num_devices` divide; before weights are read."""
+    def split(self, mesh: Mesh | AbstractMesh) -> None:
+        """Declare as many rows as an attention group of `mesh` divides; before weights are read."""
+        num_devices = mesh.shape["ep"] * mesh.shape["tp"]
         self.embedding = _padded(self.embedding, num_devices)
         self.head = None if self.head is None else _padded(self.head, num_devices)
+        self.by_device = NamedSharding(mesh, PartitionSpec("dp", GROUP)) if mesh.size > 1 else None
 
     def embed(self, token_T: jax.Array) -> jax.Array:
         """Embedding rows. Token ids are checked where a request enters; here they are in range."""
@@ -56,7 +61,11 @@ class Vocabulary(nnx.Module):
     def logits(self, hidden_RD: jax.Array) -> jax.Array:
         """float32 logits [R, V]."""
         matrix = self.embedding if self.head is None else self.head
-        logits_RV = project(hidden_RD, matrix, out_dtype=jnp.float32)[:, : self.size]
+        logits_RV = project(hidden_RD, matrix, out_dtype=jnp.float32)
+        if self.by_device is not None:
+            # Whoever needs whole rows gathers these; unasked, the partitioner gathers the matrix instead.
+            logits_RV = jax.lax.with_sharding_constraint(logits_RV, self.by_device)
+        logits_RV = logits_RV[:, : self.size]
         if self.softcap is None:
             return logits_RV
         return jnp.tanh(logits_RV / self.softcap) * self.softcap

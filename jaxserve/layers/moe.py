@@ -175,7 +175,7 @@ class MoE(nnx.Module):
         with jax.named_scope("route"):
             logits_TE = project(hidden_TD.astype(jnp.float32), self.router, self.router_bias)
             bias_E = None if self.choice_bias is None else self.choice_bias[...]
-            expert_TX, weight_TX = self.routing.choose(logits_TE, bias_E)
+            expert_TX, weight_TX = step.per_rank(self.routing.choose, logits_TE, shared=bias_E)
         with jax.named_scope("experts"):
             out_TD = step.feed_experts(
                 self.index, hidden_TD, expert_TX, weight_TX, self.experts.weights(), self.activation
