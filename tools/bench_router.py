@@ -1,350 +1,307 @@
-"""Measures gateways side by side on this machine and prints one table.
+"""Measures gateways side by side on this machine and prints one table, with targets beside results.
 
-    python -m tools.bench_router                                  # ours, every case
-    python -m tools.bench_router --cases overhead families \\
-        --peer 'smg=smg launch --host 127.0.0.1 --port {port} --prometheus-port {metrics_port}
-                --policy {policy} --worker-urls {urls}'
+    python -m tools.bench_router                       # ours, every row
+    python -m tools.bench_router --rows families killed
+    python -m tools.bench_router --peer smg=VENV --peer sglang-router=VENV --peer vllm-router=VENV
 
-A peer is any command that serves on {port} in front of the {urls} with {policy}. Workers are simulated
-(`router.bench.worker`). Every case starts fresh workers and a fresh gateway; numbers of one run can be
-compared, numbers of two runs cannot: the machine is not the same twice.
+A peer is the directory of a virtual environment in which it is installed (`pip install smg==1.13.0`,
+`sglang-router==0.3.2`, `vllm-router==0.1.17`), or any command that serves on {port} in front of the {urls}
+with {policy}. Workers are simulated (`router.bench.worker`); every measurement starts fresh ones and a fresh
+gateway. Numbers of one run can be compared, numbers of two runs cannot: the machine is not the same twice.
 """
 
 import argparse
 import asyncio
 import json
-import os
-import random
-import shlex
-import signal
-import string
-import subprocess
+import math
+import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from router.bench.load import Client, Result, closed_loop, control, percentile, request
+from router.bench.cases import CASES, Row
+from router.bench.setup import OURS, command_of
 
-OURS = (
-    f"{shlex.quote(sys.executable)} -m router.launch_router --host 127.0.0.1 --port {{port}} "
-    "--policy {policy} --log-level error --worker-urls {urls}"
-)
-BASE_PORT = 18300
-ALPHABET = string.ascii_letters + string.digits + " "
+# Beside cache_aware: policies of a peer that did better on the routing workloads.
+BETTER = {"smg": ("prefix_hash", "prefix_hash --disable-worker-overload-protection")}
+QUALITY = ("families", "multiturn", "multiturn128")
+ROUNDS = 3  # of the overhead, gateways taking turns: the median counts
+DEFAULT = "cache_aware"
 
-
-@dataclass
-class Setup:
-    """One gateway in front of its workers."""
-
-    port: int
-    process: subprocess.Popen
-    worker_ports: list[int]
-    workers: list[subprocess.Popen]
-    worker_flags: list[str]
-
-    def cpu_s(self) -> float:
-        """CPU seconds of the gateway and its children so far."""
-        total = 0
-        for pid in _tree(self.process.pid):
-            with open(f"/proc/{pid}/stat") as file:
-                fields = file.read().rsplit(")", 1)[1].split()
-            total += int(fields[11]) + int(fields[12])
-        return total / os.sysconf("SC_CLK_TCK")
-
-    def rss_mib(self) -> float:
-        total = 0
-        for pid in _tree(self.process.pid):
-            with open(f"/proc/{pid}/statm") as file:
-                total += int(file.read().split()[1])
-        return total * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-    def start_worker(self, i: int) -> None:
-        command = [sys.executable, "-m", "router.bench.worker", "--port", str(self.worker_ports[i])]
-        self.workers[i] = subprocess.Popen([*command, *self.worker_flags])
-
-    async def worker_stats(self) -> list[dict]:
-        return [await control(port, "/bench/stats", method="GET") for port in self.worker_ports]
+Results = dict[tuple[str, str, str], Row]  # by gateway, case, policy
 
 
-@asynccontextmanager
-async def setup(command: str, policy: str, count: int, *worker_flags: str):
-    """Fresh workers and the gateway `command` in front of them, once an answer comes through."""
-    port, worker_ports = BASE_PORT, [BASE_PORT + 10 + i for i in range(count)]
-    made = Setup(port, None, worker_ports, [None] * count, list(worker_flags))  # type: ignore[arg-type, list-item]
-    for i in range(count):
-        made.start_worker(i)
-    urls = " ".join(f"http://127.0.0.1:{p}" for p in worker_ports)
-    words = shlex.split(
-        command.format(port=port, urls=urls, policy=policy, metrics_port=BASE_PORT + 9), posix=True
-    )
-    made.process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: ASYNC220 (between measurements, nothing else runs)
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: `cells(results, gateway)` are its numbers, `met` judges ours."""
+
+    name: str
+    needs: tuple[tuple[str, str], ...]  # (case, policy)
+    show: Callable[[Results, str], str]
+    target: str
+    met: Callable[[Results], bool | None]  # None: nothing to compare with
+    ours_only: bool = False
+
+
+def value(results: Results, gateway: str, case: str, policy: str, name: str) -> float:
+    return results.get((gateway, case, policy), {}).get(name, math.nan)
+
+
+def best(results: Results, gateway: str, case: str) -> tuple[str, Row]:
+    """The policy with the most requests a second, and its row."""
+    rows = {p: r for (g, c, p), r in results.items() if g == gateway and c == case and p != "round_robin"}
+    if not rows:
+        return "", {}
+    policy = max(rows, key=lambda p: rows[p].get("req/s", 0.0))
+    return policy, rows[policy]
+
+
+def number(name: str, case: str, policy: str, key: str, target: str, met, form: str = "{:.0f}") -> Line:
+    """A line of one number."""
+
+    def show(results: Results, gateway: str) -> str:
+        found = value(results, gateway, case, policy, key)
+        return "-" if math.isnan(found) else form.format(found)
+
+    return Line(name, ((case, policy),), show, target, met)
+
+
+def share_of_smg(case: str, policy: str, key: str, most: float):
+    def met(results: Results) -> bool | None:
+        ours, theirs = (value(results, g, case, policy, key) for g in ("ours", "smg"))
+        return None if math.isnan(theirs) else ours <= most * theirs
+
+    return met
+
+
+def at_most(case: str, policy: str, key: str, most: float):
+    return lambda results: value(results, "ours", case, policy, key) <= most
+
+
+def throughput_met(results: Results) -> bool | None:
+    key = ("overhead", "round_robin", "req/s c32, 200 ch")
+    ours, smg, vllm = (value(results, g, *key) for g in ("ours", "smg", "vllm-router"))
+    if math.isnan(smg) and math.isnan(vllm):
+        return None
+    return not ours < 2 * smg and not ours <= vllm  # a missing one is nan, and is not beaten
+
+
+def routing(case: str, factor: float, least_hit: float) -> Line:
+    def show(results: Results, gateway: str) -> str:
+        if gateway == "ours":
+            policy, row = DEFAULT, results.get((gateway, case, DEFAULT), {})
+        else:
+            policy, row = best(results, gateway, case)
+        if not row:
+            return "-"
+        note = f" ({policy.replace(' --disable-worker-overload-protection', ' tuned')})"
+        text = f"{row['req/s']:.0f}; {row['hit']:.3f}; {row['work max/mean']:.2f}"
+        return text + (note if policy != DEFAULT else "")
+
+    def met(results: Results) -> bool | None:
+        row = results.get(("ours", case, DEFAULT), {})
+        peers = {g for g, _, _ in results} - {"ours"}
+        rivals = [best(results, g, case)[1].get("req/s", math.nan) for g in peers]
+        good = row.get("hit", 0) >= least_hit and row.get("work max/mean", math.inf) <= 1.05
+        return good and all(not row["req/s"] < factor * r for r in rivals)
+
+    target = f">= {factor}x the best of them; >= {least_hit}; <= 1.05"
+    return Line(f"`{case}`: req/s; hit; work max/mean", ((case, DEFAULT),), show, target, met)
+
+
+def gain(case: str) -> Line:
+    needs = ((case, DEFAULT), (case, "round_robin"))
+
+    def show(results: Results, gateway: str) -> str:
+        aware, blind = (results.get((gateway, case, p)) for p in (DEFAULT, "round_robin"))
+        if not aware or not blind:
+            return "-"
+        speed, hits = (100 * (aware[k] / max(blind[k], 1e-9) - 1) for k in ("req/s", "hit"))
+        return f"{speed:+.0f} %, {hits:+.0f} %"
+
+    name = f"cache_aware over round_robin on `{case}`: req/s, hits"
+    return Line(name, needs, show, "beside the guide's +92 %, +275 %", lambda results: None, ours_only=True)
+
+
+def several(name: str, cases: Sequence[str], key: str, target: str, most: float) -> Line:
+    """One number of several cases."""
+
+    def show(results: Results, gateway: str) -> str:
+        found = [value(results, gateway, c, DEFAULT, key) for c in cases]
+        return "; ".join("-" if math.isnan(v) else f"{v:.0f}" for v in found)
+
+    def met(results: Results) -> bool:
+        return all(value(results, "ours", c, DEFAULT, key) <= most for c in cases)
+
+    return Line(name, tuple((c, DEFAULT) for c in cases), show, target, met)
+
+
+def pair(name: str, case: str, keys: tuple[str, str], target: str, met, policy: str = DEFAULT) -> Line:
+    def show(results: Results, gateway: str) -> str:
+        row = results.get((gateway, case, policy))
+        return "; ".join(f"{row[k]:.0f}" for k in keys) if row else "-"
+
+    return Line(name, ((case, policy),), show, target, met)
+
+
+def slow_met(results: Results) -> bool:
+    row = results[("ours", "slow", DEFAULT)]
+    return row["requests"] >= 6500 and row["p99 ms"] <= 10
+
+
+def aborts_met(results: Results) -> bool:
+    row = results[("ours", "aborts", DEFAULT)]
+    return row["lost"] <= 30 and row["lost, 2nd half"] == 0
+
+
+def exact_row() -> Line:
+    needs = (("exact_overhead", DEFAULT), ("exact_families", DEFAULT))
+
+    def show(results: Results, gateway: str) -> str:
+        cost, routed = (results.get((gateway, case, policy), {}) for case, policy in needs)
+        if not cost or not routed:
+            return "-"
+        cpu = f"{cost['CPU us/req, 200 ch']:.0f}, {cost['CPU us/req, 8k ch']:.0f} us"
+        return f"{cpu}; {routed['req/s']:.0f}; {routed['hit']:.3f}; {routed['work max/mean']:.2f}"
+
+    name = "exact mode: CPU per request, 200 and 8k characters; `families`"
+    return Line(name, needs, show, "(a row of its own)", lambda results: None, ours_only=True)
+
+
+LINES = {
+    "latency": number(
+        "added latency p50 at concurrency 1, us", "overhead", "round_robin", "added p50 us, c1",
+        "<= 0.7x SMG", share_of_smg("overhead", "round_robin", "added p50 us, c1", 0.7),
+    ),
+    "throughput": number(
+        "requests/s, one process, round_robin", "overhead", "round_robin", "req/s c32, 200 ch",
+        ">= 2x SMG, > vllm-router", throughput_met,
+    ),
+    "cpu200": number(
+        "CPU us per request, 200 characters, default policy", "overhead", DEFAULT, "CPU us/req, 200 ch",
+        "<= 0.4x SMG", share_of_smg("overhead", DEFAULT, "CPU us/req, 200 ch", 0.4),
+    ),
+    "cpu8k": number(
+        "CPU us per request, 8k characters, default policy", "overhead", DEFAULT, "CPU us/req, 8k ch",
+        "<= 0.55x SMG", share_of_smg("overhead", DEFAULT, "CPU us/req, 8k ch", 0.55),
+    ),
+    "sse": number(
+        "CPU us per SSE event", "overhead", "round_robin", "CPU us/SSE event", "<= 0.5x SMG",
+        share_of_smg("overhead", "round_robin", "CPU us/SSE event", 0.5), "{:.1f}",
+    ),
+    "exact": exact_row(),
+    "families": routing("families", 1.05, 0.84),
+    "multiturn": routing("multiturn", 1.2, 0.66),
+    "multiturn128": routing("multiturn128", 1.2, 0.66),
+    "gain-families": gain("families"),
+    "gain-multiturn": gain("multiturn"),
+    "killed": number(
+        "a killed worker is used again after it is back, s", "killed", DEFAULT, "used again after s",
+        "<= 1", at_most("killed", DEFAULT, "used again after s", 1.0), "{:.2f}",
+    ),
+    "slow": pair(
+        "one of three turns slow: requests in 5 s; p99 ms", "slow", ("requests", "p99 ms"),
+        ">= 6,500; <= 10", slow_met,
+    ),
+    "lost": several(
+        "JSON requests failed: killed; 500s; 503s; dropped connections",
+        ("killed", "errors500", "errors503", "drops"), "lost", "0", 0,
+    ),
+    "aborts": pair(
+        "one aborts every stream: broken in 5 s; in the second half", "aborts", ("lost", "lost, 2nd half"),
+        "<= 30; 0", aborts_met,
+    ),
+    "memory": number(
+        "memory growth, 20,000 unique 4 KB prompts, MiB", "memory", DEFAULT, "growth MiB", "<= 60",
+        at_most("memory", DEFAULT, "growth MiB", 60.0), "{:+.0f}",
+    ),
+}  # fmt: skip
+
+
+async def measure(gateways: dict[str, str], names: Sequence[str], scale: float) -> Results:
+    """Everything that the lines need, case by case, the gateways taking turns."""
+    needs: dict[tuple[str, str], bool] = {}  # ordered; whether only ours
+    for name in names:
+        for need in LINES[name].needs:
+            needs[need] = needs.get(need, True) and LINES[name].ours_only
+    if any(case == "overhead" for case, _ in needs):
+        needs.setdefault(("overhead", "round_robin"), False)
+    results: Results = {}
+    for (case, policy), ours_only in needs.items():
+        rows: dict[tuple[str, str], list[Row]] = {}
+        for _ in range(ROUNDS if case.endswith("overhead") else 1):
+            for gateway, command in gateways.items():
+                if ours_only and gateway != "ours":
+                    continue
+                more = BETTER.get(gateway, ()) if case in QUALITY and policy == DEFAULT else ()
+                for tried in (policy, *more):
+                    row = await _one(gateway, command, case, tried, scale)
+                    rows.setdefault((gateway, tried), []).append(row)
+        for (gateway, tried), found in rows.items():
+            results[(gateway, case, tried)] = _median(found)
+    return results
+
+
+async def _one(gateway: str, command: str, case: str, policy: str, scale: float) -> Row:
+    started_s = time.perf_counter()
     try:
-        probe = request("/generate", {"text": "warm", "sampling_params": {"max_new_tokens": 1}})
-        deadline = time.monotonic() + 60
-        seen = 0
-        while seen < count:  # until every worker has been reached, or nothing changes any more
-            await asyncio.sleep(0.1)
-            client = Client(port)
-            for _ in range(4 * count):
-                await client.ask(probe, 2)
-            client.close()
-            try:
-                seen = sum(s["requests"] > 0 for s in await made.worker_stats())
-            except OSError:
-                seen = 0
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no answer through {words[0]}")
-            if policy not in ("round_robin", "random") and seen:
-                break
-        await asyncio.sleep(1.0)
-        for worker_port in worker_ports:
-            await control(worker_port, "/bench/reset", {})
-        yield made
-    finally:
-        made.process.send_signal(signal.SIGKILL)
-        for worker in made.workers:
-            worker.kill()
-        made.process.wait()
-        for worker in made.workers:
-            worker.wait()
-
-
-def _tree(pid: int) -> list[int]:
-    """`pid` and its descendants."""
-    try:
-        with open(f"/proc/{pid}/task/{pid}/children") as file:
-            children = [int(child) for child in file.read().split()]
-    except OSError:
-        return []
-    return [pid, *(p for child in children for p in _tree(child))]
-
-
-def text_of(seed: str, length: int) -> str:
-    return "".join(random.Random(seed).choices(ALPHABET, k=length))
-
-
-def generate(text: str, tokens: int = 8, stream: bool = False) -> bytes:
-    body = {"text": text, "sampling_params": {"max_new_tokens": tokens}, "stream": stream}
-    return request("/generate", body)
-
-
-Row = dict[str, float]
-
-
-# ---- overhead ----
-
-
-async def overhead(command: str, scale: float, policy: str) -> Row:
-    row: Row = {}
-    async with setup(command, policy, 2) as s:
-        small, large = generate("x" * 200), generate(text_of("large", 8192))
-        alone = await closed_loop(s.worker_ports[0], lambda i: small, int(1000 * scale), 1)
-        through = await closed_loop(s.port, lambda i: small, int(1000 * scale), 1)
-        p50 = [percentile([r.latency_s for r in results], 0.5) for results in (alone, through)]
-        row["added p50 us, c1"] = (p50[1] - p50[0]) * 1e6
-        for name, raw in (("200 ch", small), ("8k ch", large)):
-            await closed_loop(s.port, lambda i, raw=raw: raw, 500, 32)
-            cpu_s, started = s.cpu_s(), time.perf_counter()
-            results = await closed_loop(s.port, lambda i, raw=raw: raw, int(10_000 * scale), 32)
-            took_s = time.perf_counter() - started
-            row[f"CPU us/req, {name}"] = (s.cpu_s() - cpu_s) / len(results) * 1e6
-            row[f"req/s c32, {name}"] = len(results) / took_s
-            row["failed"] = row.get("failed", 0) + sum(not r.ok for r in results)
-        cpu_s = s.cpu_s()
-        results = await closed_loop(s.port, lambda i: generate("x" * 200, 200, True), int(200 * scale), 8)
-        row["CPU us/SSE event"] = (s.cpu_s() - cpu_s) / max(1, sum(r.events for r in results)) * 1e6
+        row = await CASES[case](command, scale, policy)
+        text = "; ".join(f"{key} {value:.4g}" for key, value in row.items())
+    except (TimeoutError, OSError, ZeroDivisionError) as error:
+        row, text = {}, f"failed: {error!r}"
+    took_s = time.perf_counter() - started_s
+    print(f"{case}, {policy}, {gateway} ({took_s:.0f} s): {text}", file=sys.stderr, flush=True)
     return row
 
 
-# ---- routing quality ----
+def _median(rows: list[Row]) -> Row:
+    keys = {key: None for row in rows for key in row}
+    return {key: statistics.median(row[key] for row in rows if key in row) for key in keys}
 
 
-async def families(command: str, scale: float, policy: str) -> Row:
-    """64 shared prefixes of 4,096 characters, 32 requests each with 512 more, shuffled."""
-    prefixes = [text_of(f"family {i}", 4096) for i in range(64)]
-    order = [(f, k) for f in range(64) for k in range(int(32 * scale) or 1)]
-    random.Random(1).shuffle(order)
-    raws = [generate(prefixes[f] + text_of(f"{f} {k}", 512), 8, True) for f, k in order]
-    flags = ("--cache-blocks", "1536", "--prefill-us", "20", "--decode-us", "1000")
-    async with setup(command, policy, 4, *flags) as s:
-        started = time.perf_counter()
-        results = await closed_loop(s.port, lambda i: raws[i], len(raws), 32)
-        return await _quality(s, results, time.perf_counter() - started)
-
-
-async def multiturn(command: str, scale: float, policy: str, concurrency: int = 32) -> Row:
-    """80 growing chats of 12 turns under one system prompt; a chat waits for a free client, no more."""
-    flags = ("--cache-blocks", "1626", "--prefill-us", "20", "--decode-us", "1000")
-    turns = int(12 * scale) or 1
-    async with setup(command, policy, 4, *flags) as s:
-        waiting: asyncio.Queue = asyncio.Queue()
-        system = {"role": "system", "content": text_of("system", 2048)}
-        for chat in random.Random(2).sample(range(80), 80):
-            waiting.put_nowait((chat, 0, [system]))
-        left, results = 80 * turns, []
-
-        async def slot() -> None:
-            nonlocal left
-            client = Client(s.port)
-            while (item := await waiting.get()) is not None:
-                chat, turn, messages = item
-                messages.append({"role": "user", "content": text_of(f"chat {chat} {turn}", 512)})
-                body = {"model": "bench", "messages": messages, "max_tokens": 16, "stream": True}
-                result = await client.ask(request("/v1/chat/completions", body))
-                results.append(result)
-                if result.ok:
-                    events = [json.loads(e[6:]) for e in result.body.split(b"\n\n")[:-2]]
-                    reply = "".join(e["choices"][0]["delta"]["content"] for e in events)
-                    messages.append({"role": "assistant", "content": reply})
-                left -= 1
-                if turn + 1 < turns:
-                    waiting.put_nowait((chat, turn + 1, messages))
-                if not left:
-                    for _ in range(concurrency):
-                        waiting.put_nowait(None)
-            client.close()
-
-        started = time.perf_counter()
-        await asyncio.gather(*(slot() for _ in range(concurrency)))
-        return await _quality(s, results, time.perf_counter() - started)
-
-
-async def _quality(s: Setup, results: list[Result], took_s: float) -> Row:
-    stats = await s.worker_stats()
-    busy = [w["busy_s"] for w in stats]
-    return {
-        "req/s": len(results) / took_s,
-        "hit": sum(w["cached_tokens"] for w in stats) / max(1, sum(w["prompt_tokens"] for w in stats)),
-        "work max/mean": max(busy) / (sum(busy) / len(busy) or 1),
-        "TTFT p99 ms": percentile([r.first_s - r.started_s for r in results if r.first_s], 0.99) * 1e3,
-        "failed": sum(not r.ok for r in results),
-    }
-
-
-# ---- faults: three workers, 16 clients ----
-
-
-async def killed(command: str, scale: float, policy: str) -> Row:
-    """SIGKILL after 1 s, back after 2 s: requests lost, and seconds until it is used again."""
-    raw = generate("x" * 200)
-    async with setup(command, policy, 3, "--prefill-us", "20") as s:
-        started_s = 0.0
-
-        async def act() -> None:
-            nonlocal started_s
-            s.workers[0].kill()
-            s.workers[0].wait()
-            await asyncio.sleep(2)
-            s.start_worker(0)
-            while True:
-                try:
-                    await control(s.worker_ports[0], "/health", method="GET")
-                    break
-                except OSError:
-                    await asyncio.sleep(0.01)
-            started_s = time.perf_counter()
-
-        back_s = float("inf")
-
-        async def watch() -> None:
-            nonlocal back_s
-            while time.perf_counter() < stop_s:
-                await asyncio.sleep(0.02)
-                if not started_s:
-                    continue
-                stats = await control(s.worker_ports[0], "/bench/stats", method="GET")
-                if stats["requests"]:
-                    back_s = time.perf_counter() - started_s
-                    return
-
-        stop_s = time.perf_counter() + 8
-        results, _ = await asyncio.gather(
-            closed_loop(s.port, lambda i: raw, 10**9, 16, duration_s=7, at=(1.0, act)), watch()
-        )
-        return {"lost": sum(not r.ok for r in results), "used again after s": back_s}
-
-
-def faulty(fault: dict, stream: bool = False):
-    async def case(command: str, scale: float, policy: str) -> Row:
-        raw = generate("x" * 200, 8, stream)
-        async with setup(command, policy, 3) as s:
-            await control(s.worker_ports[0], "/bench/config", fault)
-            results = await closed_loop(s.port, lambda i: raw, 10**9, 16, duration_s=5 * scale)
-            late = results[len(results) // 2 :]
-            return {
-                "requests": len(results),
-                "lost": sum(not r.ok for r in results),
-                "lost, 2nd half": sum(not r.ok for r in late),
-                "p99 ms": percentile([r.latency_s for r in results], 0.99) * 1e3,
-            }
-
-    return case
-
-
-async def memory(command: str, scale: float, policy: str) -> Row:
-    """Growth over 20,000 different prompts of 4 KB."""
-    async with setup(command, policy, 2) as s:
-        await closed_loop(s.port, lambda i: generate("warm"), 500, 16)
-        before = s.rss_mib()
-        await closed_loop(s.port, lambda i: generate(text_of(str(i), 4096)), int(20_000 * scale), 16)
-        return {"growth MiB": s.rss_mib() - before}
-
-
-@dataclass
-class Case:
-    run: Callable[[str, float, str], Awaitable[Row]]
-    policies: tuple[str, ...] = ("cache_aware",)
-    rows: dict[str, Row] = field(default_factory=dict)
-
-
-CASES = {
-    "overhead": Case(overhead, ("round_robin", "cache_aware")),
-    "families": Case(families, ("cache_aware", "round_robin")),
-    "multiturn": Case(multiturn, ("cache_aware", "round_robin")),
-    "multiturn128": Case(lambda c, s, p: multiturn(c, s, p, 128)),
-    "killed": Case(killed),
-    "slow": Case(faulty({"delay_s": 0.2})),
-    "errors500": Case(faulty({"status": 500})),
-    "errors503": Case(faulty({"status": 503})),
-    "drops": Case(faulty({"drop": True})),
-    "aborts": Case(faulty({"abort_after": 3}, stream=True)),
-    "memory": Case(memory),
-}
-
-
-async def run(gateways: dict[str, str], cases: list[str], scale: float) -> None:
-    print("| case | policy | gateway | " + "numbers |\n|---|---|---|---|", flush=True)
-    for name in cases:
-        for policy in CASES[name].policies:
-            for gateway, command in gateways.items():
-                try:
-                    row = await CASES[name].run(command, scale, policy)
-                    text = "; ".join(f"{key} {value:.4g}" for key, value in row.items())
-                except (TimeoutError, OSError) as error:
-                    text = f"failed: {error}"
-                print(f"| {name} | {policy} | {gateway} | {text} |", flush=True)
+def table(gateways: Sequence[str], names: Sequence[str], results: Results) -> str:
+    order = [*(g for g in gateways if g != "ours"), *(g for g in gateways if g == "ours")]
+    lines = [f"| | {' | '.join(order)} | target | |", "|---|" + "---|" * (len(order) + 2)]
+    for name in names:
+        line = LINES[name]
+        cells = [line.show(results, gateway) for gateway in order]
+        try:
+            met = line.met(results) if "ours" in gateways else None
+        except KeyError:
+            met = False  # ours could not be measured
+        verdict = "" if met is None else "met" if met else "missed"
+        lines.append(f"| {line.name} | {' | '.join(cells)} | {line.target} | {verdict} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
+    parser.add_argument("--rows", nargs="+", choices=LINES, default=list(LINES))
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=VENV|COMMAND")
     parser.add_argument("--without-ours", action="store_true")
     parser.add_argument("--scale", type=float, default=1.0, help="share of each case's requests or time")
+    parser.add_argument("--json", metavar="FILE", help="write every number measured")
     given = parser.parse_args()
     gateways = {} if given.without_ours else {"ours": OURS}
     for peer in given.peer:
-        name, _, command = peer.partition("=")
-        gateways[name] = command
+        name, _, how = peer.partition("=")
+        try:
+            gateways[name] = command_of(name, how)
+        except ValueError as error:
+            parser.error(str(error))
+    started_s = time.perf_counter()
     try:
         import uvloop
     except ImportError:
-        asyncio.run(run(gateways, given.cases, given.scale))
+        results = asyncio.run(measure(gateways, given.rows, given.scale))
     else:
-        uvloop.run(run(gateways, given.cases, given.scale))
+        results = uvloop.run(measure(gateways, given.rows, given.scale))
+    if given.json:
+        with open(given.json, "w") as file:
+            json.dump([[*key, row] for key, row in results.items()], file, indent=1)
+    print(table(list(gateways), given.rows, results))
+    print(f"\n{time.strftime('%Y-%m-%d')}, {time.perf_counter() - started_s:.0f} s")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 One "device" per worker: prompts are prefilled one after the other at `prefill_us` a token that is not
 cached, then decoded concurrently at `decode_us` a token. The cache is an LRU of hash-chained blocks of
 64 characters (16 tokens of 4). Everything is instant unless asked for, for measurements of pure overhead.
+With `--tokenizer DIR` it publishes KV events and takes token ids (`router.bench.kv`).
 Faults are set by `POST /bench/config`, counts are read from `GET /bench/stats`.
 """
 
@@ -17,8 +18,24 @@ from typing import Any
 
 import httptools
 
+from router.bench.kv import Publisher, chain_of_ids
+
 CHARS_PER_TOKEN = 4
 BLOCK_CHARS = 64
+KEEP_ALIVE_S = 4.0
+
+
+def _whole(status: int, value: Any) -> bytes:
+    body = json.dumps(value).encode()
+    return (
+        b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (status, len(body))
+        + body
+    )
+
+
+# What a worker that does nothing answers, so that little of a shared machine goes into it.
+_META = {"prompt_tokens": 50, "completion_tokens": 8, "cached_tokens": 0}
+INSTANT = _whole(200, {"text": "tok " * 8, "meta_info": _META})
 
 
 class Cache:
@@ -31,12 +48,16 @@ class Cache:
     def hit_blocks(self, chain: list[int]) -> int:
         return next((i for i, block in enumerate(chain) if block not in self.blocks), len(chain))
 
-    def insert(self, chain: list[int]) -> None:
+    def insert(self, chain: list[int]) -> tuple[list[int], list[int]]:
+        """Returns the blocks that are new, and those that had to go."""
+        new = [block for block in chain if block not in self.blocks]
         for block in reversed(chain):
             self.blocks[block] = None
             self.blocks.move_to_end(block)
+        gone = []
         while len(self.blocks) > self.capacity:
-            self.blocks.popitem(last=False)
+            gone.append(self.blocks.popitem(last=False)[0])
+        return new, gone
 
 
 def chain_of(text: str) -> list[int]:
@@ -54,7 +75,10 @@ class Device:
         self.model = given.model
         self.cache = Cache(given.cache_blocks)
         self.prefill_us, self.decode_us = given.prefill_us, given.decode_us
+        self.tokenizer = given.tokenizer
+        self.publisher = Publisher()
         self.free_at_s = 0.0
+        self.instant = given.instant
         self.faults: dict[str, Any] = {}
         self.reset()
 
@@ -117,11 +141,16 @@ class Connection(asyncio.Protocol):
         elif path in ("/server_info", "/get_server_info"):
             tokens = device.cache.capacity * BLOCK_CHARS // CHARS_PER_TOKEN
             info = {"model_path": device.model, "max_total_num_tokens": tokens, "page_size": 16}
+            if device.tokenizer:
+                info["protocol"] = ["kv_events/1", "input_ids/1"]
+                info["tokenizer_path"] = device.tokenizer
             self._answer(200, {**info, "tp_size": 1, "dp_size": 1, "disaggregation_mode": "null"})
         elif path in ("/model_info", "/get_model_info"):
             self._answer(200, {"model_path": device.model, "is_generation": True})
         elif path == "/v1/models":
             self._answer(200, {"object": "list", "data": [{"id": device.model, "object": "model"}]})
+        elif path == "/kv_events" and device.tokenizer:
+            device.publisher.follow(self.transport, list(reversed(device.cache.blocks)))
         elif path == "/bench/stats":
             self._answer(200, device.stats())
         elif path == "/bench/config":
@@ -129,18 +158,14 @@ class Connection(asyncio.Protocol):
             self._answer(200, {})
         elif path == "/bench/reset":
             device.reset()
+            device.publisher.tell("removed", list(device.cache.blocks))
             device.cache.blocks.clear()
             self._answer(200, {})
         else:
             self._answer(404, {"detail": "Not Found"})
 
     def _answer(self, status: int, value: Any) -> None:
-        body = json.dumps(value).encode()
-        self.transport.write(
-            b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
-            % (status, len(body))
-            + body
-        )
+        self.transport.write(_whole(status, value))
 
     def _generate(self, path: str, body: bytes) -> None:
         device, faults = self.device, self.device.faults
@@ -150,6 +175,10 @@ class Connection(asyncio.Protocol):
         if faults.get("status"):
             self._answer(faults["status"], {"error": {"message": "injected"}})
             return
+        if device.instant and not faults and b'"stream": true' not in body:
+            device.requests += 1
+            self.transport.write(INSTANT)
+            return
         request = json.loads(body)
         sampling = request.get("sampling_params") or {}
         num_out = sampling.get("max_new_tokens") or request.get("max_tokens") or 8
@@ -157,14 +186,17 @@ class Connection(asyncio.Protocol):
         if text is None:
             messages = request.get("messages", ())
             text = "".join(f"<|{m['role']}|>{m['content']}" for m in messages)
-        num_tokens = max(1, len(text) // CHARS_PER_TOKEN)
-        chain = chain_of(text) if device.cache.capacity else []
+        ids = request.get("input_ids")
+        num_tokens = max(1, len(ids or text) // CHARS_PER_TOKEN)
+        chain = (chain_of_ids(ids) if ids else chain_of(text)) if device.cache.capacity else []
         cached = min(device.cache.hit_blocks(chain) * BLOCK_CHARS // CHARS_PER_TOKEN, num_tokens - 1)
         reply = ""
         if chain:
             source = random.Random(chain[-1])
             reply = "".join(f"{source.randrange(4096):03x} " for _ in range(num_out))
-            device.cache.insert(chain_of(text + reply))
+            new, gone = device.cache.insert(chain if ids else chain_of(text + reply))
+            device.publisher.tell("stored", new)
+            device.publisher.tell("removed", gone)
         device.requests += 1
         device.prompt_tokens += num_tokens
         device.cached_tokens += cached
@@ -238,6 +270,12 @@ async def serve(given: argparse.Namespace) -> None:
     if not given.port:
         port = server.sockets[0].getsockname()[1]
         print(f"running on http://127.0.0.1:{port}", file=sys.stderr, flush=True)
+
+    def keep_alive() -> None:
+        device.publisher.keep_alive()
+        loop.call_later(KEEP_ALIVE_S, keep_alive)
+
+    keep_alive()
     await server.serve_forever()
 
 
@@ -245,6 +283,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--port", type=int, required=True, help="0: a free one, which it tells")
     parser.add_argument("--model", default="bench")
+    parser.add_argument("--instant", action="store_true", help="one constant answer, unless it streams")
+    parser.add_argument("--tokenizer", help="directory of the byte tokenizer: publish KV events")
     parser.add_argument("--cache-blocks", type=int, default=0, help="capacity in blocks; 0: no cache")
     parser.add_argument("--prefill-us", type=float, default=0.0, help="for each uncached prompt token")
     parser.add_argument("--decode-us", type=float, default=0.0, help="for each output token")
