@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxserve.ops.grouped_gemm.rows import group
+from jaxserve.ops.grouped_gemm.rows_fast import group
 
 WORKSPACE_BYTES = 512 << 20  # of the rows between the products; more tokens go in several parts
 
@@ -74,7 +74,7 @@ def feed_forward(
         split = [x.reshape(parts, T // parts, -1) for x in (hidden_TD, expert_TX, weight_TX)]
         return lax.map(lambda part: one_part(*part), tuple(split)).reshape(T, D)
     tile = tile or choose_tile(T * X / E, hidden_TD.dtype.itemsize)
-    blocks = group(expert_TX, E, tile.rows)
+    blocks = group(expert_TX, E, tile.rows, interpret=interpret)
     call = functools.partial(_call, blocks=blocks, num_choices=X, tile=tile, interpret=interpret)
     inner_MF = call(
         hidden_TD,

@@ -31,7 +31,7 @@ def group(expert_TX: jax.Array, num_experts: int, block_rows: int) -> Blocks:
     blocks_E = (size_E + block_rows - 1) // block_rows
     until_E = jnp.cumsum(blocks_E)
     M = expert_M.shape[0]
-    block_B = jnp.arange(min(M, M // block_rows + num_experts), dtype=jnp.int32)
+    block_B = jnp.arange(num_blocks(M, num_experts, block_rows), dtype=jnp.int32)
     owner_B = jnp.searchsorted(until_E, block_B, side="right", method="compare_all")
     owner_B = jnp.minimum(owner_B, num_experts - 1).astype(jnp.int32)
     is_block_B = block_B < until_E[-1]
@@ -45,3 +45,8 @@ def group(expert_TX: jax.Array, num_experts: int, block_rows: int) -> Blocks:
         jnp.where(is_block_B, end_B, zero),
         until_E[-1],
     )
+
+
+def num_blocks(num_pairs: int, num_experts: int, block_rows: int) -> int:
+    """As many as there can be: every expert may have one that is not full."""
+    return min(num_pairs, num_pairs // block_rows + num_experts)
