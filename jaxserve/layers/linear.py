@@ -50,14 +50,17 @@ class Projections(nnx.Module):
 
     `fuse` joins the weights into one, so that there is one GEMM: at few rows a small GEMM does not
     fill a GPU. Only for weights that no mesh splits.
+
+    Args:
+        biases: one a weight, None for a product without; empty when none has any.
     """
 
-    def __init__(self, weights: Sequence[Weight], biases: Sequence[nnx.Param] = ()):
+    def __init__(self, weights: Sequence[Weight], biases: Sequence[nnx.Param | None] = ()):
         self.out_shapes = tuple(
             (w.shape if isinstance(w, BlockScaled) else w.get_value().shape)[:-1] for w in weights
         )
         self.weights = nnx.List(weights)
-        self.biases = nnx.List(biases)
+        self.biases = nnx.List(biases if any(b is not None for b in biases) else ())
         self.fused = False
 
     def __call__(self, hidden_TD: jax.Array) -> list[jax.Array]:
@@ -74,14 +77,18 @@ class Projections(nnx.Module):
         ]
 
     def fuse(self) -> None:
-        """Join weights that are loaded; the separate ones are freed. Weights in float8 stay apart."""
+        """Join weights that are loaded; the separate ones are freed.
+
+        Weights in float8 stay apart, and products of which only some have a bias.
+        """
         weights = [w.get_value() for w in self.weights if not isinstance(w, BlockScaled)]
-        if len(weights) < len(self.weights):
+        biases = [b.get_value() for b in self.biases if b is not None]
+        if len(weights) < len(self.weights) or len(biases) < len(self.biases):
             return
         width = weights[0].shape[-1]
         self.weights = nnx.List([nnx.Param(_join(weights, (-1, width)))])
-        if self.biases:
-            self.biases = nnx.List([nnx.Param(_join([b.get_value() for b in self.biases], (-1,)))])
+        if biases:
+            self.biases = nnx.List([nnx.Param(_join(biases, (-1,)))])
         self.fused = True
 
 

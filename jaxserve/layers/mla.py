@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxserve.layers.attention import StepContext, write_address, write_tokens
-from jaxserve.layers.linear import project
+from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.quant import BlockFP8, linear_weight
 from jaxserve.layers.rope import Rope
@@ -79,17 +79,18 @@ class LatentAttention(nnx.Module):
             return declare((size,), (None,), f"{name}.{part}.bias") if bias else None
 
         query, Q = (H, N + sizes.rope), sizes.query_rank
+        kv_down = matrix((L + sizes.rope, D), (None, "embed"), f"{name}.kv_a_proj_with_mqa.weight")
+        kv_down_bias = down_bias("kv_a_proj_with_mqa", L + sizes.rope)
         if Q is None:
-            self.query_down, self.query_down_bias, self.query_norm = None, None, None
-            self.query = matrix((*query, D), heads, f"{name}.q_proj.weight")
+            self.query, self.query_norm = None, None
+            first, first_bias = matrix((*query, D), heads, f"{name}.q_proj.weight"), None
         else:
-            self.query_down = matrix((Q, D), (None, "embed"), f"{name}.q_a_proj.weight")
-            self.query_down_bias = down_bias("q_a_proj", Q)
-            self.query_norm = norm(f"{name}.q_a_layernorm", Q)
             self.query = matrix((*query, Q), heads, f"{name}.q_b_proj.weight")
-        down = f"{name}.kv_a_proj_with_mqa"
-        self.down = matrix((L + sizes.rope, D), (None, "embed"), f"{down}.weight")
-        self.down_bias = down_bias("kv_a_proj_with_mqa", L + sizes.rope)
+            self.query_norm = norm(f"{name}.q_a_layernorm", Q)
+            first = matrix((Q, D), (None, "embed"), f"{name}.q_a_proj.weight")
+            first_bias = down_bias("q_a_proj", Q)
+        # Queries, or what they are made from, and the latent with the rotated part beside it.
+        self.from_hidden = Projections((first, kv_down), (first_bias, kv_down_bias))
         self.latent_norm = norm(f"{name}.kv_a_layernorm", L)
         up = f"{name}.kv_b_proj.weight"
         self.key_up = matrix((H, N, L), heads, up, assemble=_Rows(H, 0, N))
@@ -99,16 +100,14 @@ class LatentAttention(nnx.Module):
 
     def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
         turn = partial(step.rope(self.rope).rotate, interleaved=self.interleaved)
+        query, down_TC = self.from_hidden(hidden_TD)
         with jax.named_scope("latent"):
-            down_TC = project(hidden_TD, self.down, self.down_bias)
             latent_TL = self.latent_norm(down_TC[:, : self.sizes.latent])
             rope_TK = turn(down_TC[:, None, self.sizes.latent :])[:, 0]
         with jax.named_scope("query"):
-            query_TQ = hidden_TD
-            if self.query_down is not None and self.query_norm is not None:
-                query_TQ = self.query_norm(project(hidden_TD, self.query_down, self.query_down_bias))
-            query_THN = project(query_TQ, self.query)
-            query_THN, query_THK = query_THN[..., : self.sizes.nope], turn(query_THN[..., self.sizes.nope :])
+            if self.query is not None and self.query_norm is not None:
+                query = project(self.query_norm(query), self.query)
+            query_THN, query_THK = query[..., : self.sizes.nope], turn(query[..., self.sizes.nope :])
             query_THL = _by_head("thn,hnl->thl", query_THN, self.key_up)
         out_THL = _attend(step, self.layer, query_THL, query_THK, latent_TL, rope_TK, self.scale)
         return project(_by_head("thl,hvl->thv", out_THL, self.value_up), self.out, self.out_bias)

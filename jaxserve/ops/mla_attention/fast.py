@@ -71,11 +71,12 @@ def decode(
     head_tiles = pl.cdiv(H, tile.rows)
     max_context = page_table_SN.shape[1] * latent_pages.shape[1]
     splits = splits or num_splits(R * head_tiles, max_context, tile.keys)
+    single = splits == 1
     out_RZHL, lse_RZH = pl.pallas_call(
         functools.partial(_decode_kernel, tile=tile, splits=splits, scale=scale * LOG2_E),
         grid=(R, head_tiles, splits),
         out_shape=(
-            jax.ShapeDtypeStruct((R, splits, H, L), jnp.float32),
+            jax.ShapeDtypeStruct((R, splits, H, L), query_latent_RHL.dtype if single else jnp.float32),
             jax.ShapeDtypeStruct((R, splits, H), jnp.float32),
         ),
         compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
@@ -91,6 +92,8 @@ def decode(
         context_len_R,
         _scalar(page_offset),
     )
+    if single:
+        return out_RZHL[:, 0]
     return pl.pallas_call(
         _combine_kernel,
         grid=(R, H),
