@@ -21,8 +21,9 @@ from jaxserve.layers.quant import BlockFP8, linear_weight
 from jaxserve.layers.rope import Rope, RopeTable
 from jaxserve.layers.weight import weight
 from jaxserve.mesh import GROUP
-from jaxserve.ops import paged_attention
+from jaxserve.ops import kv_write, paged_attention
 from jaxserve.ops.grouped_gemm import Activation, ExpertWeights
+from jaxserve.ops.kv_write import Heads
 from jaxserve.parallel.dispatch import Backend, Dispatch
 
 __all__ = ["Attention", "KVSpec", "LatentSpec", "StepContext", "pool_layout", "pool_layouts"]
@@ -103,29 +104,32 @@ class StepContext:
     def attend(
         self,
         layer: int,
-        query_THK: jax.Array,
-        key_TGK: jax.Array,
-        value_TGK: jax.Array,
+        query: Heads,
+        key: Heads,
+        value: Heads,
         *,
         scale: float,
+        rotation: RopeTable | None = None,
         window: int | None = None,
         softcap: float | None = None,
         sinks_H: jax.Array | None = None,
     ) -> jax.Array:
-        """Writes the tokens' keys and values into `layer`'s pages, then attends. Returns out_THK."""
+        """Rotates queries and keys, writes keys and values into `layer`'s pages, attends: out_THK."""
         group = 1 if self.mesh is None else self.mesh.shape["ep"] * self.mesh.shape["tp"]
-        split = HeadSplit(query_THK.shape[1], key_TGK.shape[1], group)
+        split = HeadSplit(query.count, key.count, group)
         assert self.key_pages.shape[2] == group * split.num_kv, (
             f"pool has {self.key_pages.shape[2]} heads, the layout {group} x {split.num_kv}; see pool_layout"
         )
-        cut = (split, scale, window, softcap)
+        parts = query, key, value
+        firsts = query.first, key.first, value.first
+        assert group == 1 or firsts == (0, 0, 0), "heads are joined, which a mesh would split elsewhere"
+        cut = (split, firsts, scale, window, softcap)
         attend = self.once(cut, lambda: self._attention(*cut))
         out_THK, (self.key_pages, self.value_pages) = attend(
             jnp.int32(layer * self.num_pages),
             (self.key_pages, self.value_pages),
-            query_THK,
-            key_TGK,
-            value_TGK,
+            *(heads.array_TXK for heads in parts),
+            None if rotation is None else (rotation.cos_TK, rotation.sin_TK),
             sinks_H,
             self.page_table_SN,
             self.position_T,
@@ -136,16 +140,22 @@ class StepContext:
         return out_THK
 
     def _attention(
-        self, split: HeadSplit, scale: float, window: int | None, softcap: float | None
+        self,
+        split: HeadSplit,
+        firsts: tuple[int, int, int],
+        scale: float,
+        window: int | None,
+        softcap: float | None,
     ) -> Callable[..., Any]:
         """`attend` on each device."""
 
         def on_device(
             page_offset,
             pools,
-            query_ThK,
-            key_TgK,
-            value_TgK,
+            query_TxK,
+            key_TxK,
+            value_TxK,
+            rotation,
             sinks_h,
             table_SN,
             position_T,
@@ -155,13 +165,20 @@ class StepContext:
         ):
             if not split.divides:
                 mine = split.heads_of(jax.lax.axis_index(GROUP))
-                key_TgK, value_TgK = (jnp.take(x, mine, axis=1) for x in (key_TgK, value_TgK))
+                key_TxK, value_TxK = (jnp.take(x, mine, axis=1) for x in (key_TxK, value_TxK))
             key_pages, value_pages = pools
-            at_T = write_address(
-                table_SN, position_T, slot_T, page_offset, self.page_size, key_pages.shape[0]
+            at_T = write_address(table_SN, position_T, slot_T, self.page_size)
+            query_RhK, query_PhK, key_pages, value_pages = kv_write.rotate_and_write(
+                Heads(query_TxK, firsts[0], split.num_q),
+                Heads(key_TxK, firsts[1], split.num_kv),
+                Heads(value_TxK, firsts[2], split.num_kv),
+                rotation,
+                key_pages,
+                value_pages,
+                *at_T,
+                page_offset=page_offset,
+                R=self.R,
             )
-            key_pages = write_tokens(key_pages, at_T, key_TgK)
-            value_pages = write_tokens(value_pages, at_T, value_TgK)
             options: dict[str, Any] = {
                 "page_offset": page_offset,
                 "scale": scale,
@@ -169,23 +186,21 @@ class StepContext:
                 "softcap": softcap,
                 "sinks_H": sinks_h,
             }
-            R, out = self.R, []
-            if R:
-                slot_R = jnp.maximum(slot_T[:R], 0)  # a padding row reads nothing: its context is 0
-                query_RhK = query_ThK[:R]
+            out = []
+            if query_RhK.shape[0]:
+                slot_R = jnp.maximum(slot_T[: self.R], 0)  # a padding row reads nothing: its context is 0
                 out.append(
                     paged_attention.decode(
                         query_RhK, key_pages, value_pages, table_SN, slot_R, context_len_R, **options
                     )
                 )
-            if query_ThK.shape[0] > R:
-                query_PhK = query_ThK[R:]
+            if query_PhK.shape[0]:
                 options["block_size"] = self.block_size
                 out.append(
                     paged_attention.prefill(query_PhK, key_pages, value_pages, table_SN, *blocks, **options)
                 )
             out_ThK = out[0] if len(out) == 1 else jnp.concatenate(out)
-            return out_ThK.astype(query_ThK.dtype), (key_pages, value_pages)
+            return out_ThK, (key_pages, value_pages)
 
         attend = on_device
         if self.mesh is not None:
@@ -195,7 +210,7 @@ class StepContext:
             attend = jax.shard_map(
                 on_device,
                 mesh=self.mesh,
-                in_specs=(P(), pool, heads, kv, kv, P(GROUP), rank, rank, rank, rank, rank),
+                in_specs=(P(), pool, heads, kv, kv, rank, P(GROUP), rank, rank, rank, rank, rank),
                 out_specs=(heads, pool),
                 check_vma=False,  # the kernels' outputs carry no replication types
             )
@@ -250,25 +265,11 @@ class StepContext:
 
 
 def write_address(
-    table_SN: jax.Array,
-    position_T: jax.Array,
-    slot_T: jax.Array,
-    page_offset: jax.Array,
-    page_size: int,
-    pool_pages: int,
+    table_SN: jax.Array, position_T: jax.Array, slot_T: jax.Array, page_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(page, row in page) of each token. Padding gets pages past the pool, all different.
-
-    Different, so that the scatter may be told that its indices are unique.
-    """
+    """(page, without a layer, and offset in it) of each token; page -1 for padding."""
     page_T = table_SN[jnp.maximum(slot_T, 0), position_T // page_size]
-    nowhere_T = pool_pages + jnp.arange(page_T.shape[0], dtype=page_T.dtype)
-    page_T = jnp.where((slot_T >= 0) & (page_T >= 0), page_T + page_offset, nowhere_T)
-    return page_T, position_T % page_size
-
-
-def write_tokens(pages: jax.Array, at_T: tuple[jax.Array, jax.Array], x_TgK: jax.Array) -> jax.Array:
-    return pages.at[at_T].set(x_TgK.astype(pages.dtype), mode="drop", unique_indices=True)
+    return jnp.where(slot_T >= 0, page_T, -1), position_T % page_size
 
 
 class Attention(nnx.Module):
@@ -332,15 +333,15 @@ class Attention(nnx.Module):
         self.sinks = declare((H,), ("q_heads",), f"{name}.sinks", init="zeros") if sinks else None
 
     def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
-        query_THK, key_TGK, value_TGK = self.qkv(hidden_TD)
+        query, key, value = self.qkv.heads(hidden_TD)
         if self.q_norm is not None and self.k_norm is not None:
-            query_THK, key_TGK = self._norm(self.q_norm, query_THK), self._norm(self.k_norm, key_TGK)
-        rotation = step.rope(self.rope)
+            query, key = self._norm(self.q_norm, query), self._norm(self.k_norm, key)
         out_THK = step.attend(
             self.layer,
-            rotation.rotate(query_THK),
-            rotation.rotate(key_TGK),
-            value_TGK,
+            query,
+            key,
+            value,
+            rotation=step.rope(self.rope),
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
@@ -348,7 +349,8 @@ class Attention(nnx.Module):
         )
         return project(out_THK, self.o, self.o_bias)
 
-    def _norm(self, norm: RMSNorm, x_THK: jax.Array) -> jax.Array:
+    def _norm(self, norm: RMSNorm, heads: Heads) -> Heads:
+        x_THK = heads.value_THK
         if self.norm_over == "head":
-            return norm(x_THK)
-        return norm(x_THK.reshape(x_THK.shape[0], -1)).reshape(x_THK.shape)
+            return Heads.whole(norm(x_THK))
+        return Heads.whole(norm(x_THK.reshape(x_THK.shape[0], -1)).reshape(x_THK.shape))

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxserve.layers.quant import BlockScaled, Weight
+from jaxserve.ops.kv_write import Heads
 
 
 def project(
@@ -68,13 +69,25 @@ class Projections(nnx.Module):
         if not self.fused:
             biases = self.biases or [None] * len(self.weights)
             return [project(hidden_TD, w, b) for w, b in zip(self.weights, biases)]
-        joined_TO = project(hidden_TD, self.weights[0], self.biases[0] if self.biases else None)
+        joined_TO = self._joined(hidden_TD)
         sizes = [math.prod(shape) for shape in self.out_shapes]
         ends = list(accumulate(sizes))
         return [
             joined_TO[:, end - size : end].reshape(-1, *shape)
             for size, end, shape in zip(sizes, ends, self.out_shapes)
         ]
+
+    def heads(self, hidden_TD: jax.Array) -> list[Heads]:
+        """As a call, for products that all are heads of one width: joined ones stay where they are."""
+        if not self.fused:
+            return [Heads.whole(out_THK) for out_THK in self(hidden_TD)]
+        (width,) = {shape[-1] for shape in self.out_shapes}
+        joined_TXK = self._joined(hidden_TD).reshape(hidden_TD.shape[0], -1, width)
+        counts = [shape[0] for shape in self.out_shapes]
+        return [Heads(joined_TXK, end - n, n) for n, end in zip(counts, accumulate(counts))]
+
+    def _joined(self, hidden_TD: jax.Array) -> jax.Array:
+        return project(hidden_TD, self.weights[0], self.biases[0] if self.biases else None)
 
     def fuse(self) -> None:
         """Join weights that are loaded; the separate ones are freed.

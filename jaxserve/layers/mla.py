@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import StepContext, write_address, write_tokens
+from jaxserve.layers.attention import StepContext, write_address
 from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.quant import BlockFP8, linear_weight
@@ -27,6 +27,7 @@ from jaxserve.layers.rope import Rope
 from jaxserve.layers.weight import weight
 from jaxserve.mesh import GROUP
 from jaxserve.ops import mla_attention
+from jaxserve.ops.kv_write.reference import write
 
 NORM_EPS = 1e-6  # of the norms inside; config.json's is for those of the residual stream
 
@@ -162,8 +163,8 @@ def _attention(step: StepContext, scale: float) -> Callable[..., Any]:
     R = step.R
 
     def on_device(page_offset, pools, queries, new, table_SN, position_T, slot_T, context_len_R, blocks):
-        at_T = write_address(table_SN, position_T, slot_T, page_offset, step.page_size, pools[0].shape[0])
-        latents, ropes = (write_tokens(pool, at_T, x) for pool, x in zip(pools, new))
+        at_T = write_address(table_SN, position_T, slot_T, step.page_size)
+        latents, ropes = (write(pool, *at_T, page_offset, x) for pool, x in zip(pools, new))
         query_ThL, query_ThK = queries
         out = []
         if R:

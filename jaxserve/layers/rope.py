@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.config import ConfigError
+from jaxserve.ops.kv_write.reference import rotate
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,11 @@ class RopeTable:
 
         n is all of the head but where a family rotates a part. `interleaved`: pairs are (2i, 2i + 1)
         and come out as (i, i + n/2), the same change for queries and keys, which no score sees.
-        Source: Su et al. 2021, equation 34.
         """
         n = 2 * self.cos_TK.shape[-1]
-        turned, kept = x_THK[..., :n].astype(jnp.float32), x_THK[..., n:]
         if interleaved:
-            first, second = turned[..., 0::2], turned[..., 1::2]
-        else:
-            first, second = jnp.split(turned, 2, axis=-1)
-        cos, sin = self.cos_TK[:, None, :], self.sin_TK[:, None, :]
-        rotated = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
-        rotated = rotated.astype(x_THK.dtype)
-        return jnp.concatenate((rotated, kept), axis=-1) if kept.shape[-1] else rotated
+            x_THK = jnp.concatenate((x_THK[..., 0:n:2], x_THK[..., 1:n:2], x_THK[..., n:]), axis=-1)
+        return rotate(x_THK, (self.cos_TK, self.sin_TK))
 
 
 @dataclass(frozen=True)

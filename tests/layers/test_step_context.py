@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jaxserve.layers.attention import KVSpec, StepContext, pool_layout
 from jaxserve.layers.kv import HeadSplit
 from jaxserve.mesh import Layout, make_mesh
+from jaxserve.ops.kv_write import Heads
 
 S, NUM_PAGES, K = 4, 6, 8
 
@@ -45,7 +46,7 @@ def attend(layer, pools, qkv, inputs, R, mesh=None, num_pages=NUM_PAGES, **optio
         mesh=mesh,
         **inputs,
     )
-    out = context.attend(layer, *qkv, scale=0.5, **options)
+    out = context.attend(layer, *map(Heads.whole, qkv), scale=0.5, **options)
     return out, (context.key_pages, context.value_pages)
 
 

@@ -1,0 +1,57 @@
+"""What happens to the heads of new tokens before they are attended: queries and keys are rotated, and
+keys and values written into the paged KV pool.
+
+Heads may lie side by side in one array, as a joined projection leaves them, so that nothing has to be
+copied out of it first.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+from jaxserve.ops import backend
+from jaxserve.ops.kv_write import fast, reference
+
+
+class Heads(NamedTuple):
+    """Heads [first, first + count) of an array [T, heads, K]; `first` and `count` are static."""
+
+    array_TXK: jax.Array
+    first: int
+    count: int
+
+    @classmethod
+    def whole(cls, array_THK: jax.Array) -> "Heads":
+        return cls(array_THK, 0, array_THK.shape[1])
+
+    @property
+    def value_THK(self) -> jax.Array:
+        return self.array_TXK[:, self.first : self.first + self.count]
+
+
+def rotate_and_write(
+    query: Heads,
+    key: Heads,
+    value: Heads,
+    rotation: tuple[jax.Array, jax.Array] | None,
+    key_pages: jax.Array,
+    value_pages: jax.Array,
+    page_T: jax.Array,
+    offset_T: jax.Array,
+    *,
+    page_offset: int | jax.Array,
+    R: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(query_RHK of the first R tokens, query_PHK of the others, key_pages, value_pages).
+
+    Args:
+        rotation: cosines and sines, float32 [T, n / 2]: the pairs (i, i + n / 2) of the first n numbers
+            of every query and key head turn, the rest stays. None: nothing turns.
+        key_pages, value_pages: [pages, page_size, G, K], updated in place where they are donated.
+        page_T, offset_T: where each token's key and value go; page -1: nowhere.
+        page_offset: of the layer, added to every page.
+    """
+    arrays = (query, key, value, rotation, key_pages, value_pages, page_T, offset_T)
+    if (chosen := backend.chosen()) == "reference":
+        return reference.rotate_and_write(*arrays, page_offset=page_offset, R=R)
+    return fast.rotate_and_write(*arrays, page_offset=page_offset, R=R, interpret=chosen == "interpret")

@@ -1,0 +1,150 @@
+"""Rotation and KV write for CUDA: one Pallas-Triton kernel where XLA makes three and a slice.
+
+A program takes one token and some query heads; the first one of a token its keys and values too. All
+of it is memory traffic: on few tokens the time is that of a kernel's start, and there is one instead
+of four in every layer.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+QUERY_HEADS = 16  # of one program
+
+
+def rotate_and_write(
+    query,
+    key,
+    value,
+    rotation,
+    key_pages,
+    value_pages,
+    page_T,
+    offset_T,
+    *,
+    page_offset,
+    R: int,
+    interpret: bool = False,
+):
+    """See `kv_write.rotate_and_write`."""
+    T, _, K = query.array_TXK.shape
+    H, P = query.count, T - R
+    if T == 0:
+        return query.value_THK, query.value_THK, key_pages, value_pages
+    heads = min(QUERY_HEADS, _power_of_two(H))
+    kernel = functools.partial(
+        _kernel,
+        first=(query.first, key.first, value.first),
+        H=H,
+        heads=heads,
+        R=R,
+        half=0 if rotation is None else rotation[0].shape[1],
+    )
+    turn = (jnp.zeros((T, 1), jnp.float32),) * 2 if rotation is None else rotation
+    # As an operand: a constant of each layer would make every layer a kernel of its own.
+    page_offset_1 = jnp.full((1,), page_offset, jnp.int32)
+    heads_TXK = (query.array_TXK, key.array_TXK, value.array_TXK)
+    inputs = (*heads_TXK, *turn, page_T, offset_T, page_offset_1, key_pages, value_pages)
+    pools = len(inputs) - 2
+    # An output of no rows has one that nobody writes or reads: a kernel takes no empty arrays.
+    query_RHK, query_PHK, key_pages, value_pages = pl.pallas_call(
+        kernel,
+        grid=(T, pl.cdiv(H, heads)),
+        out_shape=(
+            *(jax.ShapeDtypeStruct((max(1, rows), H, K), query.array_TXK.dtype) for rows in (R, P)),
+            *(jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in (key_pages, value_pages)),
+        ),
+        input_output_aliases={pools: 2, pools + 1: 3},
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="rotate_and_write",
+    )(*inputs)
+    return query_RHK[:R], query_PHK[:P], key_pages, value_pages
+
+
+def _kernel(
+    query_ref,
+    key_ref,
+    value_ref,
+    cos_ref,
+    sin_ref,
+    page_ref,
+    offset_ref,
+    page_offset_ref,
+    old_keys_ref,
+    old_values_ref,
+    query_R_ref,
+    query_P_ref,
+    key_pages_ref,
+    value_pages_ref,
+    *,
+    first,
+    H,
+    heads,
+    R,
+    half,
+):
+    del old_keys_ref, old_values_ref  # the same memory as key_pages_ref and value_pages_ref
+    t, part = pl.program_id(0), pl.program_id(1)
+    G = key_pages_ref.shape[2]
+
+    rotation = _load_rotation(cos_ref, sin_ref, t, half) if half else None
+
+    head = part * heads + jnp.arange(heads)
+    is_head = head < H
+    query = _load(query_ref, t, first[0] + head, is_head, rotation, half)
+    # Lanes that store nothing point past the end: in interpret mode they write back what they read.
+    for ref, row, is_row in ((query_R_ref, t, t < R), (query_P_ref, t - R, t >= R)):
+        _store(ref, (jnp.where(is_row, row, ref.shape[0]),), head, is_head & is_row, query)
+
+    head = jnp.arange(_power_of_two(G))
+    is_written = (page_ref[t] >= 0) & (part == 0)
+    is_head = (head < G) & is_written
+    at = jnp.where(is_written, page_ref[t] + page_offset_ref[0], key_pages_ref.shape[0]), offset_ref[t]
+    key = _load(key_ref, t, first[1] + head, is_head, rotation, half)
+    value = _load(value_ref, t, first[2] + head, is_head, None, 0)
+    _store(key_pages_ref, at, head, is_head, key)
+    _store(value_pages_ref, at, head, is_head, value)
+
+
+def _load_rotation(cos_ref, sin_ref, t, half):
+    column = jnp.arange(_power_of_two(half))
+    return tuple(
+        plt.load(ref.at[t, column], mask=column < half, other=jnp.float32(0))[None, :]
+        for ref in (cos_ref, sin_ref)
+    )
+
+
+def _load(ref, t, head, is_head, rotation, half):
+    """Some heads of token t, rotated, as runs of columns: [(first column, columns, values)]."""
+
+    def run(begin, count):
+        column = jnp.arange(_power_of_two(count))[None, :]
+        mask = is_head[:, None] & (column < count)
+        at = ref.at[t, head[:, None], begin + column]
+        return plt.load(at, mask=mask, other=jnp.asarray(0, ref.dtype))
+
+    runs, K = [], ref.shape[-1]
+    if rotation is not None:
+        cos, sin = rotation
+        one, two = run(0, half).astype(jnp.float32), run(half, half).astype(jnp.float32)
+        runs.append((0, half, (one * cos - two * sin).astype(ref.dtype)))
+        runs.append((half, half, (two * cos + one * sin).astype(ref.dtype)))
+    if kept := K - 2 * half:
+        runs.append((2 * half, kept, run(2 * half, kept)))
+    return runs
+
+
+def _store(ref, at, head, is_head, runs):
+    for begin, count, value in runs:
+        column = jnp.arange(_power_of_two(count))[None, :]
+        mask = is_head[:, None] & (column < count)
+        plt.store(ref.at[*at, head[:, None], begin + column], value.astype(ref.dtype), mask=mask)
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
