@@ -5,12 +5,12 @@ the experts and back.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 
 from jaxserve.layers.attention import StepContext
@@ -19,6 +19,7 @@ from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.quant import BlockFP8, stacked_weight
 from jaxserve.layers.weight import weight
 from jaxserve.ops.grouped_gemm import Activation, ExpertWeights
+from jaxserve.ops.routing import Routing, choose
 
 
 @dataclass(frozen=True)
@@ -27,57 +28,6 @@ class ExpertSpec:
 
     num_layers: int  # with experts
     num_experts: int
-
-
-@dataclass(frozen=True)
-class Routing:
-    """How a router's logits become experts and weights.
-
-    Args:
-        score: of an expert: `softmax` over all experts, `sigmoid` of its own logit, or
-            `softmax_of_chosen`: experts are chosen by logit, softmax is over the chosen ones.
-        renormalize: the weights of a token's experts sum to 1.
-        scale: what weights are multiplied with at the end.
-        num_groups, top_groups: experts come from the best `top_groups` of `num_groups` runs of
-            experts (1: no groups).
-        group_by: a group is as good as its best expert, or the sum of its best two.
-    """
-
-    num_experts: int
-    top_k: int
-    score: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"
-    renormalize: bool = False
-    scale: float = 1.0
-    num_groups: int = 1
-    top_groups: int = 1
-    group_by: Literal["best", "best_two"] = "best"
-
-    def choose(self, logits_TE: jax.Array, bias_E: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """(expert_TX int32, weight_TX float32). `bias_E` moves the choice and not the weights.
-
-        Source: DeepSeek-V3 technical report, section 2.1.2 (sigmoid, bias); DeepSeek-V2, 2.2.1 (groups).
-        """
-        logits_TE = logits_TE.astype(jnp.float32)
-        if self.score == "softmax_of_chosen":
-            top_TX, expert_TX = lax.top_k(logits_TE, self.top_k)
-            return expert_TX, jax.nn.softmax(top_TX, axis=-1) * self.scale
-        score_TE = jax.nn.softmax(logits_TE) if self.score == "softmax" else jax.nn.sigmoid(logits_TE)
-        choice_TE = score_TE if bias_E is None else score_TE + bias_E.astype(jnp.float32)
-        if self.top_groups < self.num_groups:
-            choice_TE = jnp.where(self._in_best_groups(choice_TE), choice_TE, -jnp.inf)
-        _, expert_TX = lax.top_k(choice_TE, self.top_k)
-        weight_TX = jnp.take_along_axis(score_TE, expert_TX, axis=1)
-        if self.renormalize:
-            weight_TX = weight_TX / (weight_TX.sum(axis=-1, keepdims=True) + 1e-20)
-        return expert_TX, weight_TX * self.scale
-
-    def _in_best_groups(self, choice_TE: jax.Array) -> jax.Array:
-        size = self.num_experts // self.num_groups
-        by_group = choice_TE.reshape(-1, self.num_groups, size)
-        best = lax.top_k(by_group, 1 if self.group_by == "best" else 2)[0].sum(axis=-1)
-        _, group = lax.top_k(best, self.top_groups)
-        kept = jax.nn.one_hot(group, self.num_groups, dtype=jnp.bool_).any(axis=1)
-        return jnp.repeat(kept, size, axis=1)
 
 
 def silu_gated(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -175,7 +125,7 @@ class MoE(nnx.Module):
         with jax.named_scope("route"):
             logits_TE = project(hidden_TD.astype(jnp.float32), self.router, self.router_bias)
             bias_E = None if self.choice_bias is None else self.choice_bias[...]
-            expert_TX, weight_TX = step.per_rank(self.routing.choose, logits_TE, shared=bias_E)
+            expert_TX, weight_TX = step.per_rank(partial(choose, self.routing), logits_TE, shared=bias_E)
         with jax.named_scope("experts"):
             out_TD = step.feed_experts(
                 self.index, hidden_TD, expert_TX, weight_TX, self.experts.weights(), self.activation
