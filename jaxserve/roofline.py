@@ -119,16 +119,20 @@ class Work:
         return max(self.num_bytes / (device.bandwidth * assumed.bandwidth_fraction), self.flops / rate)
 
 
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "permute"]
+
+
 @dataclass(frozen=True)
 class Collective:
     """`count` equal collectives of a step, over `size` devices that lie `stride` apart.
 
     `payload` is in bytes, of one call: the reduced array for `all_reduce`, the whole array (all
-    devices' parts) for `all_gather` and `reduce_scatter`, what one device hands in for `all_to_all`.
+    devices' parts) for `all_gather` and `reduce_scatter`, what one device hands in for `all_to_all`
+    and `permute`.
     """
 
     name: str
-    kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+    kind: CollectiveKind
     count: int
     size: int
     stride: int
@@ -137,6 +141,8 @@ class Collective:
     @property
     def bytes_sent(self) -> float:
         """By one device in one call, ring algorithms assumed."""
+        if self.kind == "permute":
+            return self.payload
         rounds = 2 if self.kind == "all_reduce" else 1
         return rounds * (self.size - 1) / self.size * self.payload
 

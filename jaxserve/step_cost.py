@@ -146,7 +146,7 @@ class StepCost:
         works.append(
             Work("head", sum(w.local_bytes for w in head), 2 * samples * sum(w.local_params for w in head))
         )
-        return Step(tuple(works), tuple(self._collectives(tokens, samples)))
+        return Step(tuple(works), tuple(self.collectives(tokens, samples)))
 
     def _dense(self, tokens: float) -> Work:
         ours = [w for w in self.weights if w.part == "dense"]
@@ -155,18 +155,30 @@ class StepCost:
 
     # ---- collectives ----
 
-    def _collectives(self, tokens: float, samples: float) -> list[Collective]:
+    def collectives(self, tokens: float, samples: float) -> list[Collective]:
+        """What one device takes part in, in a step of `tokens` a dp rank of which `samples` are sampled from.
+
+        Rows of logits are gathered for a draw; where all rows are greedy, only each device's best are.
+        """
         group, out = self.layout.group, []
         row = self.hidden * self.itemsize
         if group > 1:
             sums = sum(w.sums_over_group for w in self.weights)
             out.append(Collective("sums in the group", "all_reduce", sums, group, 1, tokens * row))
-            logits = samples * self.blueprint.model.vocab_size * 4
+            if norms := self._norms_over_heads():
+                out.append(Collective("norms over heads", "all_reduce", norms, group, 1, tokens * 4))
+            logits = samples * self.blueprint.model.vocabulary.embedding.get_value().shape[0] * 4
             out.append(Collective("embedding", "all_reduce", 1, group, 1, tokens * row))
             out.append(Collective("logits", "all_gather", 1, group, 1, logits))
         if self.blueprint.experts and self.layout.num_devices > 1:
             out += self._dispatch(self.blueprint.experts.num_layers, tokens, row)
         return out
+
+    def _norms_over_heads(self) -> int:
+        """Norms over all heads of a layer, which lie on the devices of a group."""
+        nodes = [node for _, node in nnx.iter_graph(self.blueprint.model)]
+        layers = sum(getattr(n, "norm_over", None) == "layer" and n.q_norm is not None for n in nodes)
+        return layers * (2 if self.blueprint.table["kv_heads"] else 1)
 
     def _dispatch(self, layers: int, tokens: float, row: float) -> list[Collective]:
         layout = self.layout
@@ -181,11 +193,20 @@ class StepCost:
                 Collective("tokens to experts", "all_to_all", layers, e, tp, sent * (row + routing)),
                 Collective("results back", "all_to_all", layers, e, tp, sent * row),
             ]
+            if exchange.capacity < exchange.share:
+                out.append(Collective("is there room", "all_reduce", layers, layout.num_devices, 1, 4))
             if tp > 1:
                 out.append(Collective("sums over tp", "all_reduce", layers, tp, 1, exchange.share * row))
             if sizes["ep"] > 1:
                 out.append(
-                    Collective("shares of a rank", "all_gather", layers, sizes["ep"], tp, tokens * row)
+                    Collective(
+                        "shares of a rank",
+                        "all_gather",
+                        layers,
+                        sizes["ep"],
+                        tp,
+                        sizes["ep"] * exchange.share * row,
+                    )
                 )
             return out
         out = []

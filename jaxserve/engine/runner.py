@@ -339,6 +339,10 @@ class Runner:
             tasks["gather_load"] = (lambda load, _: load, (*load, one_each), (), self._readable)
         return tasks
 
+    def hlo(self, program: Any) -> str:
+        """The optimized HLO of a compiled program, by its key."""
+        return self._programs[program].as_text()
+
     def _compiler_options(self, program: Any) -> dict[str, Any]:
         options = compiler_options(program)
         if options and self._mesh.is_multi_process:
