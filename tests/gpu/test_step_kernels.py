@@ -1,0 +1,80 @@
+"""The kernels around attention on a GPU: the cases of tests/ops, compiled instead of interpreted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.ops import backend, routing
+from jaxserve.ops.grouped_gemm import rows, rows_fast
+from tests.ops import test_grouped_gemm as experts
+from tests.ops import test_kv_write as kv
+from tests.ops import test_mla_attention as mla
+from tests.ops.test_routing import RULES
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
+]
+
+
+@pytest.mark.parametrize("case", kv.CASES, ids=str)
+def test_rotation_and_write_equal_the_reference(case):
+    for got, want in zip(case.run("fast"), case.run("reference"), strict=True):
+        atol = kv.ROUNDING[str(got.dtype)]
+        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (got, want)), atol=atol)
+
+
+def test_pool_is_written_in_place():
+    """A donated pool of 4 GB: a copy of it would not go unnoticed."""
+    case = kv.Case(T=8, R=8, H=32, G=8, K=128, turned=128, dtype="bfloat16", pool_dtype="bfloat16")
+    function, arguments = case.traced()
+    shape = (131072, 16, 8, 128)
+    pools = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 2
+    heads, rotation, _, _, *places = arguments
+    donating = jax.jit(lambda pools, *rest: function(rest[0], rest[1], *pools, *rest[2:]), donate_argnums=0)
+    memory = donating.lower(pools, heads, rotation, *places).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 1 << 20
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_experts_are_chosen_as_the_reference_does(rule):
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(300, rule.num_experts)), jnp.float32)
+    bias = jnp.asarray(rng.normal(size=rule.num_experts), jnp.float32) if rule.score == "sigmoid" else None
+    expert, weight = jax.jit(functools.partial(routing.fast.choose, rule))(logits, bias)
+    want_expert, want_weight = jax.jit(functools.partial(routing.reference.choose, rule))(logits, bias)
+    # Scores of two experts may differ by less than the two exponentials do.
+    same = np.asarray(expert == want_expert).all(axis=1)
+    assert same.mean() > 0.98
+    np.testing.assert_allclose(np.asarray(weight)[same], np.asarray(want_weight)[same], rtol=1e-5)
+
+
+@pytest.mark.parametrize("M, E, block_rows", [(1, 4, 16), (48, 64, 16), (1536, 64, 32), (18432, 128, 128)])
+def test_rows_are_grouped_as_the_reference_does(M, E, block_rows):
+    expert_TX = jnp.asarray(np.random.default_rng(M).integers(-1, E, (M, 1)), jnp.int32)
+    arguments = {"num_experts": E, "block_rows": block_rows}
+    got = jax.jit(functools.partial(rows_fast.group, **arguments))(expert_TX)
+    want = jax.jit(functools.partial(rows.group, **arguments))(expert_TX)
+    count, used = int(want.count), int((expert_TX >= 0).sum())
+    assert int(got.count) == count
+    np.testing.assert_array_equal(got.order_M[:used], want.order_M[:used])
+    np.testing.assert_array_equal(got.expert_B[:count], want.expert_B[:count])
+    np.testing.assert_array_equal(got.start_B, want.start_B)
+    np.testing.assert_array_equal(got.end_B, want.end_B)
+
+
+@pytest.mark.parametrize("case", experts.KERNEL_CASES, ids=str)
+def test_experts_equal_the_dense_sum(case):
+    experts.check(case, "fast")
+
+
+@pytest.mark.parametrize("latents", mla.CASES, ids=str)
+def test_latent_attention_equals_a_dense_softmax(latents):
+    atol = latents.tolerance()
+    with backend.use("fast"):
+        decoded, prefilled = mla.run_decode(latents, "fast"), mla.run_prefill(latents, "fast")
+    np.testing.assert_allclose(decoded, mla.expected_decode(latents), rtol=0, atol=atol)
+    np.testing.assert_allclose(prefilled, mla.expected_prefill(latents), rtol=0, atol=atol)
