@@ -119,6 +119,13 @@ def lines(report: Report) -> Iterator[str]:
             f"           {blueprint.experts.num_experts} experts in {blueprint.experts.num_layers} layers, "
             f"{cost.top_k} a token; dispatch: {blueprint.expert_backend}"
         )
+        if config.enable_eplb:
+            slots, redundant = blueprint.experts.num_slots, _size(cost.redundant_bytes_of_device)
+            yield (
+                f"           {slots} physical experts a layer, {slots // layout.ep} a device: "
+                f"{blueprint.experts.num_redundant} redundant ones take {redundant} a device; "
+                f"balanced every {config.eplb_rebalance_num_iterations} steps"
+            )
     yield from _memory_lines(report)
     yield (
         f"KV         {report.kv_tokens:,} tokens ({report.num_pages:,} pages of {config.page_size} on each "

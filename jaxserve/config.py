@@ -77,6 +77,12 @@ class ServerConfig:
     enable_two_batch_overlap: bool = key(False, "run each step as two interleaved half batches")
     enable_eplb: bool = key(False, "replicate and move hot experts")
     ep_num_redundant_experts: int = key(0, "extra physical experts for --enable-eplb", least=0)
+    eplb_rebalance_num_iterations: int = key(1000, "steps between two balancings of the experts", least=1)
+    eplb_rebalance_layers_per_chunk: int = key(
+        1,
+        "layers whose experts move between two steps: more end a balancing sooner and pause longer",
+        least=1,
+    )
     nnodes: int = key(1, "hosts of the instance", least=1)
     node_rank: int = key(0, "this host's number", least=0)
     dist_init_addr: str | None = key(
@@ -179,6 +185,15 @@ class ServerConfig:
             valid = [e for e in range(1, self.tp + 1) if self.tp % e == 0]
             raise ConfigError(
                 f"ep={self.ep} does not divide tp={self.tp}; use ep {', '.join(map(str, valid))}"
+            )
+        if self.enable_eplb and self.ep == 1:
+            raise ConfigError(
+                "enable_eplb needs ep > 1; with ep=1 every device has a share of all experts: loads are even"
+            )
+        if self.ep_num_redundant_experts and not self.enable_eplb:
+            raise ConfigError(
+                f"ep_num_redundant_experts={self.ep_num_redundant_experts} needs enable_eplb, "
+                "which decides whom the extra slots go to"
             )
 
     @property

@@ -59,10 +59,19 @@ class Call(msgspec.Struct, frozen=True, tag=True):
     loads: one dict a data-parallel rank, with the keys of `/v1/loads`.
     stats: counters since the start, for `/metrics`: see `jaxserve.engine.stats.Stats.snapshot`.
     watch_cache: from now on send CacheEvents; the first rebuild what is cached, and come before the Reply.
+    start_, stop_, dump_expert_record: how often each expert is chosen meanwhile; refused for a dense model.
     """
 
     call_id: int
-    method: Literal["flush_cache", "loads", "stats", "watch_cache"]
+    method: Literal[
+        "flush_cache",
+        "loads",
+        "stats",
+        "watch_cache",
+        "start_expert_record",
+        "stop_expert_record",
+        "dump_expert_record",
+    ]
 
 
 class Drain(msgspec.Struct, frozen=True, tag=True):

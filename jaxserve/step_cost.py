@@ -51,23 +51,33 @@ class StepCost:
 
     @property
     def num_params(self) -> int:
-        return sum(w.num_params for w in self.weights)
+        """Of the model; redundant experts are not counted."""
+        return sum(round(w.num_params * self._unique(w)) for w in self.weights)
 
     @property
     def active_params(self) -> float:
         """That a token is multiplied with: its experts' share, and no embedding."""
         experts = self.blueprint.experts
-        share = self.top_k / experts.num_experts if experts else 0
+        share = self.top_k / experts.num_slots if experts else 0
         return sum(
             w.num_params * (share if w.part == "expert" else 1)
             for w in self.weights
             if w.is_matrix and w.part != "embedding"
         )
 
+    def _unique(self, weight: Weight) -> float:
+        """What is not redundant."""
+        experts = self.blueprint.experts
+        return experts.num_experts / experts.num_slots if experts and weight.part == "expert" else 1
+
+    @property
+    def redundant_bytes_of_device(self) -> float:
+        return sum(w.local_bytes * (1 - self._unique(w)) for w in self.weights)
+
     @property
     def weight_bytes(self) -> float:
-        """Of one copy of the model."""
-        return sum(w.num_bytes for w in self.weights)
+        """Of one copy of the model; redundant experts are not counted."""
+        return sum(w.num_bytes * self._unique(w) for w in self.weights)
 
     @property
     def weight_bytes_of_device(self) -> float:
@@ -88,7 +98,7 @@ class StepCost:
         inner = 3 * widest * tokens
         if blueprint.experts:
             per_expert = max(w.num_params for w in self.weights if w.part == "expert") / (
-                blueprint.experts.num_experts * self.hidden
+                blueprint.experts.num_slots * self.hidden
             )
             of_device = tokens * self.layout.dp * self.top_k / self.layout.num_devices
             inner = max(inner, 3 * per_expert * of_device) + tokens * self.layout.dp * self.hidden
@@ -138,9 +148,9 @@ class StepCost:
         if experts:
             every = tokens * self.layout.dp
             ours = [w for w in self.weights if w.part == "expert"]
-            touched = experts_touched(experts.num_experts, self.top_k, every)
+            touched = experts_touched(experts.num_slots, self.top_k, every)
             params = sum(w.local_params for w in ours)
-            flops = 2 * every * self.top_k / experts.num_experts * params
+            flops = 2 * every * self.top_k / experts.num_slots * params
             works.append(Work("experts", touched * sum(w.local_bytes for w in ours), flops))
         head = [w for w in self.weights if w.part == "head"]
         works.append(

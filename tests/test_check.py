@@ -51,6 +51,44 @@ def test_printed_report_names_every_part(capsys):
         assert part in out
 
 
+def test_redundant_experts_take_memory_and_leave_less_for_kv():
+    """An expert of DeepSeek-V3 has 3 x 7168 x 2048 numbers of one byte, and a float32 for 128 x 128 of them;
+    of 32 a layer 4 are on each device, in 58 layers."""
+    layout = {"tp": 8, "dp_size": 8, "ep": 8, "enable_dp_attention": True}
+    plain = check(shape("deepseek-v3", **layout), "h200", int(300e9))
+    report = check(
+        shape("deepseek-v3", **layout, enable_eplb=True, ep_num_redundant_experts=32), "h200", int(300e9)
+    )
+    more_bytes = 58 * 4 * 3 * 7168 * 2048 * (1 + 4 / 128**2)
+    assert report.cost.weight_bytes_of_device - plain.cost.weight_bytes_of_device == more_bytes
+    assert report.blueprint.weight_bytes_of_device - plain.blueprint.weight_bytes_of_device == more_bytes
+    assert report.cost.redundant_bytes_of_device == pytest.approx(more_bytes)
+    assert plain.kv_tokens - report.kv_tokens == pytest.approx(more_bytes / 70_272 * 8, rel=1e-3)
+    assert report.cost.num_params == plain.cost.num_params
+    assert report.cost.active_params == pytest.approx(plain.cost.active_params)
+    text = "\n".join(lines(report))
+    assert "288 physical experts a layer, 36 a device: 32 redundant ones take 9.52 GiB a device" in text
+
+
+def test_redundant_experts_that_do_not_divide_are_refused_with_numbers_that_do():
+    config = shape("deepseek-v3", tp=8, ep=8, enable_eplb=True, ep_num_redundant_experts=30)
+    message = (
+        "ep_num_redundant_experts=30: 286 physical experts do not divide over 8 devices; "
+        "use 2 redundant experts more or 6 fewer"
+    )
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        check(config, "h200")
+
+
+def test_balancing_with_other_dp_than_ep_logs_a_hint(caplog):
+    with caplog.at_level("INFO"):
+        for dp in (4, 8):
+            layout = {"tp": 8, "dp_size": dp, "enable_dp_attention": True, "ep": 8}
+            check(shape("deepseek-v3", **layout, enable_eplb=True), "h200", int(300e9))
+    hints = [r.getMessage() for r in caplog.records if r.getMessage().startswith("enable_eplb")]
+    assert len(hints) == 1 and "enable_eplb with dp_size=4 and ep=8" in hints[0]
+
+
 def test_report_needs_no_gpu_and_no_weights(tmp_path):
     """A process of its own, in which no backend is ever asked for devices."""
     (tmp_path / "config.json").write_text((GOLDEN / "qwen3" / "config.json").read_text())

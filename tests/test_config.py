@@ -114,6 +114,23 @@ def test_dp_size_counts_as_attention_groups_only_with_the_flag():
         ({"port": -1}, "port=-1 is too small; 0 is the least"),
         ({"port": 65536}, "port=65536 must be 65535 or less"),
         ({"tp": 0}, "tp=0 is too small; 1 is the least"),
+        ({"ep_num_redundant_experts": -1}, "ep_num_redundant_experts=-1 is too small; 0 is the least"),
+        (
+            {"eplb_rebalance_num_iterations": 0},
+            "eplb_rebalance_num_iterations=0 is too small; 1 is the least",
+        ),
+        (
+            {"eplb_rebalance_layers_per_chunk": 0},
+            "eplb_rebalance_layers_per_chunk=0 is too small; 1 is the least",
+        ),
+        (
+            {"tp": 2, "enable_eplb": True},
+            "enable_eplb needs ep > 1; with ep=1 every device has a share of all experts: loads are even",
+        ),
+        (
+            {"tp": 2, "ep": 2, "ep_num_redundant_experts": 2},
+            "ep_num_redundant_experts=2 needs enable_eplb, which decides whom the extra slots go to",
+        ),
         ({"context_length": 1}, "context_length=1 is too small; 2 is the least"),
         ({"chunked_prefill_size": 8}, "chunked_prefill_size=8 is too small; 16 is the least"),
         (

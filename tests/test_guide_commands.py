@@ -62,6 +62,8 @@ LAUNCHED = [
     Command("DPA Not Activating", DPA8, (8, 1, 1), "none"),
     Command("TP/DP Size Constraint", f"--model-path {DEEPSEEK} --tp 8 --dp-size 4 --enable-dp-attention",
             (4, 1, 2), "none"),
+    Command("Production, balanced", f"{DPA8_EP8} --enable-eplb", (8, 1, 1), "all_to_all",
+            {"enable_eplb": True, "ep_num_redundant_experts": 0}),
 ]  # fmt: skip
 # What `router.launch_server` is given, without its own --router-... flags; engines, and each one's mesh.
 CO_LAUNCHED = [
@@ -75,7 +77,7 @@ PRODUCTION = (
 )
 # Flags of the guide whose feature is not there yet: refused by name. Once it is, it leaves this list, and
 # the production command joins LAUNCHED.
-NOT_YET = ("enable_two_batch_overlap", "enable_eplb")
+NOT_YET = ("enable_two_batch_overlap",)
 
 
 def parse(flags):

@@ -6,7 +6,8 @@ A table with a row for each layout: KV capacity, the largest batch at a context,
 a prefill step, tokens/s. Then what data-parallel attention gains over tensor parallelism, cause by
 cause, and every assumption. `--model` is a directory with a config.json, such a file, or a hub id in
 the cache. Layout names: `tp`; `dpa` or `dpa4` (attention data-parallel over all, or 4, groups);
-`ep` or `ep8` (experts over all, or 8, devices); joined by `+`.
+`ep` or `ep8` (experts over all, or 8, devices); `eplb32` (experts balanced, 32 redundant ones a layer);
+joined by `+`.
 """
 
 import argparse
@@ -108,14 +109,16 @@ def parse_layout(name: str, num_devices: int) -> dict[str, Any]:
     """The engine's keywords for a layout's name. Raises ConfigError."""
     keywords: dict[str, Any] = {"tp": num_devices}
     for part in name.split("+"):
-        match = re.fullmatch(r"(tp|dpa|ep)(\d+)?", part)
+        match = re.fullmatch(r"(tp|dpa|eplb|ep)(\d+)?", part)
         if match is None or (match[1] == "tp" and match[2]):
-            raise ConfigError(f"compare={name!r}: use tp, dpa, dpaN, ep, epN, joined by '+'")
+            raise ConfigError(f"compare={name!r}: use tp, dpa, dpaN, ep, epN, eplb, eplbN, joined by '+'")
         size = int(match[2] or num_devices)
         if match[1] == "dpa":
             keywords |= {"dp_size": size, "enable_dp_attention": True}
         elif match[1] == "ep":
             keywords["ep"] = size
+        elif match[1] == "eplb":
+            keywords |= {"enable_eplb": True, "ep_num_redundant_experts": int(match[2] or 0)}
     return keywords
 
 

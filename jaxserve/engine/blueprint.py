@@ -7,7 +7,7 @@ too, in the same words. Nothing here needs the devices: the mesh may be abstract
 import json
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.batch import Bucket
 from jaxserve.layers.kv import KVSpec, LatentSpec, PoolLayout, pool_layouts
 from jaxserve.layers.moe import ExpertSpec
+from jaxserve.layers.weight import reorder
 from jaxserve.mesh import Layout, Rules
 from jaxserve.models import resolve
 from jaxserve.parallel.dispatch import Backend, choose_backend
+from jaxserve.parallel.placement import Placement
 from jaxserve.weights import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -114,7 +116,7 @@ class Blueprint:
 
 def refuse_unbuilt(config: ServerConfig) -> None:
     """Layouts that are parsed but not served yet are refused by name, never ignored."""
-    for name in ("enable_two_batch_overlap", "enable_eplb"):
+    for name in ("enable_two_batch_overlap",):
         if getattr(config, name):
             raise ConfigError(f"{name} is not available in this version")
 
@@ -131,11 +133,13 @@ def draw(
     experts = getattr(model, "experts", None)
     if layout.ep > 1 and experts is None:
         raise ConfigError(f"ep={layout.ep}: this model has no experts; use ep 1")
+    if config.enable_eplb and experts is not None:
+        experts = _give_slots(config, layout, model, experts)
     table = meshes.rules(
         layout,
         num_q_heads=model.num_q_heads,
         num_kv_heads=model.kv.num_kv_heads,
-        num_experts=experts.num_experts if experts else None,
+        num_experts=experts.num_slots if experts else None,
     )
     model.vocabulary.split(mesh)
     expert_backend = choose_backend(config.moe_a2a_backend, layout.ep)
@@ -158,6 +162,25 @@ def draw(
         context_len=_context_len(config, model.max_position),
         num_slots=config.max_running_requests or (32 if on_cpu else 256),
     )
+
+
+def _give_slots(config: ServerConfig, layout: Layout, model: nnx.Module, experts: ExpertSpec) -> ExpertSpec:
+    """Declare the stacked weights of all experts by slot, redundant ones included. Raises ConfigError."""
+    experts = replace(experts, num_redundant=config.ep_num_redundant_experts)
+    try:
+        placement = Placement.trivial(1, experts.num_experts, experts.num_slots, layout.ep)
+    except ValueError as error:
+        raise ConfigError(f"ep_num_redundant_experts={experts.num_redundant}: {error}") from error
+    for _, param in nnx.iter_graph(model):
+        if isinstance(param, nnx.Param) and param.logical[:1] == ("expert",):
+            reorder(param, placement.logical_LP[0].tolist())
+    if layout.dp != layout.ep:
+        logger.info(
+            "enable_eplb with dp_size=%d and ep=%d: it pays most with dp_size equal to ep, where each "
+            "device brings tokens of its own to the experts",
+            *(layout.dp, layout.ep),
+        )
+    return experts
 
 
 def _tell_of_dp_attention(config: ServerConfig, layout: Layout, kv: KVSpec | LatentSpec) -> None:

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import psutil
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve import mesh as meshes
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.blueprint import Blueprint, draw, read_dummy_config, refuse_unbuilt
+from jaxserve.engine.expert_state import Balancing, ExpertState, expert_leaves
 from jaxserve.engine.follow import compile_alike, model_facts
 from jaxserve.engine.multihost import Hosts, config_facts
 from jaxserve.engine.programs import ModelFunction
@@ -131,7 +132,7 @@ def build(
     buckets = blueprint.buckets(num_pages)
     pools = _make_pools(blueprint, num_pages)
     function = ModelFunction(graph, treedef, experts, blueprint.expert_backend)
-    runner = Runner(function, leaves, pools, mesh, sizes, buckets)
+    runner = Runner(function, leaves, pools, mesh, sizes, buckets, _expert_state(blueprint, leaves))
     if hosts is not None:
         programs = {"sizes": repr(sizes), "buckets": repr(runner.buckets)}
         hosts.agree("programs", programs)
@@ -184,6 +185,21 @@ def build(
         startup_s=time.monotonic() - begin_s,
     )
     return Scheduler(limits, layout.dp, not config.disable_radix_cache), runner, info, stats
+
+
+def _expert_state(blueprint: Blueprint, leaves: list[jax.Array]) -> ExpertState | None:
+    spec, config, layout = blueprint.experts, blueprint.config, blueprint.layout
+    if spec is None:
+        return None
+    balancing = None
+    if config.enable_eplb:
+        balancing = Balancing(
+            expert_leaves(blueprint.model, leaves),
+            config.eplb_rebalance_num_iterations,
+            config.eplb_rebalance_layers_per_chunk,
+        )
+    assert isinstance(blueprint.mesh, Mesh)
+    return ExpertState(spec, layout.dp, blueprint.mesh, layout.ep, balancing)
 
 
 def _eos_ids(hf_config: dict[str, Any], generation_config: dict[str, Any]) -> list[int]:

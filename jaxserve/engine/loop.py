@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxserve.engine import batch
 from jaxserve.engine.cache_watch import CacheWatch
+from jaxserve.engine.expert_watch import ExpertWatch
 from jaxserve.engine.request import Request
 from jaxserve.engine.runner import Runner, Step, StepResult
 from jaxserve.engine.scheduler import Scheduler
@@ -73,6 +74,7 @@ class EngineLoop:
         self._prompt_logprobs: dict[str, list[Logprobs]] = {}
         self._cache_watch = CacheWatch([rank.tree for rank in scheduler.ranks])
         self._load_told_s = 0.0
+        self.expert_watch = None if runner.experts is None else ExpertWatch(runner)
 
     def run(self) -> None:
         """Serve until a Drain is done."""
@@ -167,11 +169,28 @@ class EngineLoop:
             case "loads":
                 return Reply(call.call_id, True, self.stats.loads(self.scheduler, self.info))
             case "stats":
-                return Reply(call.call_id, True, self.stats.snapshot(self.scheduler))
+                experts = {} if self.expert_watch is None else {"experts": self.expert_watch.snapshot()}
+                return Reply(call.call_id, True, {**self.stats.snapshot(self.scheduler), **experts})
+            case "start_expert_record" | "stop_expert_record" | "dump_expert_record":
+                return self._answer_record(call)
             case "watch_cache":
                 self._cache_watch.start()
                 self._tell_cache_events()
                 return Reply(call.call_id, True)
+
+    def _answer_record(self, call: Call) -> Reply:
+        watch = self.expert_watch
+        if watch is None:
+            return Reply(call.call_id, False, message="this model has no experts")
+        try:
+            match call.method:
+                case "start_expert_record":
+                    return Reply(call.call_id, True, watch.start_record())
+                case "stop_expert_record":
+                    return Reply(call.call_id, True, watch.stop_record())
+            return Reply(call.call_id, True, watch.dump_record())
+        except ValueError as error:
+            return Reply(call.call_id, False, message=str(error))
 
     def _drained(self) -> bool:
         if self._drain_until_s is None:
@@ -184,6 +203,8 @@ class EngineLoop:
 
     def _step(self) -> None:
         plan = self.scheduler.plan()
+        if plan is not None and self.expert_watch is not None:
+            self.expert_watch.before_step()
         step = self.runner.launch(plan) if plan is not None else None
         self._tell_cache_events()
         if self._in_flight is not None:

@@ -26,6 +26,7 @@ from jaxserve.layers.attention import StepContext
 from jaxserve.layers.moe import ExpertSpec
 from jaxserve.ops import sampling
 from jaxserve.parallel.dispatch import Backend
+from jaxserve.parallel.slots import SlotTable
 
 SCORE_ROWS = 128  # prompt tokens whose logits exist at a time
 
@@ -83,6 +84,7 @@ def forward(
     value_pages: jax.Array,
     table_SN: jax.Array,
     expert_load: tuple[jax.Array, ...],
+    expert_slots: SlotTable | None,
     last_token_S: jax.Array,
     packed_RM: jax.Array,
 ) -> tuple[Any, ...]:
@@ -90,7 +92,8 @@ def forward(
 
     Returns the pools, the page table, the experts' load, the hidden states of the sample rows and,
     when the bucket has any, those of the prefill tokens (for prompt logprobs). `expert_load` is
-    empty for a dense model, else (uint32 [ranks * L, E],): how often each expert was chosen.
+    empty for a dense model, else (uint32 [ranks * L, E],): how often each expert was chosen;
+    `expert_slots` says where they are when they may move.
     """
     f = packing.unpack(packed_RM)
     table_SN = per_rank(mesh, _set_entries, table_SN, f["update_slot"], f["update_index"], f["update_page"])
@@ -119,6 +122,7 @@ def forward(
         page_size=sizes[1],
         mesh=mesh,
         expert_backend=model.expert_backend,
+        expert_slots=expert_slots,
     )
     hidden_TD = model.call(leaves)(token_T, step)
     samples_SD = per_rank(mesh, lambda hidden, index: hidden[index], hidden_TD, f["sample_index"])

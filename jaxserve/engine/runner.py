@@ -4,6 +4,7 @@ Everything is compiled before the first request: `compile_all` goes through ever
 bucket, in parallel threads, into the persistent cache. `launch` only picks, packs and calls.
 """
 
+import itertools
 import logging
 import os
 import time
@@ -20,13 +21,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.engine import batch, programs
 from jaxserve.engine.batch import Bucket
+from jaxserve.engine.expert_state import ExpertState
 from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.programs import FULL, GREEDY, LOGPROBS, RANDOM, VARIANTS, ModelFunction, Variant
 from jaxserve.engine.request import Request
+from jaxserve.parallel.slots import SlotTable
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+MAX_MOVES = 4  # layers whose experts move in one launch; with more than 32 unfinished programs Gloo hangs
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Runner:
     Args:
         pools: (key_pages, value_pages), see `jaxserve.layers.kv.pool_layouts`.
         mesh: of shape (dp, ep, tp); its arrays' placement is fixed here.
+        experts: what is kept of them, when the model has any.
     """
 
     def __init__(
@@ -95,6 +100,7 @@ class Runner:
         mesh: Mesh,
         sizes: Sizes,
         buckets: Sequence[Bucket],
+        experts: ExpertState | None = None,
     ):
         self.sizes = sizes
         self.buckets = sorted(buckets, key=lambda b: (b.prefill_tokens, b.rows))
@@ -117,12 +123,7 @@ class Runner:
             "bias_id": self._zeros((rows, batch.NUM_BIASES), np.int32),
             "bias_value": self._zeros((rows, batch.NUM_BIASES), np.float32),
         }
-        self._expert_load: tuple[jax.Array, ...] = ()
-        if (experts := model.experts) is not None:
-            shape = (sizes.num_ranks * experts.num_layers, experts.num_experts)
-            self._expert_load = (self._zeros(shape, np.uint32),)
-            self._load_seen = np.zeros(shape, np.uint32)
-            self._load_total = np.zeros((experts.num_layers, experts.num_experts), np.uint64)
+        self.experts = experts
         self._forward_packing = {b: batch.forward_packing(b) for b in self.buckets}
         self._score_packing = {b: batch.score_packing(b) for b in self.buckets if b.prefill_tokens}
         self._sample_packing = {
@@ -180,7 +181,11 @@ class Runner:
                 case "prepare_slot":
                     self._slots = program(self._slots, packed)
                 case "gather_load":
-                    made.last = program(*self._expert_load, packed)
+                    assert self.experts is not None
+                    made.last = program(self.experts.load, packed)
+                case ("move_experts", _):
+                    assert self.experts is not None
+                    made.last = self.experts.carry_out(program, launch.packed, self._leaves, packed)
                 case Bucket():
                     made.last, *prefill = self._forward(program, packed)
                 case ("score", _):
@@ -195,16 +200,24 @@ class Runner:
         return made
 
     def _forward(self, program: Callable, packed: jax.Array) -> list[jax.Array]:
-        self._key_pages, self._value_pages, self._table, self._expert_load, *hidden = program(
+        load, slots = self._expert_arrays
+        self._key_pages, self._value_pages, self._table, load, *hidden = program(
             self._leaves,
             self._key_pages,
             self._value_pages,
             self._table,
-            self._expert_load,
+            load,
+            slots,
             self._last_token,
             packed,
         )
+        if self.experts is not None:
+            (self.experts.load,) = load
         return hidden
+
+    @property
+    def _expert_arrays(self) -> tuple[tuple[jax.Array, ...], SlotTable | None]:
+        return ((), None) if self.experts is None else ((self.experts.load,), self.experts.slots)
 
     def read(self, step: Step) -> StepResult:
         """Wait for a step and bring its results to the host."""
@@ -227,18 +240,24 @@ class Runner:
     def expert_load(self) -> np.ndarray:
         """Tokens that chose each expert since the start, uint64 [layers with experts, E].
 
-        Waits for the launched steps. The device's counters wrap at 2**32; what is added here are
-        differences, so a read within every 2**32 tokens keeps the totals right.
+        Waits for the launched steps.
         """
-        assert self._expert_load, "a dense model has no experts"
-        load = self._expert_load[0]
+        assert self.experts is not None, "a dense model has no experts"
+        load = self.experts.load
         if self._mesh.is_multi_process:
             load = self.start([Launch("gather_load", np.zeros((self.sizes.num_ranks, 1), np.int32))]).last
-        now = np.asarray(load)
-        new = (now - self._load_seen).reshape(self.sizes.num_ranks, *self._load_total.shape)
-        self._load_seen = now
-        self._load_total = self._load_total + new.sum(axis=0, dtype=np.uint64)
-        return self._load_total
+        return self.experts.count(np.asarray(load))
+
+    def move_experts(self, layers: dict[int, np.ndarray]) -> None:
+        """Put other experts into the slots of some layers, between the launched steps and the next.
+
+        Waits between parts, since few programs may be unfinished at a time (see MAX_MOVES).
+        """
+        assert self.experts is not None
+        for part in itertools.batched(layers.items(), MAX_MOVES):
+            started = self.start([Launch(*self.experts.pack_move(*move)) for move in part])
+            if len(layers) > MAX_MOVES:
+                jax.block_until_ready(started.last)
 
     def _choose_bucket(self, plan: StepPlan) -> Bucket:
         rows = max(len(rank.decode) for rank in plan.ranks)
@@ -281,7 +300,7 @@ class Runner:
         keys, values, table, last = map(
             _abstract, (self._key_pages, self._value_pages, self._table, self._last_token)
         )
-        load = tuple(_abstract(x) for x in self._expert_load)
+        load, expert_slots = jax.tree.map(_abstract, self._expert_arrays)
         slots = {name: _abstract(x) for name, x in self._slots.items()}
 
         def packed(packing: batch.Packing) -> jax.ShapeDtypeStruct:
@@ -303,7 +322,7 @@ class Runner:
                 (self.sizes.num_pages, self.sizes.page_size),
                 self._map_mesh,
             )
-            args = (leaves, keys, values, table, load, last, packed(packing))
+            args = (leaves, keys, values, table, load, expert_slots, last, packed(packing))
             hidden_parts = [rank, rank] if b.prefill_tokens else [rank]
             shardings = (keys.sharding, values.sharding, rank, rank, *hidden_parts)
             tasks[b] = (function, args, (1, 2, 3, 4), shardings)
@@ -337,7 +356,7 @@ class Runner:
         if load and self._mesh.is_multi_process:
             one_each = jax.ShapeDtypeStruct((ranks, 1), np.int32, sharding=rank)
             tasks["gather_load"] = (lambda load, _: load, (*load, one_each), (), self._readable)
-        return tasks
+        return tasks if self.experts is None else tasks | self.experts.tasks(leaves)
 
     def hlo(self, program: Any) -> str:
         """The optimized HLO of a compiled program, by its key."""

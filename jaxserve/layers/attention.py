@@ -25,6 +25,7 @@ from jaxserve.ops import kv_write, paged_attention
 from jaxserve.ops.grouped_gemm import Activation, ExpertWeights
 from jaxserve.ops.kv_write import Heads
 from jaxserve.parallel.dispatch import Backend, Dispatch
+from jaxserve.parallel.slots import SlotTable
 
 __all__ = ["Attention", "KVSpec", "LatentSpec", "StepContext", "pool_layout", "pool_layouts"]
 
@@ -47,6 +48,7 @@ class StepContext:
         num_pages: of one layer on one rank.
         mesh: `Mesh((dp, ep, tp))` when the arrays are sharded over one.
         expert_backend: how tokens reach experts on other devices.
+        expert_slots: which of the stacked weights are an expert's; None: its own number is.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class StepContext:
         page_size: int,
         mesh: Mesh | None = None,
         expert_backend: Backend = "none",
+        expert_slots: SlotTable | None = None,
     ):
         self.key_pages, self.value_pages = key_pages, value_pages
         self.page_table_SN = page_table_SN
@@ -79,6 +82,7 @@ class StepContext:
         self.num_pages, self.page_size = num_pages, page_size
         self.mesh = mesh
         self.dispatch = Dispatch(mesh, expert_backend)
+        self.expert_slots = expert_slots
         self._chosen: dict[int, jax.Array] = {}
         self._rope_tables: dict[Rope, RopeTable] = {}
         self._made: dict[Hashable, Callable[..., Any]] = {}
@@ -241,7 +245,8 @@ class StepContext:
         expert_TX = jnp.where((self.slot_T >= 0)[:, None], expert_TX, -1)
         assert layer not in self._chosen, f"experts of layer {layer} ran twice"
         self._chosen[layer] = expert_TX
-        return self.dispatch(hidden_TD, expert_TX, weight_TX, weights, activation)
+        slots = None if self.expert_slots is None else self.expert_slots.layer(layer)
+        return self.dispatch(hidden_TD, expert_TX, weight_TX, weights, activation, slots)
 
     def expert_load(self, num_experts: int) -> jax.Array:
         """How many of each rank's tokens chose each expert in this step: uint32 [dp * L, E].

@@ -24,10 +24,15 @@ from jaxserve.ops.routing import Routing, choose
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """What the engine must know of a model's experts to count their load."""
+    """What the engine must know of a model's experts to count their load, and to move them."""
 
     num_layers: int  # with experts
     num_experts: int
+    num_redundant: int = 0  # slots that the stacked weights of a layer have beyond one an expert
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_experts + self.num_redundant
 
 
 def silu_gated(gate: jax.Array, up: jax.Array) -> jax.Array:

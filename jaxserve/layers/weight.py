@@ -5,8 +5,8 @@ A model is built abstractly: every parameter is a `jax.ShapeDtypeStruct` with me
 before the layout is known to be valid.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -43,13 +43,18 @@ class Stacked:
 class Sliced:
     """Assembles a parameter slice by slice of dimension 0, which its sources have too (experts).
 
-    `each` makes one slice of the parameter of the same slice of every source.
+    `each` makes one slice of the parameter of the same slice of every source, or of slice `order[i]`.
     """
 
     each: Assemble
+    order: tuple[int, ...] | None = None
+
+    def source_slice(self, number: int) -> int:
+        return number if self.order is None else self.order[number]
 
     def __call__(self, *sources: np.ndarray) -> np.ndarray:
-        return np.stack([self.each(*slices) for slices in zip(*sources, strict=True)])
+        slices = list(zip(*sources, strict=True))
+        return np.stack([self.each(*slices[self.source_slice(i)]) for i in range(len(self.order or slices))])
 
 
 def weight(
@@ -78,3 +83,17 @@ def weight(
     return nnx.Param(
         value, logical=axes, sources=sources, assemble=assemble, init=init, stored=stored or shape
     )
+
+
+def reorder(param: nnx.Param, order: Sequence[int]) -> None:
+    """Declare dimension 0 anew: slice i becomes what slice `order[i]` was; one may come several times."""
+    value, assemble = param.get_raw_value(), param.assemble
+    if isinstance(assemble, Stacked):
+        slices = assemble.slices(param.sources)
+        param.set_metadata(sources=tuple(source for number in order for source in slices[number]))
+    else:
+        assert isinstance(assemble, Sliced), f"{param.sources[0]} is not made slice by slice"
+        param.set_metadata(assemble=replace(assemble, order=tuple(order)))
+    shape = (len(order), *value.shape[1:])
+    param.set_metadata(order=tuple(order), stored=shape)
+    param.set_raw_value(jax.ShapeDtypeStruct(shape, value.dtype))

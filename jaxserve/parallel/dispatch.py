@@ -20,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxserve.config import ConfigError
 from jaxserve.mesh import AXES, GROUP
 from jaxserve.ops.grouped_gemm import Activation, ExpertWeights, feed_forward
+from jaxserve.parallel.slots import SlotTable
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +70,12 @@ class Dispatch:
         weight_TX: jax.Array,
         weights: ExpertWeights,
         activation: Activation,
+        slots: SlotTable | None = None,
     ) -> jax.Array:
-        """As `grouped_gemm.feed_forward`, over the mesh, in the dtype of `hidden_TD`."""
+        """As `grouped_gemm.feed_forward`, over the mesh, in the dtype of `hidden_TD`.
+
+        With `slots`, of one layer, weights are those of its slots and not of its experts.
+        """
         if self.mesh is None:
             out_TD = feed_forward(hidden_TD, expert_TX, weight_TX, weights, activation)
             return out_TD.astype(hidden_TD.dtype)
@@ -82,7 +87,9 @@ class Dispatch:
                 route = plan.run
         experts, ffn = ((), AXES) if self.backend == "none" else (EXPERT_AXES, ("tp",))
 
-        def on_device(hidden_tD, expert_tX, weight_tX, weights: ExpertWeights) -> jax.Array:
+        def on_device(hidden_tD, expert_tX, weight_tX, weights: ExpertWeights, slots) -> jax.Array:
+            if slots is not None:  # by rank, or the first tokens of all ranks would take the same copy
+                expert_tX = slots.find(expert_tX, lax.axis_index("dp"))
             if weights.down_bias_ED is not None:  # each share of the FFN would add it again
                 bias_eD = jnp.where(lax.axis_index(ffn) == 0, weights.down_bias_ED, 0)
                 weights = weights._replace(down_bias_ED=bias_eD)
@@ -92,10 +99,10 @@ class Dispatch:
         return jax.shard_map(
             on_device,
             mesh=self.mesh,
-            in_specs=(rank, rank, rank, _weight_specs(experts, ffn)),
+            in_specs=(rank, rank, rank, _weight_specs(experts, ffn), PartitionSpec()),
             out_specs=rank,
             check_vma=False,  # the kernels' outputs carry no replication types
-        )(hidden_TD, expert_TX, weight_TX, weights)
+        )(hidden_TD, expert_TX, weight_TX, weights, slots)
 
 
 def _weight_specs(experts: tuple[str, ...], ffn: tuple[str, ...]) -> ExpertWeights:

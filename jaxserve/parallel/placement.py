@@ -1,9 +1,9 @@
 """Which device holds which expert: hot experts get copies, and devices get even load.
 
-Pure planning on the host; moving the weights is another matter. Source: DeepSeek-V3 technical report
-(2024), section 3.4.1 (redundant experts), and its published expert-parallel load balancer, whose
-greedy rules (copy the expert with the most load a copy, then pack the heaviest first) are used here
-in our own form.
+Pure planning on the host; `jaxserve.parallel.slots` finds and moves experts on the devices. Source:
+DeepSeek-V3 technical report (2024), section 3.4.1 (redundant experts), and its published
+expert-parallel load balancer, whose greedy rules (copy the expert with the most load a copy, then
+pack the heaviest first) are used here in our own form.
 """
 
 from collections.abc import Sequence
@@ -38,15 +38,31 @@ class Placement:
             slots[expert].append(slot)
         return slots
 
-    def balance(self, load_LE: np.ndarray) -> np.ndarray:
-        """Mean device load over largest device load, [layers]; 1 is even. A copy takes an equal share."""
+    def device_load(self, load_LE: np.ndarray) -> np.ndarray:
+        """Load of each device, [layers, devices], when copies of an expert take equal shares."""
         out = []
-        for layer, load_E in enumerate(np.asarray(load_LE, float)):
-            logical_P = self.logical_LP[layer]
+        for logical_P, load_E in zip(self.logical_LP, np.asarray(load_LE, float), strict=True):
             share_E = load_E / np.bincount(logical_P, minlength=load_E.size)
-            device = share_E[logical_P].reshape(self.num_devices, -1).sum(1)
-            out.append(device.mean() / device.max() if device.max() > 0 else 1.0)
+            out.append(share_E[logical_P].reshape(self.num_devices, -1).sum(1))
         return np.array(out)
+
+    def balance(self, load_LE: np.ndarray) -> np.ndarray:
+        """Mean device load over largest device load, [layers]; 1 is even."""
+        load_LD = self.device_load(load_LE)
+        return np.divide(load_LD.mean(1), load_LD.max(1), out=np.ones(len(load_LD)), where=load_LD.any(1))
+
+    def table(self, num_experts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What finds the slots of an expert: (first_LE, count_LE, slot_LP), int32. Those of expert e in
+        layer l are slot_LP[l, first_LE[l, e] :][: count_LE[l, e]]."""
+        slot_LP = np.argsort(self.logical_LP, axis=1, kind="stable").astype(np.int32)
+        counts = [np.bincount(logical_P, minlength=num_experts) for logical_P in self.logical_LP]
+        count_LE = np.array(counts, np.int32)
+        return np.cumsum(count_LE, axis=1, dtype=np.int32) - count_LE, count_LE, slot_LP
+
+    def with_layer(self, layer: int, logical_P: np.ndarray) -> "Placement":
+        logical_LP = self.logical_LP.copy()
+        logical_LP[layer] = logical_P
+        return Placement(logical_LP, self.num_devices)
 
 
 def check_sizes(num_experts: int, num_slots: int, num_devices: int) -> None:
@@ -64,17 +80,58 @@ def check_sizes(num_experts: int, num_slots: int, num_devices: int) -> None:
 def rebalance(load_LE: np.ndarray, before: Placement) -> Placement:
     """A placement for the observed load that moves few experts from where they are."""
     layers = [
-        _rebalance_layer(np.asarray(load_E, float), logical_P, before.num_devices)
+        rebalance_layer(load_E, logical_P, before.num_devices)
         for load_E, logical_P in zip(load_LE, before.logical_LP, strict=True)
     ]
     return Placement(np.stack(layers), before.num_devices)
 
 
-def _rebalance_layer(load_E: np.ndarray, before_P: np.ndarray, num_devices: int) -> np.ndarray:
-    num_slots = before_P.size
+def rebalance_layer(load_E: np.ndarray, before_P: np.ndarray, num_devices: int) -> np.ndarray:
+    """The experts of one layer's slots, as `rebalance` chooses them."""
+    load_E, num_slots = np.asarray(load_E, float), before_P.size
     copies_E = copy_counts(load_E, num_slots)
     devices = pack(load_E, copies_E, num_devices, num_slots // num_devices)
     return _keep_in_place(devices, before_P.reshape(num_devices, -1)).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Moves:
+    """How experts of one layer come to other slots: in each round a device shows one of its slots to all.
+
+    Attributes:
+        offer_RD: the slot, counted within its device, that each device shows in each round. There are
+            as many rounds as slots on a device; those from `num_rounds` on show nothing (-1).
+        take_P: round * devices + device of what each slot takes; -1: it keeps what it has.
+    """
+
+    offer_RD: np.ndarray
+    take_P: np.ndarray
+    num_rounds: int
+
+    @property
+    def count(self) -> int:
+        """Slots that get another expert."""
+        return int((self.take_P >= 0).sum())
+
+
+def plan_moves(before_P: np.ndarray, after_P: np.ndarray, num_devices: int) -> Moves:
+    """What is shown already is taken again; else the slot's own device shows it, or who shows least."""
+    slots = before_P.size // num_devices
+    offer_RD = np.full((slots, num_devices), -1, np.int32)
+    take_P = np.full(before_P.size, -1, np.int32)
+    shown: dict[int, int] = {}  # expert -> round * devices + device
+    num_shown = [0] * num_devices
+    for slot in np.flatnonzero(before_P != after_P).tolist():
+        expert = int(after_P[slot])
+        if expert not in shown:
+            sources = np.flatnonzero(before_P == expert).tolist()
+            source = min(sources, key=lambda s: (s // slots != slot // slots, num_shown[s // slots], s))
+            device = source // slots
+            offer_RD[num_shown[device], device] = source % slots
+            shown[expert] = num_shown[device] * num_devices + device
+            num_shown[device] += 1
+        take_P[slot] = shown[expert]
+    return Moves(offer_RD, take_P, max(num_shown))
 
 
 def copy_counts(load_E: np.ndarray, num_slots: int) -> np.ndarray:

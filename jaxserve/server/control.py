@@ -217,6 +217,29 @@ async def flush_cache(request: Request) -> Response:
             pass
 
 
+async def start_expert_record(request: Request) -> Response:
+    """From now on count how often each expert is chosen, for `/dump_expert_distribution_record`."""
+    await _expert_record(request, "start")
+    return PlainTextResponse("Start recording the expert distribution.\n")
+
+
+async def stop_expert_record(request: Request) -> Response:
+    await _expert_record(request, "stop")
+    return PlainTextResponse("Stop recording the expert distribution.\n")
+
+
+async def dump_expert_record(request: Request) -> Response:
+    """The counts in the answer itself: `logical_count` [layers with experts][experts], and who is where."""
+    return json_response(await _expert_record(request, "dump"))
+
+
+async def _expert_record(request: Request, verb: str) -> Any:
+    try:
+        return await request.app.state.service.call(f"{verb}_expert_record")
+    except EngineRefusal as error:
+        raise RequestError(str(error)) from error
+
+
 def _timeout_s(text: str | None) -> float:
     if text is None:
         return 0.0

@@ -69,6 +69,10 @@ STAT_GAUGES = {
     "retractions": ("num_retractions", "Times a request was taken off the running batch, in all."),
     "steps": ("num_steps", "Steps launched, in all."),
 }
+EXPERT_GAUGES = {
+    "rebalances": ("eplb_rebalances", "Balancings of the experts begun, in all."),
+    "moved": ("eplb_moved_experts", "Physical experts that became another expert, in all."),
+}
 RENAMED = {"num_waiting_reqs": "num_queue_reqs"}  # SGLang's metric name for the load's key
 
 
@@ -148,9 +152,30 @@ class Metrics:
             yield self._gauge(name, help, [(rank, lengths.get(key)) for rank, lengths in queues])
         for key, (name, help) in STAT_GAUGES.items():
             yield self._gauge(name, help, [(0, self._stats.get(key))])
+        if experts := self._stats.get("experts"):
+            yield from self._expert_gauges(experts)
         yield self._gauge("engine_startup_time", "Seconds until readiness.", [(0, self._info.startup_s)])
         loading = "Seconds spent loading weights."
         yield self._gauge("engine_load_weights_time", loading, [(0, self._info.load_weights_s)])
+
+    def _expert_gauges(self, experts: Mapping[str, Any]) -> Iterable[Metric]:
+        """As many values as layers and devices with experts; single experts are in the records only."""
+        balance = experts["balancedness"]
+        about = "Mean over largest load of the devices with experts since the last balancing"
+        yield self._gauge(
+            "eplb_balancedness", f"{about}, mean of layers.", [(0, sum(balance) / len(balance))]
+        )
+        yield self._numbered("expert_layer_balancedness", f"{about}, by layer.", "layer", balance)
+        help = "Tokens that chose an expert of the device, all layers, copies sharing them evenly."
+        yield self._numbered("expert_device_tokens", help, "ep_rank", experts["device_tokens"])
+        for key, (name, help) in EXPERT_GAUGES.items():
+            yield self._gauge(name, help, [(0, experts.get(key))])
+
+    def _numbered(self, name: str, help: str, label: str, values: Iterable[float]) -> GaugeMetricFamily:
+        gauge = GaugeMetricFamily(f"sglang:{name}", help, labels=("model_name", label))
+        for number, value in enumerate(values):
+            gauge.add_metric((self._model_name, str(number)), value)
+        return gauge
 
     def _gauge(self, name: str, help: str, values: Iterable[tuple[int, Any]]) -> GaugeMetricFamily:
         gauge = GaugeMetricFamily(f"sglang:{name}", help, labels=LABELS)

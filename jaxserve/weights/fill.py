@@ -80,7 +80,8 @@ def load_dummy(model: nnx.Module, shardings: Shardings, seed: int, progress: Pro
     progress(done, total)
     for path, param in params:
         want = param.get_raw_value()
-        make = _dummy_program(want.shape, jnp.dtype(want.dtype), _dummy_kind(param), shardings(param))
+        dtype, order = jnp.dtype(want.dtype), param.get_metadata().get("order")
+        make = _dummy_program(want.shape, dtype, _dummy_kind(param), shardings(param), order)
         array = make(np.uint32(seed & 0xFFFFFFFF), np.uint32(xxhash.xxh32_intdigest(path.encode())))
         param.set_raw_value(array)
         done += array.nbytes
@@ -224,7 +225,7 @@ def _read_slices(checkpoint: Checkpoint, path: str, param: nnx.Param, index: Ind
         each = assemble.each
         if isinstance(assemble, Sliced):
             sources = param.sources
-            arrays = [_read_slice(checkpoint, source, number) for source in sources]
+            arrays = [_read_slice(checkpoint, s, assemble.source_slice(number)) for s in sources]
         else:
             sources = assemble.slices(param.sources)[number]
             if each is None:
@@ -304,7 +305,7 @@ def _dummy_kind(param: nnx.Param) -> str:
 
 @cache
 def _dummy_program(
-    shape: tuple[int, ...], dtype: Any, kind: str, sharding: Sharding
+    shape: tuple[int, ...], dtype: Any, kind: str, sharding: Sharding, order: tuple[int, ...] | None
 ) -> Callable[..., jax.Array]:
     assert kind in ("ones", "zeros", "random"), kind
 
@@ -313,7 +314,10 @@ def _dummy_program(
             return jnp.full(shape, 1 if kind == "ones" else 0, dtype)
         bits = _mix(_mix(seed) ^ path_hash)
         for axis in range(len(shape)):
-            bits = _mix(bits ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis))
+            number = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+            if axis == 0 and order is not None:  # equal slices, as from a checkpoint
+                number = jnp.asarray(order, jnp.uint32).reshape(-1, *(1,) * (len(shape) - 1))
+            bits = _mix(bits ^ number)
         unit = (bits >> 8).astype(jnp.float32) * 2.0**-23 - 1  # in [-1, 1), as 24 bits allow
         return (unit * math.sqrt(3 / shape[-1])).astype(dtype)
 

@@ -9,6 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxserve.mesh import Layout, make_mesh
 from jaxserve.ops.grouped_gemm import ExpertWeights, feed_forward
 from jaxserve.parallel.dispatch import AXES, EXPERT_AXES, Dispatch, Exchange, _weight_specs
+from jaxserve.parallel.placement import Placement
+from jaxserve.parallel.slots import SlotTable
 
 E, D, F, X = 16, 16, 24, 3
 # Sums of some hundred terms of size 1 in float32, in another order.
@@ -63,7 +65,7 @@ def arrays(T, seed=0, biases=True, skew=False):
     return normal(T, D), jnp.asarray(expert), jnp.asarray(rng.random((T, X)), jnp.float32), weights
 
 
-def dispatched(layout, backend, inputs):
+def dispatched(layout, backend, inputs, slots=None):
     """The layer over a mesh, with every array placed as the engine places it."""
     mesh = make_mesh(layout, jax.devices())
     hidden, expert, weight, weights = inputs
@@ -75,7 +77,7 @@ def dispatched(layout, backend, inputs):
     )
     hidden, expert, weight = (jax.device_put(x, rank) for x in (hidden, expert, weight))
     dispatch = Dispatch(mesh, backend)
-    compiled = jax.jit(lambda *a: dispatch(*a, silu)).lower(hidden, expert, weight, weights).compile()
+    compiled = jax.jit(lambda *a: dispatch(*a, silu, slots)).lower(hidden, expert, weight, weights).compile()
     return np.asarray(compiled(hidden, expert, weight, weights)), compiled.as_text()
 
 
@@ -87,6 +89,19 @@ def test_every_backend_equals_one_device(cell):
         want = np.asarray(feed_forward(*inputs, silu))
         got, _ = dispatched(layout, backend, inputs)
         np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("cell", [(lay, b) for lay, b in CELLS if lay.ep in (4, 8)][::2], ids=name)
+def test_copied_and_shuffled_experts_give_the_same(cell):
+    layout, backend = cell
+    logical = np.random.default_rng(3).permutation([*range(E), *range(5), 0, 0, 1])
+    placement = Placement(logical[None], layout.ep)
+    slots = SlotTable(*map(jnp.asarray, placement.table(E))).layer(0)
+    hidden, expert, weight, weights = arrays(12 * layout.dp)
+    want = np.asarray(feed_forward(hidden, expert, weight, weights, silu))
+    placed = ExpertWeights(*(None if x is None else x[logical] for x in weights))
+    got, _ = dispatched(layout, backend, (hidden, expert, weight, placed), slots)
+    np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", [Layout(8, dp=8, ep=8), Layout(8, dp=2, ep=4)], ids=str)

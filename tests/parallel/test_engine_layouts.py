@@ -46,27 +46,34 @@ def cells():
                 yield family, layout, backend
 
 
-def sample(all_cells):
-    """A fixed part: each layout, each backend and each family comes up."""
-    return [cell for number, cell in enumerate(all_cells) if number % 11 == 0]
+def sample(all_cells, every):
+    """A fixed part; the tests below say what comes up in it."""
+    return [cell for number, cell in enumerate(all_cells) if number % every == 0]
 
 
 ALL = list(cells())
-FAST = sample(ALL)
+FAST = sample(ALL, 11)
+BALANCED = [cell for cell in ALL if LAYOUTS[cell[1]].get("ep", 1) > 1]
+FAST_BALANCED = sample(BALANCED, 59)
 
 
 def name(cell):
     return "-".join(str(part) for part in cell if part)
 
 
-def marked(cell):
-    return pytest.param(*cell, id=name(cell), marks=() if cell in FAST else pytest.mark.slow)
+def marked(cell, fast=FAST):
+    return pytest.param(*cell, id=name(cell), marks=() if cell in fast else pytest.mark.slow)
 
 
 def test_sample_covers_every_family_layout_and_backend():
     assert {family for family, _, _ in FAST} == set(MOE_FAMILIES)
     assert {layout for _, layout, _ in FAST} == set(LAYOUTS)
     assert {backend for _, _, backend in FAST} == set(BACKENDS)
+
+
+def test_sample_of_balanced_cells_covers_every_backend_and_size():
+    assert {backend for _, _, backend in FAST_BALANCED} == set(BACKENDS)
+    assert {LAYOUTS[layout]["ep"] for _, layout, _ in FAST_BALANCED} == {2, 4, 8}
 
 
 def num_choices(family):
@@ -90,6 +97,27 @@ def test_greedy_tokens_are_those_of_one_device_and_all_choices_are_counted(engin
     # A step already launched when a request ended computes one token more of it.
     assert (per_layer >= computed * num_choices(family)).all()
     assert (per_layer <= (computed + len(prompts)) * num_choices(family)).all()
+    served.flush_cache()
+
+
+@pytest.mark.parametrize("family, layout, backend", [marked(cell, FAST_BALANCED) for cell in BALANCED])
+def test_experts_that_move_during_generation_give_the_same_tokens(engine, family, layout, backend):
+    golden, options = Golden.read(family), LAYOUTS[layout]
+    served = engine(
+        family,
+        **options,
+        **({"moe_a2a_backend": backend} if backend else {}),
+        enable_eplb=True,
+        ep_num_redundant_experts=options["ep"] if options["ep"] > 2 else 0,
+        eplb_rebalance_num_iterations=5,
+    )
+    prompts = [prompt.tolist() for prompt in golden.prompts]
+    before = served.stats()["experts"]
+    replies = served.generate(input_ids=prompts, sampling_params=GREEDY)
+    assert [list(reply["output_ids"]) for reply in replies] == golden.greedy.tolist()
+    after = served.stats()["experts"]
+    assert after["rebalances"] - before["rebalances"] >= 4
+    assert after["moved"] > before["moved"]
     served.flush_cache()
 
 
@@ -127,9 +155,9 @@ def test_names_of_other_runtimes_are_mapped_with_a_log_line(caplog):
 def test_load_counters_survive_wrapping_at_32_bits(engine):
     runner = engine("mixtral")._engine.runner
     total = runner.expert_load().copy()
-    near = np.full_like(runner._load_seen, 2**32 - 3)
-    runner._load_seen = near
-    runner._expert_load = (runner._expert_load[0] * 0 + 4,)  # wrapped: 7 more than `near`
+    experts = runner.experts
+    experts._seen = np.full_like(experts._seen, 2**32 - 3)
+    experts.load = experts.load * 0 + 4  # wrapped: 7 more than was seen
     assert (runner.expert_load() - total == 7).all()
 
 

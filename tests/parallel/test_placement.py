@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.parallel.placement import Placement, check_sizes, copy_counts, rebalance
+from jaxserve.parallel.placement import Placement, check_sizes, copy_counts, plan_moves, rebalance
 
 
 @st.composite
@@ -44,6 +44,31 @@ def test_placing_again_for_the_same_load_moves_nothing(case):
     np.testing.assert_array_equal(rebalance(load, once).logical_LP, once.logical_LP)
 
 
+@given(loads())
+def test_moves_bring_every_slot_its_expert_and_touch_no_other(case):
+    devices, slots, load = case
+    before = Placement.trivial(2, load.shape[1], slots, devices)
+    after = rebalance(load, before)
+    for before_P, after_P in zip(before.logical_LP, after.logical_LP):
+        moves = plan_moves(before_P, after_P, devices)
+        held_DS = before_P.reshape(devices, -1)
+        shown = {
+            (number, device): held_DS[device, slot]
+            for (number, device), slot in np.ndenumerate(moves.offer_RD)
+            if slot >= 0
+        }
+        assert all(number < moves.num_rounds for number, _ in shown)
+        got = [e if t < 0 else shown[divmod(t, devices)] for e, t in zip(before_P, moves.take_P)]
+        np.testing.assert_array_equal(got, after_P)
+        assert moves.count == (before_P != after_P).sum()
+
+
+def test_expert_that_several_slots_want_is_shown_once():
+    moves = plan_moves(np.array([0, 1, 2, 3, 4, 5]), np.array([0, 1, 2, 0, 4, 0]), num_devices=3)
+    assert moves.offer_RD.tolist() == [[0, -1, -1], [-1, -1, -1]]
+    assert (moves.take_P.tolist(), moves.num_rounds) == ([-1, -1, -1, 0, -1, 0], 1)
+
+
 def test_hot_expert_gets_the_redundant_slots():
     load = np.array([[90.0, 10, 10, 10]])
     after = rebalance(load, Placement.trivial(1, 4, 6, 2))
@@ -56,6 +81,14 @@ def test_skewed_load_becomes_nearly_even():
     after = rebalance(load, before)
     assert before.balance(load)[0] < 0.45
     assert after.balance(load)[0] > 0.95
+
+
+def test_load_of_a_device_is_the_sum_of_its_shares():
+    placement = Placement(np.array([[0, 1, 0, 2]]), num_devices=2)
+    load = np.array([[6, 1, 2]])
+    assert placement.device_load(load).tolist() == [[4, 5]]
+    assert placement.balance(load).tolist() == [0.9]
+    assert placement.balance(load * 0).tolist() == [1]
 
 
 @pytest.mark.parametrize(

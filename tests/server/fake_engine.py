@@ -57,6 +57,7 @@ LOAD = {
     "memory": {"weight_gb": 1.0},
     "queues": {"waiting": 2, "retracted": 1},
 }
+EXPERTS = {"balancedness": [0.5, 0.75], "device_tokens": [10, 30], "rebalances": 2, "moved": 7}
 
 
 class FakeEngine:
@@ -77,6 +78,7 @@ class FakeEngine:
         self.hang_prefix = "\0"  # nor for rids that begin so
         self.busy = 0  # how often flush_cache is refused
         self.calls: list[str] = []
+        self.has_experts = True
 
     def generate(self, request: Generate) -> AsyncIterator[Output]:
         if self.dead:
@@ -110,7 +112,13 @@ class FakeEngine:
             return None
         if method == "loads":
             return [{"dp_rank": r, **LOAD} for r in range(self.info.dp_size)]
-        return {"compiles_after_ready": 0, "retractions": 3}
+        if method.endswith("_expert_record"):
+            if not self.has_experts:
+                raise EngineRefusal("this model has no experts")
+            return {"logical_count": [[3, 1]]} if method.startswith("dump") else None
+        return {"compiles_after_ready": 0, "retractions": 3} | (
+            {"experts": EXPERTS} if self.has_experts else {}
+        )
 
 
 class _Stream:

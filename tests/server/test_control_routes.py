@@ -110,7 +110,54 @@ def test_gauges_come_from_the_engine(server):
     assert sample(server, "engine_startup_time") == 2
 
 
+def test_experts_are_told_by_layer_and_device(server):
+    lines = server.http.get("/metrics").text.splitlines()
+    values = dict(line.rpartition(" ")[::2] for line in lines if "expert" in line or "eplb" in line)
+    values = {name: value for name, value in values.items() if not name.startswith("#")}
+    model = 'model_name="tiny/model"'
+    assert values == {
+        f'sglang:eplb_balancedness{{dp_rank="0",{model}}}': "0.625",
+        f'sglang:expert_layer_balancedness{{layer="0",{model}}}': "0.5",
+        f'sglang:expert_layer_balancedness{{layer="1",{model}}}': "0.75",
+        f'sglang:expert_device_tokens{{ep_rank="0",{model}}}': "10.0",
+        f'sglang:expert_device_tokens{{ep_rank="1",{model}}}': "30.0",
+        f'sglang:eplb_rebalances{{dp_rank="0",{model}}}': "2.0",
+        f'sglang:eplb_moved_experts{{dp_rank="0",{model}}}': "7.0",
+    }
+
+
+def test_dense_model_has_no_metrics_of_experts(server):
+    server.engine.has_experts = False
+    assert "expert" not in server.http.get("/metrics").text
+
+
 # ---- commands ----
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_expert_distribution_record(server, method):
+    texts = [
+        server.http.request(method, f"/{verb}_expert_distribution_record").text for verb in ("start", "stop")
+    ]
+    assert texts == [
+        "Start recording the expert distribution.\n",
+        "Stop recording the expert distribution.\n",
+    ]
+    response = server.http.request(method, "/dump_expert_distribution_record")
+    assert (response.status_code, response.json()) == (200, {"logical_count": [[3, 1]]})
+    assert [c for c in server.engine.calls if "record" in c] == [
+        "start_expert_record",
+        "stop_expert_record",
+        "dump_expert_record",
+    ]
+
+
+@pytest.mark.parametrize("verb", ["start", "stop", "dump"])
+def test_expert_distribution_record_of_a_dense_model_is_refused(server, verb):
+    server.engine.has_experts = False
+    response = server.http.post(f"/{verb}_expert_distribution_record")
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "this model has no experts"
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])

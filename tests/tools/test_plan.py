@@ -235,6 +235,9 @@ def test_window_bounds_what_a_token_attends():
 def test_layout_names_are_the_servers_keys():
     assert parse_layout("tp", 8) == {"tp": 8}
     assert parse_layout("dpa4+ep", 8) == {"tp": 8, "dp_size": 4, "enable_dp_attention": True, "ep": 8}
+    assert parse_layout("ep+eplb32", 8) == {
+        "tp": 8, "ep": 8, "enable_eplb": True, "ep_num_redundant_experts": 32
+    }  # fmt: skip
     for wrong in ("tp4", "dp", "dpa-2", "", "tp+"):
         with pytest.raises(ConfigError, match="use tp, dpa, dpaN, ep, epN"):
             parse_layout(wrong, 8)
@@ -244,6 +247,15 @@ def test_layout_that_the_engine_refuses_is_a_row_with_its_words():
     good, bad = rows("deepseek-v3", setting(H200), "tp", "dpa4+ep2")
     assert isinstance(good, Row)
     assert bad.reason == "ep=2 is not a multiple of dp_size=4; use ep 1, 4, 8"
+
+
+def test_redundant_experts_cost_kv_capacity():
+    plain, spare = rows("deepseek-v3", setting(H200, 16), "dpa+ep", "dpa+ep+eplb32")
+    assert isinstance(plain, Row) and isinstance(spare, Row)
+    # 2 of the 32 redundant experts on each of 16 devices, in float8 with a float32 for each block.
+    more_bytes = 58 * 2 * 3 * 7168 * 2048 * (1 + 4 / 128**2)
+    assert plain.pool_bytes - spare.pool_bytes == more_bytes
+    assert spare.kv_tokens < plain.kv_tokens
 
 
 def test_command_prints_the_table(capsys):

@@ -8,8 +8,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from jaxserve.layers.weight import Sliced, Stacked, weight
-from jaxserve.weights import CheckpointError, fill, load, open_checkpoint
+from jaxserve.layers.weight import Sliced, Stacked, reorder, weight
+from jaxserve.weights import CheckpointError, fill, load, load_dummy, open_checkpoint
 
 E, F, D = 4, 6, 5
 RNG = np.random.default_rng(0)
@@ -63,6 +63,28 @@ def test_whole_assembly_gives_what_reading_by_slices_gives(checkpoint):
     load(model, checkpoint, sharded(1), lambda *_: None)
     for param, whole in zip(params, wholes, strict=True):
         np.testing.assert_array_equal(param[...], whole)
+
+
+def test_slices_in_another_order_and_more_than_once(checkpoint):
+    order = [2, 0, 1, 3, 2, 2, 0, 1]
+    model = Model()
+    for param in (model.stacked, model.made, model.sliced):
+        reorder(param, order)
+    load(model, checkpoint, sharded(4), lambda *_: None)
+    want = Model()
+    load(want, checkpoint, sharded(1), lambda *_: None)
+    for name in ("stacked", "made", "sliced"):
+        got, plain = getattr(model, name), getattr(want, name)
+        np.testing.assert_array_equal(got[...], plain[...][np.array(order)])
+        np.testing.assert_array_equal(got[...], got.assemble(*map(checkpoint.read, got.sources)))
+
+
+def test_random_slices_are_as_equal_as_those_of_a_checkpoint():
+    plain, model = Model(), Model()
+    reorder(model.stacked, [1, 0, 1, 3])
+    for made in (plain, model):
+        load_dummy(made, sharded(2), 5, lambda *_: None)
+    np.testing.assert_array_equal(model.stacked[...], plain.stacked[...][np.array([1, 0, 1, 3])])
 
 
 def test_a_device_reads_only_its_slices(checkpoint, monkeypatch):
