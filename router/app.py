@@ -33,6 +33,7 @@ from router.workers import Registry, Worker, WorkerSpec, breaker_numbers
 
 log = logging.getLogger("router")
 
+ADMIN_PATHS = frozenset(("/workers", "/flush_cache"))
 LOCAL_PATHS = frozenset(("/health", "/liveness", "/readiness"))  # each process answers for itself
 
 
@@ -53,7 +54,7 @@ class Gateway:
         self.registry = Registry(self._make_worker)
         self.policy = make_policy(config.effective_policy, config, rng)
         self.registry.on_removed.append(self.policy.forget)
-        self.keys = Keys(config.api_key, config.api_keys)
+        self.keys = Keys(config.api_key, config.api_keys, config.control_plane_api_keys)
         self.monitor = Monitor(config, self.registry, self.policy, self.metrics, relearn=learn)
         self.jobs = Jobs(config, self.registry, self.monitor, self.metrics)
         self.exact: Exact | None = None
@@ -94,10 +95,12 @@ class Gateway:
             if path in ROUTES:
                 await send_error(send, _method_not_allowed(scope["method"], path, (("allow", "POST"),)))
                 return
-            if self.keys.tokens and "/" + path.split("/", 2)[1] in self.guarded_paths:
+            root = "/" + path.split("/", 2)[1]
+            if self.keys.tokens and root in self.guarded_paths:
                 headers = dict(scope["headers"])
+                check = self.keys.check_admin if root in ADMIN_PATHS else self.keys.check
                 try:
-                    self.keys.check(headers.get(b"authorization"), headers.get(b"x-api-key"))
+                    check(headers.get(b"authorization"), headers.get(b"x-api-key"))
                 except RequestError as error:
                     await send_error(send, error)
                     return

@@ -40,6 +40,17 @@ PolicyName = Literal[
 ]
 
 
+_PROXY = "put a proxy that checks tokens in front, and see --control-plane-api-keys for roles"
+_PD = "prefill and decode are not split over workers; give each worker its own --worker-urls entry"
+REFUSED = {
+    "jwt-issuer": _PROXY, "jwt-audience": _PROXY, "jwt-jwks-uri": _PROXY, "jwt-role-mapping": _PROXY,
+    "tenant-api-key": "use --api-keys name:token; --rate-limit-tokens-per-second holds for each name",
+    "pd-disaggregation": _PD, "prefill": _PD, "decode": _PD, "prefill-policy": _PD, "decode-policy": _PD,
+    "history-backend": "conversations are not stored; clients send their messages",
+    "enable-igw": "workers of several models are routed to by model name without it",
+}  # fmt: skip
+
+
 class ConfigError(ValueError):
     """The operator's mistake: the message names the key, the value and the valid choices."""
 
@@ -155,6 +166,9 @@ class RouterConfig:
     api_key: str | None = key(None, "bearer token of clients and operators; default: open")
     worker_api_key: str | None = key(None, "bearer token the gateway sends to --worker-urls")
     api_keys: tuple[str, ...] = key((), "more client keys, each name:token")
+    control_plane_api_keys: tuple[str, ...] = key(
+        (), "operators' keys, each id:name:role:key, role admin or user; then only admins change workers"
+    )
     max_concurrent_requests: int = key(-1, "requests in flight at once; -1: no limit", least=-1)
     queue_size: int = key(100, "requests that may wait for --max-concurrent-requests", least=0)
     queue_timeout_secs: float = key(60.0, "how long they may wait", least=0)
@@ -191,6 +205,7 @@ class RouterConfig:
         parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
         parser.add_argument("--config", help="YAML file with the same keys; flags override it")
         add_flags(parser, cls)
+        refuse_flags(parser)
         return parser
 
     def check(self) -> None:
@@ -225,6 +240,10 @@ class RouterConfig:
         for item in self.api_keys:
             if not all(item.partition(":")):
                 raise ConfigError("api_keys: each must be name:token")
+        for item in self.control_plane_api_keys:
+            parts = item.split(":", 3)
+            if len(parts) < 4 or not all(parts) or parts[2] not in ("admin", "user"):
+                raise ConfigError("control_plane_api_keys: each must be id:name:role:key, role admin or user")
 
     @property
     def effective_policy(self) -> str:
@@ -258,6 +277,18 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -> N
             parser.add_argument(*options, type=kind, choices=choices, nargs="*" if many else None, **common)
 
 
+class _Refuse(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        name = (option_string or "").removeprefix("--").removeprefix("router-")
+        parser.error(f"{option_string} is not supported: {REFUSED[name]}")
+
+
+def refuse_flags(parser: argparse.ArgumentParser, prefix: str = "") -> None:
+    """Flags of the Rust gateway that a user may bring along, refused with the way to go."""
+    for name in REFUSED:
+        parser.add_argument(f"--{prefix}{name}", nargs="*", action=_Refuse, help=argparse.SUPPRESS)
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError."""
     try:
@@ -280,6 +311,8 @@ def _by_name(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for given, value in values.items():
         name = names.get(str(given).replace("-", "_"))
+        if name is None and str(given).replace("_", "-") in REFUSED:
+            raise ConfigError(f"{given} is not supported: {REFUSED[str(given).replace('_', '-')]}")
         if name is None:
             raise ConfigError(
                 f"unknown key {given!r}; known keys: {', '.join(f.name for f in dataclasses.fields(cls))}"

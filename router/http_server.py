@@ -48,6 +48,10 @@ class ClientConnection(HttpToolsProtocol):
             self.head_timer.cancel()
             self.head_timer = None
         super().on_headers_complete()
+        if self.server_state.draining:  # type: ignore[attr-defined]
+            self.cycle.keep_alive = (
+                False  # its next request goes elsewhere, and not into a closing connection
+            )
 
     def _time_head(self) -> None:
         timeout_s = self.config.client_header_timeout_s  # type: ignore[attr-defined]
@@ -151,6 +155,7 @@ class GatewayServer(uvicorn.Server):
         super().__init__(config)
         self.gateway = gateway
         self.grace_s = grace_s
+        self.server_state.draining = False  # type: ignore[attr-defined]  # its connections look at it
         self._drain: asyncio.Task | None = None
 
     def handle_exit(self, sig: int, frame) -> None:
@@ -205,6 +210,7 @@ class GatewayServer(uvicorn.Server):
                 await loop.connect_accepted_socket(protocol, client, ssl=config.ssl)
 
     def _start_drain(self) -> None:
+        self.server_state.draining = True  # type: ignore[attr-defined]
         self._drain = asyncio.ensure_future(self._wait_idle())
 
     async def _wait_idle(self) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from router.config import ConfigError, RouterConfig, add_flags, read_yaml
+from router.config import ConfigError, RouterConfig, add_flags, read_yaml, refuse_flags
 from router.launch_router import loop_factory, make_server, set_up_logging, start_metrics_server
 from router.replicas import Replicas, ReplicasFailed, ReplicaSpec, free_ports
 
@@ -71,6 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--router-dp-worker-base-port", type=int, default=31000, help="first engine port")
     parser.add_argument("--router-config", default=None, help="the gateway's YAML file")
     add_flags(parser, RouterConfig, PREFIX)
+    refuse_flags(parser, PREFIX)
     return parser
 
 

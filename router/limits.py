@@ -12,23 +12,45 @@ from router.errors import RequestError
 
 
 class Keys:
-    """The accepted bearer tokens, each with the name it is limited under. Empty: everyone may ask."""
+    """The accepted bearer tokens, each with the name it is limited under.
 
-    def __init__(self, api_key: str | None, named: tuple[str, ...]) -> None:
+    Without a client's key (`api_key`, `named`) everyone may ask. With an operator's (`control`, each
+    id:name:role:key) only those of role admin may change workers; both roles may ask.
+    """
+
+    def __init__(
+        self, api_key: str | None, named: tuple[str, ...] = (), control: tuple[str, ...] = ()
+    ) -> None:
         self.tokens: list[tuple[bytes, str]] = []
         if api_key:
             self.tokens.append((api_key.encode(), "default"))
         for item in named:
             name, _, token = item.partition(":")
             self.tokens.append((token.encode(), name))
+        self.guarded = bool(self.tokens)
+        self.has_roles = bool(control)
+        self.admins: set[str] = set()
+        for item in control:
+            key_id, _, role, token = item.split(":", 3)
+            self.tokens.append((token.encode(), key_id))
+            if role == "admin":
+                self.admins.add(key_id)
 
     def check(self, authorization: bytes | None, x_api_key: bytes | None = None) -> str:
-        """The caller's name; "anonymous" when no keys are configured. Raises RequestError(401).
+        """The caller's name; "anonymous" when everyone may ask. Raises RequestError(401).
 
         Takes `Authorization: Bearer TOKEN` or, as Anthropic clients send it, `x-api-key: TOKEN`.
         """
-        if not self.tokens:
-            return "anonymous"
+        return self._caller(authorization, x_api_key) if self.guarded else "anonymous"
+
+    def check_admin(self, authorization: bytes | None, x_api_key: bytes | None = None) -> None:
+        """Whether the caller may change workers. Raises RequestError(401, 403)."""
+        if not self.has_roles:
+            self.check(authorization, x_api_key)
+        elif self._caller(authorization, x_api_key) not in self.admins:
+            raise RequestError(403, "forbidden", "this needs a key of role admin", type="permission_error")
+
+    def _caller(self, authorization: bytes | None, x_api_key: bytes | None) -> str:
         given = x_api_key
         if authorization is not None:
             scheme, _, given = authorization.partition(b" ")

@@ -131,8 +131,9 @@ async def _pass_on(stream: asyncio.StreamReader, name: str) -> None:
             continue
         if not line:
             return
-        sys.stderr.write(f"[{name}] {line.decode('utf-8', 'replace')}")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a full disk of logs ends no replica
+            sys.stderr.write(f"[{name}] {line.decode('utf-8', 'replace')}")
+            sys.stderr.flush()
 
 
 def _signal(process: asyncio.subprocess.Process, number: int) -> None:

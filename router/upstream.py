@@ -227,6 +227,8 @@ class Connection(asyncio.Protocol):
         if status < 200:
             self.headers.clear()
             return
+        if status > 599:
+            raise ValueError(f"status {status}")
         self.reusable = self.parser.should_keep_alive()
         # Without a length or chunks the body ends with the connection.
         self.until_close = not self.reusable and not any(

@@ -41,8 +41,10 @@ def launch(tmp_path_factory: pytest.TempPathFactory, flags: list[str]) -> Iterat
     """`launch(*more_flags)`: a server that has just been started; all are ended with the session."""
     servers: list[Server] = []
 
-    def start(*more: str, base: list[str] | None = None, port: int | None = None) -> Server:
-        log = tmp_path_factory.mktemp("server") / "log"
+    def start(
+        *more: str, base: list[str] | None = None, port: int | None = None, log: Path | None = None
+    ) -> Server:
+        log = log or tmp_path_factory.mktemp("server") / "log"
         server = Server(log, [*(flags if base is None else base), *more], port or free_port())
         servers.append(server)
         return server

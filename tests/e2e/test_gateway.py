@@ -1,101 +1,18 @@
 """The real gateway in front of two real replicas of a tiny model: one service that nothing interrupts."""
 
 import json
-import re
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
-from tests.e2e.process import PATIENCE_S, ROOT, Server, body, free_port, until
+from tests.e2e.gateway import Launch, pair, serving
+from tests.e2e.process import PATIENCE_S, Server, body, until
 
 QUESTION = "the world and the things that are in it, told once more from the beginning: "
-Launch = Callable[..., Server]
 LONG = 2500  # tokens; enough that a kill comes in the middle
-
-
-class Gateway:
-    """`python -m router.MODULE` with its output in a file."""
-
-    def __init__(self, log: Path, module: str, flags: list[str]):
-        self.port, self.log = free_port(), log
-        self.url = f"http://127.0.0.1:{self.port}"
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(self.port), *flags],
-                cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
-
-    def num_healthy(self) -> int:
-        try:
-            return self.http.get("/readiness").json()["healthy_workers"]
-        except httpx.TransportError:
-            return 0
-
-    def until_healthy(self, count: int) -> "Gateway":
-        until(lambda: self.process.poll() is not None or self.num_healthy() == count)
-        assert self.process.poll() is None, self.log.read_text()
-        return self
-
-    def metric(self, name: str, **labels: str) -> float:
-        """The sum of a metric's samples that have these labels."""
-        total = 0.0
-        for line in self.http.get("/metrics").text.splitlines():
-            found = re.fullmatch(rf"{name}(\{{.*\}})? (\S+)", line)
-            if found and all(f'{k}="{v}"' in (found[1] or "") for k, v in labels.items()):
-                total += float(found[2])
-        return total
-
-    def post(self, path: str, **fields) -> httpx.Response:
-        answer = self.http.post(path, json=fields)
-        assert answer.status_code == 200, answer.text
-        return answer
-
-    def end(self) -> int:
-        self.process.terminate()
-        return self.process.wait(PATIENCE_S)
-
-    def close(self) -> None:
-        self.http.close()
-        if self.process.poll() is None:
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                child.kill()
-            self.process.kill()
-            self.process.wait()
-
-
-@contextmanager
-def serving(log: Path, module: str, *flags: str) -> Iterator[Gateway]:
-    gateway = Gateway(log / "gateway.log", module, list(flags))
-    try:
-        yield gateway
-    finally:
-        gateway.close()
-
-
-@contextmanager
-def pair(launch: Launch, log: Path) -> Iterator[tuple[Gateway, list[Server]]]:
-    """Two replicas and a gateway that follows the events of both."""
-    servers = [launch(), launch()]
-    urls = [server.url for server in servers]
-    flags = ("--worker-urls", *urls, "--policy", "cache_aware", "--health-check-interval-secs", "1")
-    try:
-        for server in servers:
-            server.until_ready()
-        with serving(log, "router.launch_router", *flags) as gateway:
-            gateway.until_healthy(2)
-            until(lambda: gateway.http.get("/metrics").text.count("router_kv_pages{") == 2)
-            yield gateway, servers
-    finally:
-        for server in servers:
-            server.close()
 
 
 @pytest.fixture(scope="module")

@@ -207,7 +207,8 @@ def test_router_drains_on_sigterm_and_ends_with_zero(tmp_path):
         wait_for(lambda: httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200)
         process.send_signal(signal.SIGTERM)
         wait_for(lambda: httpx.get(f"http://127.0.0.1:{port}/readiness").json().get("reason") == "draining")
-        assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+        answer = httpx.get(f"http://127.0.0.1:{port}/health")
+        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
         assert process.wait(10) == 0
         _, text = process.communicate()
         assert all(json.loads(line)["level"] for line in text.splitlines())

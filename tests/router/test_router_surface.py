@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import httpx
+import pytest
 import yaml
 from gateway_harness import CHAT, RawClient, asynchronous, running, until
 from hypothesis import HealthCheck, given, settings
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from kv_worker import KvWorker, write_tokenizer
 from mock_worker import MockWorker
 
-from router.config import RouterConfig
+from router.config import ConfigError, RouterConfig
 from router.launch_router import start_metrics_server
+from router.launch_server import make_parser, make_plan
 from router.metrics import Metrics
 
 
@@ -221,6 +223,47 @@ async def test_api_key_guards_data_and_admin_but_not_health():
             assert response.status_code == 401
 
 
+@asynchronous
+async def test_only_operators_of_role_admin_change_workers_once_there_are_roles():
+    keys = ["1:ops:admin:boss", "2:app:user:guest:with:colons"]
+    async with running(1, control_plane_api_keys=keys, api_keys=["team:client"]) as r:
+        asked = {}
+        for token in ("boss", "guest:with:colons", "client", "nobody"):
+            headers = {"authorization": f"Bearer {token}"}
+            chat = await r.client.post("/v1/chat/completions", json=CHAT, headers=headers)
+            loads = await r.client.get("/get_loads", headers=headers)
+            workers = await r.client.get("/workers", headers=headers)
+            flush = await r.client.post("/flush_cache", headers=headers)
+            asked[token] = [a.status_code for a in (chat, loads, workers, flush)]
+        assert asked == {
+            "boss": [200, 200, 200, 200],
+            "guest:with:colons": [200, 200, 403, 403],
+            "client": [200, 200, 403, 403],
+            "nobody": [401, 401, 401, 401],
+        }
+    async with running(1, control_plane_api_keys=keys) as r:  # and clients without keys
+        assert (await r.chat()).status_code == 200
+        assert (await r.client.get("/workers")).status_code == 401
+
+
+@pytest.mark.parametrize("name", ["jwt-issuer", "tenant-api-key", "prefill", "enable-igw"])
+def test_key_of_the_rust_gateway_that_is_not_supported_says_what_to_do(name, capsys):
+    with pytest.raises(SystemExit):
+        RouterConfig.from_command_line([f"--{name}", "x"])
+    assert f"--{name} is not supported: " in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="is not supported"):
+        RouterConfig.from_keywords(**{name.replace("-", "_"): "x"})
+    with pytest.raises(SystemExit):
+        make_plan(make_parser(), ["--model-path", "m", f"--router-{name}", "x"])
+    assert f"--router-{name} is not supported: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("keys", ["a:b:c", "1:ops:owner:k", "1:ops:admin:"])
+def test_operator_key_without_a_known_role_is_refused(keys):
+    with pytest.raises(ConfigError, match="id:name:role:key"):
+        RouterConfig.from_keywords(control_plane_api_keys=[keys])
+
+
 # ---- control ----
 
 
@@ -410,8 +453,9 @@ def test_no_input_causes_a_500(bodies, seed, tmp_path_factory):
             tokenizer = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
             workers = [await KvWorker(tokenizer).start()]
             workers[0].info["protocol"] = ["kv_events/1", "input_ids/1", "resume/1"]
-            workers[0].faults.body = b"{}"
         async with running(2, workers=workers, policy=policy) as r:
+            for worker in r.workers:
+                worker.faults.body = b"{}"  # whatever it is asked
             if workers:
                 await until(lambda: r.registered(workers[0]).kv and r.registered(workers[0]).kv.live)
             for body in bodies:
