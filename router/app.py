@@ -25,6 +25,7 @@ from router.jobs import Jobs, learn
 from router.limits import Keys
 from router.metrics import Metrics, Snapshot
 from router.policies import make_policy
+from router.policies.manual import Manual
 from router.proxy import Proxy
 from router.tracing import Tracer
 from router.upstream import Address, Pool
@@ -48,6 +49,7 @@ class Gateway:
         # Set by the processes of one gateway:
         self.ask: Callable[..., Awaitable[None]] | None = None  # answers control requests elsewhere
         self.ask_counts: Callable[[], Awaitable[list[Snapshot]]] | None = None
+        self.num_connections: Callable[[], int] = lambda: 0  # of clients; set by the server
         self.on_started: Callable[[], None] | None = None
         self.hit_tokens: Callable[[], tuple[int, dict[str, int]]] = self._own_hit_tokens
         self.metrics = Metrics()
@@ -96,7 +98,7 @@ class Gateway:
                 await send_error(send, _method_not_allowed(scope["method"], path, (("allow", "POST"),)))
                 return
             root = "/" + path.split("/", 2)[1]
-            if self.keys.tokens and root in self.guarded_paths:
+            if self.keys.tokens and (path in self.guarded_paths or root in self.guarded_paths):
                 headers = dict(scope["headers"])
                 check = self.keys.check_admin if root in ADMIN_PATHS else self.keys.check
                 try:
@@ -283,6 +285,20 @@ class Gateway:
             "sglang_cache_hit_rate", "cached share of prompt tokens, by cache tier", ("source",),
             self._hit_rate,
         )  # fmt: skip
+        watch(
+            "smg_http_connections_active", "connections of clients", (),
+            lambda: {(): float(self.num_connections())}, "sum",
+        )  # fmt: skip
+        if isinstance(self.policy, Manual):
+            manual = self.policy
+            watch(
+                "smg_manual_policy_cache_entries", "routing keys that have a place", (),
+                lambda: {(): float(len(manual.keys))}, "max",
+            )  # fmt: skip
+            watch(
+                "smg_worker_routing_keys_active", "routing keys at home there", by_worker,
+                each(lambda w: manual.groups.get(w, 0)), "max",
+            )  # fmt: skip
         watch("smg_admission_inflight", "requests in flight", (), lambda: {(): float(self._running())}, "sum")
         watch(
             "router_admission_queue_depth", "requests waiting for a place", (),

@@ -53,8 +53,17 @@ class Control:
         return [
             Route("/get_loads", self.loads, methods=["GET"]),
             Route("/loads", self.loads, methods=["GET"]),
+            Route("/v1/loads", self.loads, methods=["GET"]),
             Route("/flush_cache", self.flush_cache, methods=["POST", "GET"]),
             Route("/abort_request", self.everyone("/abort_request"), methods=["POST"]),
+            *(
+                Route(
+                    f"/{what}_expert_distribution_record",
+                    self.everyone(f"/{what}_expert_distribution_record"),
+                    methods=["GET", "POST"],
+                )
+                for what in ("start", "stop", "dump")
+            ),
             Route("/engine_metrics", self.engine_metrics, methods=["GET"]),
         ]
 

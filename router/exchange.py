@@ -155,7 +155,7 @@ class Exchange:
         if tracker is not None:
             data = tracker.feed(data)
         cells = recorder.stream_cells(call)
-        last_s = time()
+        first_s = last_s = time()
         observe = cells.itl.observe
         self.started = True
         if start is not None:
@@ -187,6 +187,7 @@ class Exchange:
         await send({"type": "http.response.body", "body": data})
         self._succeeded()
         tokens = usage_in(data)[1] or events
+        cells.ended(self.started_s, first_s, last_s, tokens)
         recorder.finished(call, self.status, self.started_s, last_s, self.prompt_tokens, tokens)
         return tokens
 
@@ -198,6 +199,7 @@ class Exchange:
         """Like the loop of `_relay_stream`, event by whole event, and silent about a break."""
         connection, time = self.connection, self.proxy.loop.time
         assert connection is not None
+        first_s = last_s
         while True:
             if data:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
@@ -217,6 +219,7 @@ class Exchange:
         await send({"type": "http.response.body", "body": b""})
         self._succeeded()
         tokens = len(tracker.token_ids)
+        cells.ended(self.started_s, first_s, last_s, tokens)
         self.proxy.recorder.finished(
             self.call, self.status, self.started_s, last_s, self.prompt_tokens, tokens
         )

@@ -186,6 +186,8 @@ class Monitor:
                     await self.relearn(worker)
                 if was_dead or worker.instance_id != before:
                     self.policy.cleared(worker)  # a new process: an empty cache
+                    if not worker.breaker.closed:
+                        self.metrics.readmissions.of(worker.url).add()
                     worker.breaker.reset()
                 worker.load = None
                 worker.foreign_requests = worker.foreign_tokens = 0

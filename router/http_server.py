@@ -155,6 +155,7 @@ class GatewayServer(uvicorn.Server):
         super().__init__(config)
         self.gateway = gateway
         self.grace_s = grace_s
+        gateway.num_connections = lambda: len(self.server_state.connections)
         self.server_state.draining = False  # type: ignore[attr-defined]  # its connections look at it
         self._drain: asyncio.Task | None = None
 

@@ -197,6 +197,14 @@ class Metrics:
             "smg_router_itl_seconds", "time between two reads of a stream",
             "router_type", "backend_type", "model", "endpoint",
         )  # fmt: skip
+        self.tpot = h(
+            "smg_router_tpot_seconds", "time per token of a stream after its first",
+            "router_type", "backend_type", "model", "endpoint",
+        )  # fmt: skip
+        self.generation = h(
+            "smg_router_generation_duration_seconds", "time from a stream's request to its end",
+            "router_type", "backend_type", "model", "endpoint",
+        )  # fmt: skip
         self.tokens = c(
             "smg_router_tokens_total", "tokens as the workers report them",
             "router_type", "backend_type", "model", "endpoint", "token_type",
@@ -226,6 +234,10 @@ class Metrics:
             "smg_worker_retries_exhausted_total", "requests out of attempts", "worker_type", "endpoint"
         )
         self.backoff = h("smg_worker_retry_backoff_seconds", "pause before an attempt", "attempt")
+        self.readmissions = c(
+            "smg_worker_cb_health_readmissions_total", "breakers closed because the worker is well again",
+            "worker",
+        )  # fmt: skip
         self.stream_breaks = c("router_stream_breaks_total", "streams a worker broke", "worker", "outcome")
         self.client_disconnects = c("router_client_disconnects_total", "clients that left early", "path")
         self.registrations = c("smg_discovery_registrations_total", "workers registered", "source", "result")

@@ -6,15 +6,26 @@ from router.metrics import Cell, HistogramCell, Metrics
 from router.workers import Worker
 
 ROUTER = ("regular", "regular", "http")  # router_type, backend_type, connection_mode
+BRANCHED = ("manual", "consistent_hashing", "prefix_hash")  # have a counter of their own, as in SMG
 MAX_MODELS = 256  # names come from clients when a worker does not tell its models
 
 
 class StreamCells:
-    __slots__ = ("itl", "ttft")
+    """Of the streams of one (path, model). Times in seconds of the event loop."""
 
-    def __init__(self, ttft: HistogramCell, itl: HistogramCell) -> None:
-        self.ttft = ttft
-        self.itl = itl
+    __slots__ = ("generation", "itl", "tpot", "ttft")
+
+    def __init__(self, m: Metrics, *labels: str) -> None:
+        self.ttft: HistogramCell = m.ttft.of(*labels)
+        self.itl = m.itl.of(*labels)
+        self.tpot = m.tpot.of(*labels)
+        self.generation = m.generation.of(*labels)
+
+    def ended(self, started_s: float, first_s: float, last_s: float, num_tokens: int) -> None:
+        """A whole stream: its request came, its first and its last byte went out."""
+        self.generation.observe(last_s - started_s)
+        if num_tokens > 1:
+            self.tpot.observe((last_s - first_s) / (num_tokens - 1))
 
 
 class RouteCells:
@@ -34,9 +45,7 @@ class RouteCells:
         self.ok = m.http_responses.of(path, "200", "")
         self.prompt_tokens = m.tokens.of("regular", "regular", model, path, "prompt")
         self.completion_tokens = m.tokens.of("regular", "regular", model, path, "completion")
-        self.stream = StreamCells(
-            m.ttft.of("regular", "regular", model, path), m.itl.of("regular", "regular", model, path)
-        )
+        self.stream = StreamCells(m, "regular", "regular", model, path)
 
 
 class Recorder:
@@ -49,6 +58,11 @@ class Recorder:
         self._placed: dict[tuple[str, str | None, str], tuple[Cell, ...]] = {}
         self._cached: dict[str, tuple[Cell, Cell]] = {}
         self._models: set[str] = set()
+        self._branches = None
+        if policy in BRANCHED:
+            self._branches = metrics.counter(
+                f"smg_{policy}_policy_branch_total", "choices by reason", "branch"
+            )
         self._error = metrics.prediction_error.of()
         self.prompt_tokens = 0  # of answers that told their cached tokens
         self.cached_tokens: dict[str, int] = {}  # by the tier they came from
@@ -84,6 +98,8 @@ class Recorder:
                 m.selection.of("regular", "http", model, self.policy),
                 m.decisions.of(self.policy, call.decision),
             )
+            if self._branches is not None:
+                cells += (self._branches.of(call.decision),)
             if len(self._placed) > 16 * MAX_MODELS:
                 self._placed.clear()
             self._placed[key] = cells

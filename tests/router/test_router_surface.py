@@ -208,7 +208,8 @@ async def test_token_rate_is_kept_for_each_key():
 async def test_api_key_guards_data_and_admin_but_not_health():
     async with running(1, api_key="secret") as r:
         for method, path in (("POST", "/generate"), ("GET", "/workers"), ("POST", "/flush_cache"),
-                             ("GET", "/get_loads"), ("GET", "/workers/x")):  # fmt: skip
+                             ("GET", "/get_loads"), ("GET", "/v1/loads"), ("GET", "/workers/x"),
+                             ("POST", "/start_expert_distribution_record")):  # fmt: skip
             response = await r.client.request(method, path, json={})
             assert response.status_code == 401, path
             assert error_of(response)["code"] == "invalid_api_key"
@@ -333,11 +334,15 @@ async def test_metrics_count_what_happened():
     async with running(2, policy="cache_aware") as r:
         for _ in range(3):
             await r.chat("shared prefix " * 100)
+        for worker in r.workers:
+            worker.faults.token_s = 0.02  # so that tokens come one by one
         await r.stream()
         assert r.metric('smg_router_requests_total{router_type="regular",backend_type="regular",'
                         'connection_mode="http",model="mock",endpoint="/v1/chat/completions",'
                         'streaming="false"}') == 3  # fmt: skip
-        assert r.metric("smg_router_ttft_seconds_count") == 1
+        for name in ("ttft_seconds", "tpot_seconds", "generation_duration_seconds"):
+            assert r.metric(f"smg_router_{name}_count") == 1
+        assert r.metric("smg_http_connections_active") == 1
         assert r.metric('router_policy_state{what="tree_nodes"}') > 0
         assert r.metric('sglang_cache_hit_rate{source="device"}') > 0.5
         home = max(r.workers, key=lambda w: len(w.seen))
@@ -346,6 +351,18 @@ async def test_metrics_count_what_happened():
         text = (await r.client.get("/metrics")).text
         names = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
         assert len(names) >= 40 and len([n for n in names if n.startswith("smg_")]) >= 30
+
+
+@asynchronous
+async def test_routing_keys_and_the_branches_of_their_policy_are_counted():
+    async with running(2, policy="manual") as r:
+        for key in ("a", "b", "a"):
+            await r.chat(routing_key=key)
+        assert r.metric('smg_manual_policy_branch_total{branch="new_key"}') == 2
+        assert r.metric('smg_manual_policy_branch_total{branch="sticky"}') == 1
+        assert r.metric("smg_manual_policy_cache_entries") == 2
+        at_home = [r.metric(f'smg_worker_routing_keys_active{{worker="{w.url}"}}') for w in r.workers]
+        assert sum(at_home) == 2
 
 
 @asynchronous
