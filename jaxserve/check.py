@@ -147,15 +147,21 @@ def _memory_lines(report: Report) -> Iterator[str]:
     device, cost, blueprint = report.device, report.cost, report.blueprint
     largest = max(blueprint.buckets(report.num_pages), key=lambda b: b.rows + b.prefill_tokens)
     name = "this host's memory divided by devices" if blueprint.on_cpu else device.name
-    static = cost.weight_bytes_of_device + report.kv_bytes_of_device
+    states = blueprint.state_bytes_of_device
+    static = cost.weight_bytes_of_device + states + report.kv_bytes_of_device
     workspace = cost.workspace_bytes(largest.rows, largest.prefill_tokens)
     left = device.memory_bytes - static
     enough = "" if workspace < left else ": TOO LITTLE, lower mem_fraction_static"
     yield f"memory     {_size(device.memory_bytes)} a device ({name}), of which"
     yield f"           {_size(cost.weight_bytes_of_device):>10} weights"
+    if states:
+        yield (
+            f"           {_size(states):>10} recurrent states: {_size(cost.state_bytes_of_sequence)} each of "
+            f"{blueprint.num_slots} running requests and {blueprint.num_checkpoints} cached prefixes"
+        )
     yield (
         f"           {_size(report.kv_bytes_of_device):>10} KV (mem_fraction_static="
-        f"{blueprint.mem_fraction:g} is for both)"
+        f"{blueprint.mem_fraction:g} is for {'all three' if states else 'both'})"
     )
     yield f"           {_size(workspace):>10} workspace, estimated; {_size(left)} are left{enough}"
 

@@ -84,8 +84,17 @@ class StepCost:
         return sum(w.local_bytes for w in self.weights)
 
     def kv_tokens_of_rank(self, memory_bytes: float) -> int:
-        """KV tokens of one dp rank, when weights and KV may take `memory_bytes` of each device."""
-        return max(0, int((memory_bytes - self.weight_bytes_of_device) // self.kv_bytes_of_token))
+        """KV tokens of one dp rank, when weights, states and KV may take `memory_bytes` of each device."""
+        left = memory_bytes - self.weight_bytes_of_device - self.blueprint.state_bytes_of_device
+        return max(0, int(left // self.kv_bytes_of_token))
+
+    @property
+    def state_bytes_of_sequence(self) -> float:
+        """What recurrent layers keep of a sequence on one device of its attention group."""
+        states = self.blueprint.states
+        if states is None:
+            return 0
+        return states.num_layers * states.num_heads / self.layout.group * states.head_dim**2 * 4
 
     def workspace_bytes(self, rows: int, prefill_tokens: int) -> float:
         """An estimate: residual stream, the widest inner activations, logits, and sampling state of slots.
@@ -102,6 +111,9 @@ class StepCost:
             )
             of_device = tokens * self.layout.dp * self.top_k / self.layout.num_devices
             inner = max(inner, 3 * per_expert * of_device) + tokens * self.layout.dp * self.hidden
+        if states := blueprint.states:  # before, added by and after each block of a prompt, a layer at a time
+            blocks = prefill_tokens / 128 + 32
+            inner += 3 * blocks * self.state_bytes_of_sequence / states.num_layers / self.itemsize
         stream = 4 * tokens * self.hidden
         slots = blueprint.num_slots * blueprint.model.vocab_size
         return (stream + inner) * self.itemsize + rows * blueprint.model.vocab_size * 4 * 3 + slots * 3
@@ -144,6 +156,11 @@ class StepCost:
 
     def _step(self, tokens: float, samples: float, attention: Work) -> Step:
         works = [self._dense(tokens), attention]
+        if states := self.blueprint.states:
+            # Read and written once a sequence; a token adds a product to the state and takes one from it.
+            a_token = 4 * states.num_layers * states.num_heads / self.layout.group * states.head_dim**2
+            num_bytes = 2 * samples * self.state_bytes_of_sequence
+            works.append(Work("recurrent states", num_bytes, tokens * a_token))
         experts = self.blueprint.experts
         if experts:
             every = tokens * self.layout.dp

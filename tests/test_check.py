@@ -89,6 +89,29 @@ def test_balancing_with_other_dp_than_ep_logs_a_hint(caplog):
     assert len(hints) == 1 and "enable_eplb with dp_size=4 and ep=8" in hints[0]
 
 
+def test_recurrent_states_are_counted_beside_weights_and_kv(capsys):
+    """70 layers x 64 heads x 128 x 128 float32 are 280 MiB a sequence, an eighth of it on a device."""
+    report = check(shape("minimax-text-01", tp=8), "h200")
+    assert report.cost.state_bytes_of_sequence == 35 * 2**20
+    states = report.blueprint.state_bytes_of_device
+    assert states == (32 + 32) * 35 * 2**20
+    pool_bytes = int(139.8 * 2**30) * 0.88 - report.cost.weight_bytes_of_device - states
+    assert report.num_pages == pool_bytes // (16 * 5_120)
+    assert (
+        "  2.19 GiB recurrent states: 35.00 MiB each of 32 running requests and 32 cached prefixes"
+        in "\n".join(lines(report))
+    )
+    bare = check(shape("minimax-text-01", tp=8, disable_radix_cache=True), "h200")
+    assert bare.blueprint.state_bytes_of_device == 32 * 35 * 2**20
+
+
+def test_states_that_leave_no_room_are_named_with_what_lowers_them():
+    with pytest.raises(
+        ConfigError, match=r"and recurrent states 35.00 GiB .*, or lower max_running_requests=512"
+    ):
+        check(shape("minimax-text-01", tp=8, max_running_requests=512), "h200")
+
+
 def test_report_needs_no_gpu_and_no_weights(tmp_path):
     """A process of its own, in which no backend is ever asked for devices."""
     (tmp_path / "config.json").write_text((GOLDEN / "qwen3" / "config.json").read_text())
@@ -124,8 +147,12 @@ def test_every_family_is_counted_on_every_layout(family, options):
 
 @pytest.mark.parametrize(
     "family, options",
-    [("llama", {}), ("deepseek_v3", {"tp": 4, "dp_size": 2, "ep": 4, "enable_dp_attention": True})],
-    ids=["llama", "deepseek-dpa2-ep4"],
+    [
+        ("llama", {}),
+        ("deepseek_v3", {"tp": 4, "dp_size": 2, "ep": 4, "enable_dp_attention": True}),
+        ("minimax_text", {"tp": 4, "dp_size": 2, "enable_dp_attention": True}),
+    ],
+    ids=["llama", "deepseek-dpa2-ep4", "minimax-tp4-dpa2"],
 )
 def test_engine_becomes_what_the_report_says(engine, family, options):
     """Held against the engine's own account, and its arrays' shards."""
@@ -150,6 +177,8 @@ def test_engine_becomes_what_the_report_says(engine, family, options):
     pools = (runner._key_pages, runner._value_pages)
     kept = [s.data.nbytes for pool in pools for s in pool.addressable_shards if s.device == device]
     assert report.kv_bytes_of_device == sum(kept)
+    states = [s.data.nbytes for pool in runner._states for s in pool.addressable_shards if s.device == device]
+    assert report.blueprint.state_bytes_of_device == sum(states)
 
 
 REFUSED = {

@@ -178,6 +178,24 @@ FAMILIES |= {
         transformers.MiniMaxM2Config,
         {**MOE, "num_local_experts": 8, "head_dim": 8, "num_experts_per_tok": 3, "rotary_dim": 4},
     ),
+    "minimax_text": (
+        transformers.MiniMaxConfig,
+        {
+            **MOE,
+            "vocab_size": 320,
+            "num_hidden_layers": 4,
+            "num_local_experts": 8,
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+            "block_size": 8,
+            "full_attn_alpha_factor": 1.4,
+            "full_attn_beta_factor": 0.8,
+            "linear_attn_alpha_factor": 1.2,
+            "linear_attn_beta_factor": 1.1,
+            "mlp_alpha_factor": 0.9,
+            "mlp_beta_factor": 1.3,
+        },
+    ),
     "glm4_moe": (
         transformers.Glm4MoeConfig,
         {
@@ -252,7 +270,7 @@ def main() -> None:
 
 
 # Where the usual seed gives a greedy step that rounding could decide.
-OTHER_SEED = {"qwen3_moe": 5, "kimi_k2": 1}
+OTHER_SEED = {"qwen3_moe": 5, "kimi_k2": 1, "minimax_text": 3}
 
 
 def record(name: str, folder: Path) -> None:

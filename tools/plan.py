@@ -63,7 +63,7 @@ class Row:
     def pool_bytes(self) -> float:
         """Of KV on one device."""
         memory = self.setting.device.memory_bytes * self.cost.blueprint.mem_fraction
-        return memory - self.cost.weight_bytes_of_device
+        return memory - self.cost.weight_bytes_of_device - self.cost.blueprint.state_bytes_of_device
 
     @property
     def kv_tokens(self) -> int:
@@ -78,9 +78,10 @@ class Row:
 
     @property
     def max_batch(self) -> int:
-        """Sequences at `context` whose KV fits."""
-        dp = self.cost.layout.dp
-        return self.kv_tokens // dp // self.setting.context * dp
+        """Sequences at `context` whose KV fits, and whose recurrent states do when there are any."""
+        dp, blueprint = self.cost.layout.dp, self.cost.blueprint
+        fits = self.kv_tokens // dp // self.setting.context
+        return (fits if blueprint.states is None else min(fits, blueprint.num_slots)) * dp
 
     def decode(self, batch: float) -> Step:
         return self.cost.decode(batch / self.cost.layout.dp, self.setting.context)
@@ -146,7 +147,9 @@ def plan(
             continue
         if row.max_batch < 1:
             used, limit = row.cost.weight_bytes_of_device / GIB, row.pool_bytes / GIB
-            reason = f"weights take {used:.1f} GiB a device, {limit:.1f} GiB are left: no sequence fits"
+            states = row.cost.blueprint.state_bytes_of_device
+            also = f", recurrent states {states / GIB:.1f}" if states else ""
+            reason = f"weights take {used:.1f} GiB a device{also}, {limit:.1f} GiB are left: no sequence fits"
             rows.append(Refused(name, reason))
             continue
         rows.append(row)
@@ -272,6 +275,13 @@ def report(model: str, rows: Sequence[Row | Refused], setting: Setting) -> Itera
             f"{cost.weight_bytes / 1e9:.1f} GB of weights as declared; KV in {cost.blueprint.dtype.name}: "
             f"{_kv_bytes_once(fits[0]):,.0f} bytes a token"
         )
+        if cost.blueprint.states:
+            each = cost.state_bytes_of_sequence * cost.layout.group
+            slots, kept = cost.blueprint.num_slots, cost.blueprint.num_checkpoints
+            yield (
+                f"recurrent states in float32: {each / 2**20:,.1f} MiB a sequence, on each dp rank of "
+                f"{slots} running requests and {kept} cached prefixes; they bound the batch"
+            )
     yield ""
     yield from table(rows)
     yield ""

@@ -71,9 +71,11 @@ class Packing:
         return out
 
 
-def forward_packing(bucket: Bucket) -> Packing:
+def forward_packing(bucket: Bucket, with_states: bool = False) -> Packing:
+    """`with_states`: for a model with recurrent layers; see `jaxserve.layers.kv.StateBlocks`."""
     r, p, b = bucket.rows, bucket.prefill_tokens, bucket.num_blocks
     i = np.int32
+    states = dict(state_from=(b, i), state_end=(b, i), state_kept=(b, i)) if with_states else {}
     return Packing(
         row_slot=(r, i),
         row_len=(r, i),  # context length with the new token; 0 is padding
@@ -88,6 +90,7 @@ def forward_packing(bucket: Bucket) -> Packing:
         update_slot=(bucket.num_updates, i),
         update_index=(bucket.num_updates, i),
         update_page=(bucket.num_updates, i),
+        **states,
     )
 
 
@@ -118,11 +121,25 @@ def pack_forward(bucket: Bucket, packing: Packing, plans: Sequence[RankPlan]) ->
                 f["sample_index"][sample] = bucket.rows + end - 1
                 sample += 1
             at = end
+        if "state_from" in f:
+            _fill_states(bucket, f, plan)
         updates = plan.table_updates
         if updates:
             m = len(updates)
             f["update_slot"][:m], f["update_index"][:m], f["update_page"][:m] = np.array(updates).T
     return packed
+
+
+def _fill_states(bucket: Bucket, f: dict[str, np.ndarray], plan: RankPlan) -> None:
+    for name in ("state_from", "state_end", "state_kept"):
+        f[name].fill(-1)
+    block = 0
+    for chunk, following in zip(plan.chunks, [*plan.chunks[1:], None]):
+        first, block = block, block - (-chunk.length // bucket.block_size)
+        f["state_from"][first:block] = chunk.state_from
+        f["state_kept"][block - 1] = chunk.state_kept
+        if following is None or following.request is not chunk.request:
+            f["state_end"][block - 1] = chunk.request.slot
 
 
 UPDATE_CHUNK = 1024

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jaxserve import mesh as meshes
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.batch import Bucket
-from jaxserve.layers.kv import KVSpec, LatentSpec, PoolLayout, pool_layouts
+from jaxserve.layers.kv import KVSpec, LatentSpec, PoolLayout, StateSpec, pool_layouts, state_layout
 from jaxserve.layers.moe import ExpertSpec
 from jaxserve.layers.weight import reorder
 from jaxserve.mesh import Layout, Rules
@@ -43,6 +43,7 @@ class Blueprint:
     on_cpu: bool
     dtype: Any
     model: Any
+    states: StateSpec | None  # of a model with recurrent layers
     experts: ExpertSpec | None
     expert_backend: Backend
     table: Rules
@@ -75,8 +76,30 @@ class Blueprint:
         return sum(math.prod(shard) * itemsize for shard in shards)
 
     @property
+    def num_checkpoints(self) -> int | None:
+        """Kept states of a dp rank: as many as running requests, each of which may leave one at its
+        prompt's end. None for a model without recurrent layers."""
+        if self.states is None:
+            return None
+        return 0 if self.config.disable_radix_cache else self.num_slots
+
+    @property
+    def state_layout(self) -> PoolLayout | None:
+        """Of the pool with a row for each running request and each checkpoint."""
+        if self.states is None:
+            return None
+        return state_layout(self.states, self.num_slots + (self.num_checkpoints or 0), self.mesh)
+
+    @property
+    def state_bytes_of_device(self) -> int:
+        if self.state_layout is None:
+            return 0
+        shape, spec = self.state_layout
+        return math.prod(NamedSharding(self.mesh, spec).shard_shape(shape)) * jnp.dtype(jnp.float32).itemsize
+
+    @property
     def mem_fraction(self) -> float:
-        """The share of a device's memory for weights and KV."""
+        """The share of a device's memory for weights, recurrent states and KV."""
         return self.config.mem_fraction_static or (CPU_FRACTION if self.on_cpu else GPU_FRACTION)
 
     def num_pages(self, total_bytes: int, used_bytes: int) -> int:
@@ -85,17 +108,20 @@ class Blueprint:
         Raises ConfigError when there is no room for them, or for what max_total_tokens asks.
         """
         config, per_device = self.config, self.page_bytes_of_device
-        fits = int(total_bytes * self.mem_fraction - used_bytes) // per_device
+        states = self.state_bytes_of_device
+        fits = int(total_bytes * self.mem_fraction - used_bytes - states) // per_device
         wanted = fits
         if config.max_total_tokens is not None:
             wanted = -(-config.max_total_tokens // config.page_size)
         elif self.on_cpu and config.mem_fraction_static is None:
             wanted = min(fits, max(CPU_POOL_TOKENS, self.context_len) // config.page_size)
         if fits < 1:
+            also = f" and recurrent states {states / 2**30:.2f} GiB" if states else ""
+            or_fewer = f", or lower max_running_requests={self.num_slots}" if states else ""
             raise ConfigError(
-                f"weights take {used_bytes / 2**30:.2f} GiB a device and leave no page of KV in the "
+                f"weights take {used_bytes / 2**30:.2f} GiB a device{also} and leave no page of KV in the "
                 f"{total_bytes * self.mem_fraction / 2**30:.2f} GiB that "
-                f"mem_fraction_static={self.mem_fraction:g} allows; use more devices"
+                f"mem_fraction_static={self.mem_fraction:g} allows; use more devices{or_fewer}"
             )
         if wanted > fits:
             needed = wanted * per_device / 2**30
@@ -130,7 +156,7 @@ def draw(
     if config.dequantize_weights and (quantization := hf_config.get("quantization_config")):
         hf_config = {**hf_config, "quantization_config": {**quantization, "dequantize": True}}
     model = resolve(hf_config)(hf_config, dtype)
-    experts = getattr(model, "experts", None)
+    experts, states = getattr(model, "experts", None), getattr(model, "states", None)
     if layout.ep > 1 and experts is None:
         raise ConfigError(f"ep={layout.ep}: this model has no experts; use ep 1")
     if config.enable_eplb and experts is not None:
@@ -155,12 +181,13 @@ def draw(
         on_cpu=on_cpu,
         dtype=dtype,
         model=model,
+        states=states,
         experts=experts,
         expert_backend=expert_backend,
         table=table,
         weight_bytes_of_device=_weight_bytes_of_device(model, mesh, table),
         context_len=_context_len(config, model.max_position),
-        num_slots=config.max_running_requests or (32 if on_cpu else 256),
+        num_slots=config.max_running_requests or (32 if on_cpu or states else 256),
     )
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import psutil
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jaxserve import mesh as meshes
 from jaxserve.config import ConfigError, ServerConfig
@@ -29,6 +29,7 @@ from jaxserve.engine.programs import ModelFunction
 from jaxserve.engine.runner import Runner, Sizes
 from jaxserve.engine.scheduler import Limits, Scheduler
 from jaxserve.engine.stats import Stats
+from jaxserve.layers.kv import PoolLayout
 from jaxserve.layers.linear import Projections
 from jaxserve.messages import Info, Progress
 from jaxserve.weights import load, load_dummy, open_checkpoint
@@ -132,7 +133,16 @@ def build(
     buckets = blueprint.buckets(num_pages)
     pools = _make_pools(blueprint, num_pages)
     function = ModelFunction(graph, treedef, experts, blueprint.expert_backend)
-    runner = Runner(function, leaves, pools, mesh, sizes, buckets, _expert_state(blueprint, leaves))
+    runner = Runner(
+        function,
+        leaves,
+        pools,
+        mesh,
+        sizes,
+        buckets,
+        _expert_state(blueprint, leaves),
+        _make_states(blueprint),
+    )
     if hosts is not None:
         programs = {"sizes": repr(sizes), "buckets": repr(runner.buckets)}
         hosts.agree("programs", programs)
@@ -156,6 +166,7 @@ def build(
         prefill_tokens=max(b.prefill_tokens for b in buckets),
         prefill_chunks=max(b.chunks for b in buckets),
         max_req_len=max_req_len,
+        num_checkpoints=blueprint.num_checkpoints,
     )
     stats = Stats(layout.dp)
     _count_compiles(stats)
@@ -220,12 +231,21 @@ def _device_memory(blueprint: Blueprint) -> tuple[int, int]:
 
 
 def _make_pools(blueprint: Blueprint, num_pages: int) -> tuple[jax.Array, jax.Array]:
-    def make(shape: tuple[int, ...], spec: PartitionSpec) -> jax.Array:
-        sharding = NamedSharding(blueprint.mesh, spec)
-        return jax.jit(lambda: jnp.zeros(shape, blueprint.dtype), out_shardings=sharding)()
+    first, second = (
+        _zeros(blueprint, layout, blueprint.dtype) for layout in blueprint.pool_layouts(num_pages)
+    )
+    return first, second
 
-    first, second = blueprint.pool_layouts(num_pages)
-    return make(*first), make(*second)
+
+def _make_states(blueprint: Blueprint) -> tuple[jax.Array, ...]:
+    layout = blueprint.state_layout
+    return () if layout is None else (_zeros(blueprint, layout, jnp.float32),)
+
+
+def _zeros(blueprint: Blueprint, layout: PoolLayout, dtype: Any) -> jax.Array:
+    shape, spec = layout
+    sharding = NamedSharding(blueprint.mesh, spec)
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
 
 
 def _count_compiles(stats: Stats) -> None:

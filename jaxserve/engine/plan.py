@@ -7,12 +7,19 @@ from jaxserve.engine.request import Request
 
 @dataclass(slots=True)
 class Chunk:
-    """`length` tokens of a prompt, from position `start`; the last chunk samples a token."""
+    """`length` tokens of a prompt, from position `start`; the last chunk samples a token.
+
+    Of a model with recurrent layers, as rows of the state pool: `state_from` is where the request stood
+    before this step (-1: at its beginning), `state_kept` where a copy of the state after the chunk goes
+    (-1: nowhere). A request may have several chunks in a step, which follow each other.
+    """
 
     request: Request
     start: int
     length: int
     samples: bool
+    state_from: int = -1
+    state_kept: int = -1
 
 
 @dataclass(slots=True)

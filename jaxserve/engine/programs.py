@@ -23,6 +23,7 @@ from jaxserve.engine.batch import (
     Packing,
 )
 from jaxserve.layers.attention import StepContext
+from jaxserve.layers.kv import StateBlocks
 from jaxserve.layers.moe import ExpertSpec
 from jaxserve.ops import sampling
 from jaxserve.parallel.dispatch import Backend
@@ -85,15 +86,17 @@ def forward(
     table_SN: jax.Array,
     expert_load: tuple[jax.Array, ...],
     expert_slots: SlotTable | None,
+    states: tuple[jax.Array, ...],
     last_token_S: jax.Array,
     packed_RM: jax.Array,
 ) -> tuple[Any, ...]:
     """One step without sampling.
 
-    Returns the pools, the page table, the experts' load, the hidden states of the sample rows and,
-    when the bucket has any, those of the prefill tokens (for prompt logprobs). `expert_load` is
-    empty for a dense model, else (uint32 [ranks * L, E],): how often each expert was chosen;
-    `expert_slots` says where they are when they may move.
+    Returns the pools, the page table, the experts' load, the state pool, the hidden states of the
+    sample rows and, when the bucket has any, those of the prefill tokens (for prompt logprobs).
+    `expert_load` is empty for a dense model, else (uint32 [ranks * L, E],): how often each expert was
+    chosen; `expert_slots` says where they are when they may move. `states` is empty but for a model
+    with recurrent layers, see `state_layout`.
     """
     f = packing.unpack(packed_RM)
     table_SN = per_rank(mesh, _set_entries, table_SN, f["update_slot"], f["update_index"], f["update_page"])
@@ -123,13 +126,16 @@ def forward(
         mesh=mesh,
         expert_backend=model.expert_backend,
         expert_slots=expert_slots,
+        states=states[0] if states else None,
+        state_blocks=StateBlocks(f["state_from"], f["state_end"], f["state_kept"]) if states else None,
     )
     hidden_TD = model.call(leaves)(token_T, step)
     samples_SD = per_rank(mesh, lambda hidden, index: hidden[index], hidden_TD, f["sample_index"])
     if model.experts is not None:
         (load_LE,) = expert_load
         expert_load = (load_LE + step.expert_load(model.experts.num_experts),)
-    out = step.key_pages, step.value_pages, table_SN, expert_load, samples_SD
+    states = () if step.states is None else (step.states,)
+    out = step.key_pages, step.value_pages, table_SN, expert_load, states, samples_SD
     if not bucket.prefill_tokens:
         return out
     return *out, per_rank(mesh, lambda hidden: hidden[bucket.rows :], hidden_TD)

@@ -9,7 +9,7 @@ one that is not computes no hashes.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Protocol
 
@@ -38,10 +38,11 @@ class Watcher(Protocol):
 class Node:
     """An edge of the tree: `chunks[i]` are the tokens of `pages[i]`. The root of a salt has none.
 
-    In a watched tree `hashes[i]` is the hash of `pages[i]`; otherwise there are none.
+    In a watched tree `hashes[i]` is the hash of `pages[i]`; otherwise there are none. `state` is the row
+    of the checkpoint at the edge's end; -1: there is none (see states.py).
     """
 
-    __slots__ = ("children", "chunks", "hashes", "in_heap", "last_use", "locks", "pages", "parent")
+    __slots__ = ("children", "chunks", "hashes", "in_heap", "last_use", "locks", "pages", "parent", "state")
 
     def __init__(self, parent: "Node | None", chunks: list[Chunk], pages: list[int]):
         self.parent = parent
@@ -52,15 +53,27 @@ class Node:
         self.locks = 0
         self.last_use = 0
         self.in_heap = False
+        self.state = -1
 
 
 class RadixTree:
-    """Owns the pages of cached prefixes; takes them from requests and gives them back to `pool`."""
+    """Owns the pages of cached prefixes; takes them from requests and gives them back to `pool`.
 
-    def __init__(self, page_size: int, pool: PagePool, enabled: bool = True):
+    Args:
+        drop_state: is told of a node whose end is evicted while it has a checkpoint.
+    """
+
+    def __init__(
+        self,
+        page_size: int,
+        pool: PagePool,
+        enabled: bool = True,
+        drop_state: Callable[[Node], None] | None = None,
+    ):
         self.page_size = page_size
         self.pool = pool
         self.enabled = enabled
+        self.drop_state = drop_state
         self.num_pages = 0  # in the tree, locked or not
         self.num_evictable = 0  # in nodes without a lock
         self._watcher: Watcher | None = None
@@ -94,6 +107,18 @@ class RadixTree:
             node = child
             at += same
         return node, pages
+
+    def match_state(self, tokens: Sequence[int], salt: str = "") -> tuple[Node, list[int], int]:
+        """As `match`, but to the last node on the way that has a checkpoint; the root is one of nothing.
+
+        Returns also how many pages of `tokens` are here, past that node too.
+        """
+        node, pages = self.match(tokens, salt)
+        num_here = len(pages)
+        while node.parent is not None and node.state < 0:
+            del pages[len(pages) - len(node.pages) :]
+            node = node.parent
+        return node, pages, num_here
 
     def insert(
         self, tokens: Sequence[int], pages: list[int], salt: str = ""
@@ -156,6 +181,8 @@ class RadixTree:
             if leaf.locks or leaf.children:
                 continue  # unlocking it, or evicting its last child, offers it again
             take = min(len(leaf.pages), num_pages - freed)
+            if leaf.state >= 0 and self.drop_state is not None:
+                self.drop_state(leaf)
             self.pool.free(leaf.pages[-take:])
             freed += take
             self.num_pages -= take
@@ -210,11 +237,11 @@ class RadixTree:
 
     def pages(self) -> list[int]:
         """Every page in the tree, for the pool's audit."""
-        return [page for node in self._nodes() for page in node.pages]
+        return [page for node in self.nodes() for page in node.pages]
 
     def check(self) -> None:
         """Audit of the counters and of the lock order. Raises AssertionError."""
-        nodes = self._nodes()
+        nodes = self.nodes()
         assert self.num_pages == sum(len(n.pages) for n in nodes)
         assert self.num_evictable == sum(len(n.pages) for n in nodes if n.locks == 0)
         for node in nodes:
@@ -233,7 +260,7 @@ class RadixTree:
         return [tuple(tokens[i * s : (i + 1) * s]) for i in range(num)]
 
     def _split(self, node: Node, at: int) -> Node:
-        """Cut an edge after `at` pages; the upper half takes the locks of the lower."""
+        """Cut an edge after `at` pages; the upper half takes the locks of the lower, which keeps the end."""
         parent = node.parent
         assert parent is not None
         upper = Node(parent, node.chunks[:at], node.pages[:at])
@@ -244,7 +271,7 @@ class RadixTree:
         node.parent, node.chunks, node.pages = upper, node.chunks[at:], node.pages[at:]
         return upper
 
-    def _nodes(self) -> list[Node]:
+    def nodes(self) -> list[Node]:
         found, stack = [], list(self._roots.values())
         while stack:
             node = stack.pop()

@@ -28,6 +28,8 @@ class Request:
     computed: int = 0
     pending: int = 0
     in_prefill: bool = False  # admitted, and its last known token is not planned yet
+    state_from: int = -1  # row of the recurrent state at `computed` while in prefill; -1: all zeros
+    num_known: int = 0  # leading tokens that others had too, when it was admitted
     finish: Finish | None = None
     cached_tokens: int = -1  # prompt tokens found in the cache at first admission; -1 before it
     num_retractions: int = 0

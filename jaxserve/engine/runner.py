@@ -88,6 +88,7 @@ class Runner:
 
     Args:
         pools: (key_pages, value_pages), see `jaxserve.layers.kv.pool_layouts`.
+        states: (state pool,) of a model with recurrent layers, see `jaxserve.layers.kv.state_layout`.
         mesh: of shape (dp, ep, tp); its arrays' placement is fixed here.
         experts: what is kept of them, when the model has any.
     """
@@ -101,6 +102,7 @@ class Runner:
         sizes: Sizes,
         buckets: Sequence[Bucket],
         experts: ExpertState | None = None,
+        states: tuple[jax.Array, ...] = (),
     ):
         self.sizes = sizes
         self.buckets = sorted(buckets, key=lambda b: (b.prefill_tokens, b.rows))
@@ -114,6 +116,7 @@ class Runner:
         self._readable = NamedSharding(mesh, PartitionSpec()) if mesh.is_multi_process else self._by_rank
         self.announce: Callable[[list[Launch]], None] | None = None  # to the other hosts, before launching
         self._key_pages, self._value_pages = pools
+        self._states = states
         rows = sizes.num_ranks * sizes.num_slots
         self._table = self._zeros((rows, sizes.pages_per_seq), np.int32)
         self._last_token = self._zeros((rows,), np.int32)
@@ -124,7 +127,7 @@ class Runner:
             "bias_value": self._zeros((rows, batch.NUM_BIASES), np.float32),
         }
         self.experts = experts
-        self._forward_packing = {b: batch.forward_packing(b) for b in self.buckets}
+        self._forward_packing = {b: batch.forward_packing(b, bool(states)) for b in self.buckets}
         self._score_packing = {b: batch.score_packing(b) for b in self.buckets if b.prefill_tokens}
         self._sample_packing = {
             (b.num_samples, v): batch.sample_packing(b.num_samples, v.filters, v.logprobs)
@@ -201,13 +204,14 @@ class Runner:
 
     def _forward(self, program: Callable, packed: jax.Array) -> list[jax.Array]:
         load, slots = self._expert_arrays
-        self._key_pages, self._value_pages, self._table, load, *hidden = program(
+        self._key_pages, self._value_pages, self._table, load, self._states, *hidden = program(
             self._leaves,
             self._key_pages,
             self._value_pages,
             self._table,
             load,
             slots,
+            self._states,
             self._last_token,
             packed,
         )
@@ -301,6 +305,7 @@ class Runner:
             _abstract, (self._key_pages, self._value_pages, self._table, self._last_token)
         )
         load, expert_slots = jax.tree.map(_abstract, self._expert_arrays)
+        states = tuple(_abstract(x) for x in self._states)
         slots = {name: _abstract(x) for name, x in self._slots.items()}
 
         def packed(packing: batch.Packing) -> jax.ShapeDtypeStruct:
@@ -322,11 +327,12 @@ class Runner:
                 (self.sizes.num_pages, self.sizes.page_size),
                 self._map_mesh,
             )
-            args = (leaves, keys, values, table, load, expert_slots, last, packed(packing))
+            args = (leaves, keys, values, table, load, expert_slots, states, last, packed(packing))
             hidden_parts = [rank, rank] if b.prefill_tokens else [rank]
-            shardings = (keys.sharding, values.sharding, rank, rank, *hidden_parts)
-            tasks[b] = (function, args, (1, 2, 3, 4), shardings)
-            width = width or jax.eval_shape(function, *args)[4]
+            of_states = tuple(x.sharding for x in states)
+            shardings = (keys.sharding, values.sharding, rank, rank, of_states, *hidden_parts)
+            tasks[b] = (function, args, (1, 2, 3, 4, 6), shardings)
+            width = width or jax.eval_shape(function, *args)[5]
         head = self._model.head(leaves, hidden(1))
         assert head.kept is not None
         self._head_leaves = [self._leaves[i] for i in head.kept]

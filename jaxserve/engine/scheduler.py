@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.plan import Chunk, RankPlan, StepPlan
-from jaxserve.engine.radix import RadixTree
+from jaxserve.engine.radix import Node, RadixTree
 from jaxserve.engine.request import Request
+from jaxserve.engine.states import Checkpoints
 from jaxserve.messages import Finish, Generate
 
 GROWTH_TOKENS = 64  # how far ahead admission leaves room for each running request to grow
@@ -34,6 +35,7 @@ class Limits:
     prefill_tokens: int  # of one step
     prefill_chunks: int  # different prompts in one step
     max_req_len: int  # prompt and output together
+    num_checkpoints: int | None = None  # states that can be kept; None: the model has no recurrent state
 
 
 class Rank:
@@ -43,7 +45,11 @@ class Rank:
         self.index = index
         self.limits = limits
         self.pool = PagePool(limits.num_pages)
-        self.tree = RadixTree(limits.page_size, self.pool, share_prefixes)
+        self.checkpoints: Checkpoints | None = None
+        if limits.num_checkpoints is not None:
+            self.checkpoints = Checkpoints(limits.num_slots, limits.num_checkpoints)
+        drop_state = self.checkpoints and self.checkpoints.forget
+        self.tree = RadixTree(limits.page_size, self.pool, share_prefixes, drop_state)
         self.waiting: list[tuple[tuple[int, int], Request]] = []  # a heap by order
         self.running: list[Request] = []
         self.free_slots = list(range(limits.num_slots - 1, -1, -1))
@@ -58,25 +64,38 @@ class Rank:
                 plan.decode.append(request)
         budget = self.limits.prefill_tokens
         for request in sorted((r for r in self.running if r.in_prefill), key=lambda r: r.order):
-            budget -= self._add_chunk(plan, request, budget)
+            budget -= self._add_chunks(plan, request, budget)
         while (
             budget > 0 and len(plan.chunks) < self.limits.prefill_chunks and (request := self._admit(now_s))
         ):
             plan.admitted.append(request)
-            budget -= self._add_chunk(plan, request, budget)
+            budget -= self._add_chunks(plan, request, budget)
         plan.decode = [r for r in plan.decode if r.slot >= 0]  # a later row's growth may have retracted one
         for request in plan.decode:
             request.computed += 1
             request.pending += 1
+        if self.checkpoints is not None:
+            for chunk in plan.chunks:
+                chunk.request.state_from = chunk.request.slot
+            self.checkpoints.settle()
         # A page may be given and exchanged for a shared one in the same step; a scatter has no order.
         newest = {(slot, index): page for slot, index, page in self.updates}
         plan.table_updates = [(slot, index, page) for (slot, index), page in newest.items()]
         self.updates = []
         return plan
 
+    def _add_chunks(self, plan: RankPlan, request: Request, budget: int) -> int:
+        """Plan what comes next of a prompt within the budget; returns its length.
+
+        It is one chunk, but where a state is to be kept on the way.
+        """
+        length = self._add_chunk(plan, request, budget)
+        while request.in_prefill and (more := self._add_chunk(plan, request, budget - length)):
+            length += more
+        return length
+
     def _add_chunk(self, plan: RankPlan, request: Request, budget: int) -> int:
-        """Plan the next chunk of a prompt within the budget; returns its length."""
-        length = min(budget, len(request.tokens) - request.computed)
+        length = min(budget, self._chunk_end(request) - request.computed)
         if length <= 0 or len(plan.chunks) >= self.limits.prefill_chunks:
             return 0
         start = request.computed
@@ -84,9 +103,30 @@ class Rank:
         samples = request.computed == len(request.tokens)
         request.pending += samples
         request.in_prefill = not samples
-        plan.chunks.append(Chunk(request, start, length, samples))
+        chunk = Chunk(request, start, length, samples)
+        plan.chunks.append(chunk)
         self._publish(request)
+        if self.checkpoints is not None:
+            chunk.state_from = request.state_from
+            if request.computed in self._checkpoints_wanted(request):
+                assert request.node is not None
+                chunk.state_kept = self.checkpoints.plan(request.node)
         return length
+
+    def _chunk_end(self, request: Request) -> int:
+        """How far a chunk may go: to the prompt's end, or to where a state is to be kept."""
+        if self.checkpoints is None:
+            return len(request.tokens)
+        wanted = (p for p in self._checkpoints_wanted(request) if p > request.computed)
+        return min(wanted, default=len(request.tokens))
+
+    def _checkpoints_wanted(self, request: Request) -> tuple[int, ...]:
+        """Where the prompt left what others had too, since more may come, and the end of its last full
+        page, for whoever goes on from there."""
+        if not self.tree.enabled or not self.limits.num_checkpoints:
+            return ()
+        size = self.limits.page_size
+        return request.num_known, (len(request.tokens) - 1) // size * size
 
     def _admit(self, now_s: float) -> Request | None:
         """Give the first waiting request a slot and pages for all its tokens, or leave it waiting."""
@@ -95,7 +135,7 @@ class Rank:
         request = self.waiting[0][1]
         if request.pending:  # retracted, and its last token is still on the device
             return None
-        node, shared = self.tree.match(request.tokens[: request.reuse_limit], request.spec.cache_salt)
+        node, shared = self._match(request)
         self.tree.lock(node)
         needed = self._pages_for(len(request.tokens)) - len(shared)
         room = self.pool.num_free + self.tree.num_evictable
@@ -115,6 +155,22 @@ class Rank:
         self.updates.extend((request.slot, i, page) for i, page in enumerate(request.pages))
         self.running.append(request)
         return request
+
+    def _match(self, request: Request) -> tuple[Node, list[int]]:
+        """The cached prefix that a request can go on from, and its pages."""
+        tokens, salt = request.tokens[: request.reuse_limit], request.spec.cache_salt
+        if self.checkpoints is None:
+            return self.tree.match(tokens, salt)
+        node, pages, num_here = self.tree.match_state(tokens, salt)
+        request.state_from, request.num_known = node.state, num_here * self.limits.page_size
+        if node.state >= 0:
+            self.checkpoints.touch(node)
+        return node, pages
+
+    def num_cached_tokens(self, tokens: Sequence[int], salt: str) -> int:
+        """Leading tokens that need not be computed."""
+        find = self.tree.match if self.checkpoints is None else self.tree.match_state
+        return len(find(tokens, salt)[1]) * self.limits.page_size
 
     def _grow(self, request: Request) -> bool:
         """Make sure that the next position has a page; False when the request itself had to go."""
@@ -181,6 +237,7 @@ class Rank:
         self.updates = [u for u in self.updates if u[0] != request.slot]
         request.pages, request.node, request.num_shared = [], None, 0
         request.slot, request.computed, request.in_prefill = -1, 0, False
+        request.state_from, request.num_known = -1, 0
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.limits.page_size)
@@ -206,6 +263,8 @@ class Rank:
     def check(self) -> None:
         """Audit: every page and slot has one owner. Raises AssertionError."""
         self.tree.check()
+        if self.checkpoints is not None:
+            self.checkpoints.check(self.tree.nodes())
         private = [page for r in self.running for page in r.pages[r.num_shared :]]
         self.pool.check([*self.tree.pages(), *private])
         slots = sorted([*self.free_slots, *(r.slot for r in self.running)])
@@ -319,7 +378,7 @@ class Scheduler:
         known = [*spec.input_ids, *spec.output_ids]
 
         def cost(rank: Rank) -> tuple[int, int]:
-            shared = len(rank.tree.match(known, spec.cache_salt)[1]) * self.limits.page_size
+            shared = rank.num_cached_tokens(known, spec.cache_salt)
             # A running row costs each step about as much as a few prompt tokens.
             return len(known) - shared + rank.num_queued_tokens + 16 * len(rank.running), rank.index
 

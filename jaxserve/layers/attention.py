@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxserve.layers.kv import HeadSplit, KVSpec, LatentSpec, pool_layout, pool_layouts
+from jaxserve.layers.kv import HeadSplit, KVSpec, LatentSpec, StateBlocks, pool_layout, pool_layouts
 from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.quant import BlockFP8, linear_weight
@@ -49,6 +49,8 @@ class StepContext:
         mesh: `Mesh((dp, ep, tp))` when the arrays are sharded over one.
         expert_backend: how tokens reach experts on other devices.
         expert_slots: which of the stacked weights are an expert's; None: its own number is.
+        states, state_blocks: what a model with recurrent layers keeps of each sequence, and which
+            rows of it the query blocks touch (see `jaxserve.layers.lightning`).
     """
 
     def __init__(
@@ -71,6 +73,8 @@ class StepContext:
         mesh: Mesh | None = None,
         expert_backend: Backend = "none",
         expert_slots: SlotTable | None = None,
+        states: jax.Array | None = None,
+        state_blocks: StateBlocks | None = None,
     ):
         self.key_pages, self.value_pages = key_pages, value_pages
         self.page_table_SN = page_table_SN
@@ -83,6 +87,7 @@ class StepContext:
         self.mesh = mesh
         self.dispatch = Dispatch(mesh, expert_backend)
         self.expert_slots = expert_slots
+        self.states, self.state_blocks = states, state_blocks
         self._chosen: dict[int, jax.Array] = {}
         self._rope_tables: dict[Rope, RopeTable] = {}
         self._made: dict[Hashable, Callable[..., Any]] = {}

@@ -100,3 +100,32 @@ def pool_layouts(
     pages = (1 if mesh is None else mesh.shape["dp"]) * kv.num_layers * num_pages
     spec = PartitionSpec("dp", None, None)
     return ((pages, page_size, kv.latent_dim), spec), ((pages, page_size, kv.rope_dim), spec)
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """What a model keeps of a sequence however long it is: a float32 [K, K] a head and layer."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class StateBlocks:
+    """Rows of the state pool that each prefill block touches; -1 is none. int32 [B] each.
+
+    `start_B` is where the block's sequence stood before this step (-1: at its beginning, all zeros), the
+    same for all its blocks. The state after the block goes to `end_B` and to `keep_B`.
+    """
+
+    start_B: jax.Array
+    end_B: jax.Array
+    keep_B: jax.Array
+
+
+def state_layout(spec: StateSpec, num_rows: int, mesh: Mesh | AbstractMesh | None = None) -> PoolLayout:
+    """Global shape and sharding of the state pool, `num_rows` a dp rank."""
+    dp = 1 if mesh is None else mesh.shape["dp"]
+    shape = (dp * num_rows, spec.num_layers, spec.num_heads, spec.head_dim, spec.head_dim)
+    return shape, PartitionSpec("dp", None, GROUP, None, None)

@@ -5,6 +5,7 @@ A family is a module here with `ARCHITECTURES`, a tuple of names, each the name 
     class XForCausalLM(nnx.Module):
         def __init__(self, hf_config: dict, dtype): ...   # abstract weights, no memory touched
         kv: KVSpec | LatentSpec
+        states: StateSpec                                 # only if some layers keep a state, not KV
         experts: ExpertSpec                               # only if some layers have experts
         unserved: tuple[str, ...]                         # only if some prefixes are left out
         vocab_size: int; num_q_heads: int; max_position: int

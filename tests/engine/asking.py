@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from jaxserve.messages import Generate, Output
-from tests.models.tiny import FAMILIES, Golden
+from tests.models.tiny import FAMILIES as DENSE_FAMILIES
+from tests.models.tiny import HYBRID_FAMILIES, Golden
+
+FAMILIES = (*DENSE_FAMILIES, *HYBRID_FAMILIES)
 
 __all__ = ["FAMILIES", "NOISE", "Golden", "Row", "ask", "check_greedy", "golden_rows", "greedy", "raw"]
 

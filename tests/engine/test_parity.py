@@ -304,7 +304,10 @@ DP2_TP2 = {"tp": 4, "dp_size": 2, "enable_dp_attention": True}
 
 @pytest.mark.parametrize(
     "family, layout",
-    [("llama", TP2), ("llama", DP2), ("llama", DP2_TP2), ("qwen3", DP2_TP2), ("gemma3", TP2)],
+    [
+        *(("llama", TP2), ("llama", DP2), ("llama", DP2_TP2), ("qwen3", DP2_TP2), ("gemma3", TP2)),
+        ("minimax_text", DP2_TP2),
+    ],
     ids=lambda value: value if isinstance(value, str) else f"tp{value['tp']}dp{value.get('dp_size', 1)}",
 )
 def test_greedy_and_seeded_tokens_do_not_depend_on_the_layout(engine, golden, family, layout):

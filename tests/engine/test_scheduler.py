@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +24,7 @@ class Device:
         self.table: dict[tuple[int, int, int], int] = {}
         self.kv: dict[tuple[int, int], tuple[int, ...]] = {}  # (rank, page * size + offset) -> prefix
         self.last: dict[tuple[int, int], list[int]] = {}
+        self.states: dict[tuple[int, int], tuple[int, ...]] = {}  # (rank, row) -> what it sums up
 
     def launch(self, plan):
         out = []
@@ -31,6 +33,8 @@ class Device:
             assert len(set(entries)) == len(entries), "one scatter writes an entry twice, in no order"
             for slot, index, page in rank.table_updates:
                 self.table[r, slot, index] = page
+            if self.limits.num_checkpoints is not None:
+                self._carry_states(r, rank)
             writes, rows = [], []
             for request in rank.decode:
                 sequence = self.last[r, request.slot]
@@ -52,6 +56,25 @@ class Device:
                 sampled.append(token)
             out.append(sampled)
         return out
+
+    def _carry_states(self, r, rank):
+        """All states are read, then all are written."""
+        written, stood = {}, {}
+        for request in rank.decode:
+            sequence = tuple(self.last[r, request.slot])
+            assert self.states[r, request.slot] == sequence[:-1]
+            written[request.slot] = sequence
+        for chunk in rank.chunks:
+            tokens = tuple(chunk.request.tokens)
+            before = () if chunk.state_from < 0 else self.states[r, chunk.state_from]
+            assert before == tokens[: stood.setdefault(chunk.request.slot, chunk.start)]
+            after = tokens[: chunk.start + chunk.length]
+            written[chunk.request.slot] = after
+            if chunk.state_kept >= 0:
+                assert chunk.state_kept >= self.limits.num_slots and chunk.state_kept not in written
+                assert len(after) % self.limits.page_size == 0
+                written[chunk.state_kept] = after
+        self.states.update({(r, row): tokens for row, tokens in written.items()})
 
     def _address(self, r, slot, position):
         size = self.limits.page_size
@@ -94,14 +117,18 @@ requests = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(requests, st.integers(10, 24), st.integers(1, 5), st.integers(1, 2), st.booleans())
+@given(
+    *(requests, st.integers(10, 24), st.integers(1, 5), st.integers(1, 2), st.booleans()),
+    st.sampled_from([None, None, 0, 1, 3, 20]),
+)
 def test_any_mix_of_requests_ends_with_its_own_tokens_and_no_page_lost(
-    mix, num_pages, num_slots, num_ranks, share
+    mix, num_pages, num_slots, num_ranks, share, num_checkpoints
 ):
-    serve(mix, num_pages, num_slots, num_ranks, share)
+    serve(mix, num_pages, num_slots, num_ranks, share, num_checkpoints)
 
 
-def test_crowds_share_are_retracted_stop_and_are_aborted_on_the_way():
+@pytest.mark.parametrize("num_checkpoints", [None, 4], ids=["kv", "states"])
+def test_crowds_share_are_retracted_stop_and_are_aborted_on_the_way(num_checkpoints):
     """Large mixes, so that what hypothesis rarely draws happens often."""
     draw = random.Random(0)
     paths = {"retracted": 0, "shared": 0, "stopped": 0, "aborted": 0}
@@ -114,7 +141,8 @@ def test_crowds_share_are_retracted_stop_and_are_aborted_on_the_way():
             )
             for _ in range(40)
         ]  # fmt: skip
-        for request in serve(mix, draw.randint(12, 20), draw.randint(3, 8), draw.randint(1, 2), True):
+        sizes = draw.randint(12, 20), draw.randint(3, 8), draw.randint(1, 2)
+        for request in serve(mix, *sizes, True, num_checkpoints):
             paths["retracted"] += request.num_retractions > 0
             paths["shared"] += request.cached_tokens > 0
             paths["stopped"] += request.finish.type == "stop"
@@ -122,9 +150,9 @@ def test_crowds_share_are_retracted_stop_and_are_aborted_on_the_way():
     assert min(paths.values()) > 20, paths
 
 
-def serve(mix, num_pages, num_slots, num_ranks, share):
+def serve(mix, num_pages, num_slots, num_ranks, share, num_checkpoints=None):
     """Run a mix to its end, auditing after every action; returns the requests."""
-    limits = Limits(num_pages, 4, num_slots, prefill_tokens=8, prefill_chunks=3, max_req_len=num_pages * 4)
+    limits = Limits(num_pages, 4, num_slots, 8, 3, max_req_len=num_pages * 4, num_checkpoints=num_checkpoints)
     scheduler = Scheduler(limits, num_ranks, share, clock=lambda: 0.0, seeds=random.Random(1))
     device = Device(scheduler, limits)
     specs, aborts, arrivals = {}, {}, {}
@@ -178,8 +206,10 @@ def run(scheduler: Scheduler, device: Device, steps: int = 200) -> None:
         in_flight = (plan, sampled) if plan else None
 
 
-def make(num_pages=32, num_slots=4, prefill_tokens=16, chunks=4) -> tuple[Scheduler, Device]:
-    limits = Limits(num_pages, 4, num_slots, prefill_tokens, chunks, num_pages * 4)
+def make(
+    num_pages=32, num_slots=4, prefill_tokens=16, chunks=4, num_checkpoints=None
+) -> tuple[Scheduler, Device]:
+    limits = Limits(num_pages, 4, num_slots, prefill_tokens, chunks, num_pages * 4, num_checkpoints)
     scheduler = Scheduler(limits, clock=lambda: 0.0)
     return scheduler, Device(scheduler, limits)
 

@@ -30,6 +30,7 @@ def build(name, **change):
         ("qwen3-235b-a22b", 235.1),
         ("kimi-k2", 1026.4),
         ("minimax-m2", 228.7),
+        ("minimax-text-01", 456.1),
     ],
 )
 def test_model_has_as_many_parameters_as_published(name, billions):

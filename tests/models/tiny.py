@@ -17,13 +17,18 @@ from jax.sharding import NamedSharding
 from safetensors.numpy import load_file
 
 from jaxserve.layers.attention import StepContext, pool_layouts
+from jaxserve.layers.kv import StateBlocks, state_layout
 from jaxserve.mesh import Layout, make_mesh, rules, weight_sharding
 from jaxserve.models import resolve
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FAMILIES = ("llama", "llama3_tied", "qwen2", "qwen3", "mistral", "gemma3")
 MLA_FAMILIES = ("deepseek_v2_lite", "deepseek_v2", "deepseek_v3", "kimi_k2")
-MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", *MLA_FAMILIES, "minimax_m2", "glm4_moe", "gpt_oss")
+HYBRID_FAMILIES = ("minimax_text",)  # most layers keep a state instead of KV
+MOE_FAMILIES = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", *MLA_FAMILIES, "minimax_m2", "glm4_moe", "gpt_oss"),
+    *HYBRID_FAMILIES,
+)
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,13 @@ class TinyEngine:
         self.page_table = np.concatenate(tables).reshape(-1, self.pages_per_slot).astype(np.int32)
         # A page that was never written holds NaN, so that reading one shows.
         self.pools = [jnp.full(shape, jnp.nan, dtype) for shape, _ in layouts]
+        self.states = None
+        if spec := getattr(model, "states", None):
+            shape, _ = state_layout(spec, self.num_slots)
+            self.states = jnp.full(shape, jnp.nan)  # as unwritten pages
         self.structure, self.params = nnx.split(model)
         if layout:
+            assert self.states is None, "layouts of models with states are tested with the whole engine"
             heads = {"num_q_heads": model.num_q_heads, "num_kv_heads": model.kv.num_kv_heads}
             table = rules(layout, **heads)
             shardings = nnx.map_state(
@@ -112,19 +122,19 @@ class TinyEngine:
                 jax.device_put(pool, NamedSharding(self.mesh, spec))
                 for pool, (_, spec) in zip(self.pools, layouts, strict=True)
             ]
-        self._forward = jax.jit(self._trace, static_argnames="R", donate_argnums=(1,))
+        self._forward = jax.jit(self._trace, static_argnames="R", donate_argnums=(1, 2))
 
     def step(self, decode: list[list[Chunk]], prefill: list[list[Chunk]], R: int, P: int):
         """Runs one step; a list per rank. Returns each rank's logits [R + P, V]."""
         ranks = [self._pack(d, p, R, P) for d, p in zip(decode, prefill, strict=True)]
-        arrays = {name: np.concatenate([rank[name] for rank in ranks]) for name in ranks[0]}
+        arrays = {name: np.concatenate([rank[name] for rank in ranks], axis=-1) for name in ranks[0]}
         arrays["page_table_SN"] = self.page_table
-        logits, self.pools = self._forward(self.params, self.pools, arrays, R=R)
+        logits, self.pools, self.states = self._forward(self.params, self.pools, self.states, arrays, R=R)
         return np.split(np.asarray(logits), self.ranks)
 
-    def _trace(self, params, pools, arrays, R):
+    def _trace(self, params, pools, states, arrays, R):
         model = nnx.merge(self.structure, params)
-        token_T = arrays.pop("token_T")
+        token_T, state_blocks = arrays.pop("token_T"), StateBlocks(*arrays.pop("state_rows"))
         step = StepContext(
             key_pages=pools[0],
             value_pages=pools[1],
@@ -133,16 +143,18 @@ class TinyEngine:
             num_pages=self.num_pages,
             page_size=self.page_size,
             mesh=self.mesh,
+            states=states,
+            state_blocks=state_blocks,
             **arrays,
         )
         logits_TV = model.logits(model(token_T, step))
-        return logits_TV, [step.key_pages, step.value_pages]
+        return logits_TV, [step.key_pages, step.value_pages], step.states
 
     def _pack(self, decode: list[Chunk], prefill: list[Chunk], R: int, P: int) -> dict[str, np.ndarray]:
         B = P // self.block_size + self.num_slots
         token, position = np.zeros(R + P, np.int32), np.zeros(R + P, np.int32)
         slot, context_len = np.full(R + P, -1, np.int32), np.zeros(R, np.int32)
-        blocks = np.zeros((4, B), np.int32)
+        blocks, state_rows = np.zeros((4, B), np.int32), np.full((3, B), -1, np.int32)
         for row, chunk in enumerate(decode):
             token[row], position[row], slot[row] = chunk.tokens[0], chunk.start, chunk.slot
             context_len[row] = chunk.start + 1
@@ -154,7 +166,9 @@ class TinyEngine:
             for first in range(0, n, self.block_size):
                 length = min(self.block_size, n - first)
                 blocks[:, block] = chunk.slot, at - R + first, length, chunk.start + first
+                state_rows[0, block] = chunk.slot if chunk.start else -1
                 block += 1
+            state_rows[1, block - 1] = chunk.slot
             at += n
         assert at <= R + P
         names = ("block_slot_B", "block_start_B", "block_len_B", "block_pos_B")
@@ -164,4 +178,5 @@ class TinyEngine:
             "slot_T": slot,
             "context_len_R": context_len,
             **dict(zip(names, blocks, strict=True)),
+            "state_rows": state_rows,
         }
