@@ -101,8 +101,11 @@ def weight_sharding(mesh: Mesh | AbstractMesh, table: Rules, param: nnx.Param) -
         axes = () if axis is None else table[axis]
         ways = int(np.prod([mesh.shape[a] for a in axes]))
         if size % ways:
+            cure = ""
+            if param.sources[0].endswith("_scale_inv"):
+                cure = ": a block of float8 weights has one scale; use a larger ep, or --dequantize-weights"
             raise ConfigError(
-                f"{param.sources[0]}: dimension {axis}={size} does not divide over {ways} devices"
+                f"{param.sources[0]}: dimension {axis}={size} does not divide over {ways} devices{cure}"
             )
         spec.append(axes or None)
     return NamedSharding(mesh, PartitionSpec(*spec))

@@ -120,6 +120,30 @@ def test_whole_engine_on_a_mesh_gives_the_tokens_of_one_device(checkpoints, engi
     assert tokens(tp=4, dp_size=2, ep=4, enable_dp_attention=True) == one
 
 
+def test_dense_blocks_may_lie_on_several_devices(checkpoints, engine):
+    """Of 8 devices each has 2 rows of a feed-forward of 16, a quarter of a block, and a head of 20 rows."""
+    family, stored, _ = checkpoints
+    if family != "deepseek_v3":
+        pytest.skip("the others' layers are the same")
+    prompts = [prompt.tolist() for prompt in Golden.read(family).prompts]
+    greedy = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    one, split = (
+        [
+            list(reply["output_ids"])
+            for reply in engine(str(stored), **options).generate(input_ids=prompts, sampling_params=greedy)
+        ]
+        for options in ({}, {"tp": 8, "ep": 8})
+    )
+    assert split == one
+
+
+def test_experts_whose_blocks_do_not_divide_over_the_devices_are_refused_with_what_works(checkpoints, engine):
+    """Two blocks of 8 rows in an expert of 16, over 8 devices."""
+    _, stored, _ = checkpoints
+    with pytest.raises(ConfigError, match=r"_scale_inv: dimension expert_ffn=2 .* over 8 devices.*larger ep"):
+        engine(str(stored), tp=8)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
