@@ -108,7 +108,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "max_running_requests": args.rows,
         "chunked_prefill_size": args.chunk,
         "max_total_tokens": 4096,
-        "context_length": 1024,
         "moe_a2a_backend": args.moe_a2a_backend,
         "log_level": "warning",
     }

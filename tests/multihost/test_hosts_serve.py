@@ -1,20 +1,27 @@
 """Several hosts answer as one process does; the recorded tokens are what one process gives too."""
 
+import itertools
+import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from jaxserve.engine.page_hash import chain_hashes, root_hash
 from tests.engine.asking import Golden, Row, check_greedy, golden_rows, greedy
 from tests.models.tiny import GOLDEN
-from tests.multihost.instance import Client, instance
+from tests.multihost.instance import Client, Instance, instance
+
+PAGE_SIZE = 16
 
 LAYOUTS = [
     pytest.param("llama", 2, {"tp": 4}, id="tp4-on-2-hosts"),
     pytest.param("llama", 2, {"tp": 8, "dp_size": 2, "enable_dp_attention": True}, id="dpa2-on-2-hosts"),
     pytest.param(
-        "mixtral", 4, {"tp": 8, "dp_size": 4, "ep": 8, "enable_dp_attention": True}, id="dpa4-ep8-on-4-hosts"
+        "mixtral", 4, {"tp": 16, "dp_size": 8, "ep": 8, "enable_dp_attention": True}, id="dpa8-ep8-on-4-hosts"
     ),
 ]
 
@@ -40,15 +47,51 @@ def test_hosts_give_the_recorded_tokens_compile_nothing_more_and_drain(
         for _ in range(2):  # the second time from the prefix cache
             check_greedy(golden, made.ask([*golden_rows(golden), *golden_rows(golden)])[:4])
         assert [reply["output_ids"] for reply in made.ask(spiced)] == want
+        check_kv_events(made, golden.prompts[3].tolist())
         ranks = httpx.get(f"{made.url}/v1/loads").json()
         assert len(ranks["loads"]) == layout.get("dp_size", 1)
 
-        running = Client(made, greedy(golden.prompts[0], 100))
+        running = Client(made, greedy(golden.prompts[0], 40))
         made.launchers[0].send_signal(signal.SIGTERM)
-        assert made.wait_ended() == [0] * num_hosts
+        # What runs is finished first: 16 devices on two busy cores take up to 0.3 s a token.
+        assert made.wait_ended(60) == [0] * num_hosts
         running.join()
-        assert (len(running.tokens), running.error) == (100, None)
+        assert (len(running.tokens), running.error) == (40, None)
         assert "compiled after readiness" not in made.logs()
+
+
+def check_kv_events(made: Instance, cached: list[int]) -> None:
+    """Host 0 tells what the ranks of all hosts hold, and what they come to hold."""
+    new = [11 + i % 90 for i in range(40)]
+    with httpx.stream("GET", f"{made.url}/kv_events", timeout=60) as stream:
+        events = sse_events(stream.iter_lines())
+        assert next(events)[0] == "hello"
+        held: set[str] = set()
+        for kind, data in events:
+            assert kind == "snapshot"
+            held |= set(data["pages"])
+            if data["last"]:
+                break
+        assert set(pages_of(cached)) <= held
+        made.ask([greedy(new, 1)])
+        kind, data = next(events)
+        assert (kind, data["pages"]) == ("stored", pages_of(new))
+        assert httpx.post(f"{made.url}/flush_cache").status_code == 200
+        assert "cleared" in {kind for kind, _ in itertools.islice(events, 1)}
+
+
+def pages_of(tokens: list[int]) -> list[str]:
+    whole = [tokens[i : i + PAGE_SIZE] for i in range(0, len(tokens) - PAGE_SIZE + 1, PAGE_SIZE)]
+    return [f"{page:016x}" for page in chain_hashes(root_hash(), whole)]
+
+
+def sse_events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    kind = ""
+    for line in lines:
+        if line.startswith("event: "):
+            kind = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield kind, json.loads(line.removeprefix("data: "))
 
 
 def alone_replies(alone, rows: list[Row]):
