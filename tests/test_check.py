@@ -11,6 +11,7 @@ import pytest
 from jaxserve import check as preflight
 from jaxserve.check import check, find_hf_config, lines
 from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.engine.blueprint import draw_on_paper
 from jaxserve.weights import CheckpointError
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +111,14 @@ def test_states_that_leave_no_room_are_named_with_what_lowers_them():
         ConfigError, match=r"and recurrent states 35.00 GiB .*, or lower max_running_requests=512"
     ):
         check(shape("minimax-text-01", tp=8, max_running_requests=512), "h200")
+
+
+def test_recurrent_states_cannot_be_cut_into_two_halves_of_a_step():
+    config = shape("minimax-text-01", tp=8, enable_two_batch_overlap=True)
+    with pytest.raises(
+        ConfigError, match="enable_two_batch_overlap: this model's recurrent states go from token"
+    ):
+        draw_on_paper(config, find_hf_config(config))
 
 
 def test_report_needs_no_gpu_and_no_weights(tmp_path):

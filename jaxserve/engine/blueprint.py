@@ -157,6 +157,11 @@ def draw(
         hf_config = {**hf_config, "quantization_config": {**quantization, "dequantize": True}}
     model = resolve(hf_config)(hf_config, dtype)
     experts, states = getattr(model, "experts", None), getattr(model, "states", None)
+    if states is not None and config.enable_two_batch_overlap:
+        raise ConfigError(
+            "enable_two_batch_overlap: this model's recurrent states go from token to token, so a step "
+            "cannot run as two halves; leave enable_two_batch_overlap out"
+        )
     if layout.ep > 1 and experts is None:
         raise ConfigError(f"ep={layout.ep}: this model has no experts; use ep 1")
     if config.enable_eplb and experts is not None:

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxserve.layers.attention import StepContext
 from jaxserve.layers.linear import project
 from jaxserve.layers.norm import RMSNorm
-from jaxserve.layers.weight import weight
+from jaxserve.layers.quant import linear_weight
 from jaxserve.mesh import GROUP
 
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -204,11 +204,11 @@ class LightningAttention(nnx.Module):
     ):
         D, H, K = hidden, num_heads, head_dim
         self.state_layer, self.slope = layer, slope
-        declare = partial(weight, dtype=dtype)
-        self.qkv = declare((H, 3 * K, D), ("q_heads", None, "embed"), f"{name}.qkv_proj.weight")
-        self.gate = declare((H, K, D), ("q_heads", None, "embed"), f"{name}.output_gate.weight")
+        matrix = partial(linear_weight, dtype=dtype, quant=None)
+        self.qkv = matrix((H, 3 * K, D), ("q_heads", None, "embed"), f"{name}.qkv_proj.weight")
+        self.gate = matrix((H, K, D), ("q_heads", None, "embed"), f"{name}.output_gate.weight")
         self.norm = RMSNorm(f"{name}.norm", H * K, eps=norm_eps, axis=None, dtype=dtype)
-        self.out = declare((D, H, K), ("embed", "q_heads", None), f"{name}.out_proj.weight")
+        self.out = matrix((D, H, K), ("embed", "q_heads", None), f"{name}.out_proj.weight", num_out=1)
 
     def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
         query_THK, key_THK, value_THK = jnp.split(jax.nn.silu(project(hidden_TD, self.qkv)), 3, axis=-1)
