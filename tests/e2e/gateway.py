@@ -160,8 +160,8 @@ class Load:
                     self.by_worker[answer.headers["x-smg-routed-worker-id"]] += 1
 
 
-def right_answers(server: Server) -> dict[tuple[int, ...], list[int]]:
+def right_answers(http: httpx.Client) -> dict[tuple[int, ...], list[int]]:
     """Prompts of different lengths, and what greedy sampling makes of each."""
     rng = random.Random(5)
     prompts = [[rng.randrange(3, 100) for _ in range(length)] for length in range(8, 56, 4)]
-    return {tuple(prompt): server.generate(prompt, NEW)["output_ids"] for prompt in prompts}
+    return {tuple(p): http.post("/generate", json=body(p, NEW)).json()["output_ids"] for p in prompts}

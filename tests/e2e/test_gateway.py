@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.gateway import Launch, pair, serving
+from tests.e2e.gateway import Launch, Load, pair, right_answers, serving
 from tests.e2e.process import PATIENCE_S, Server, body, until
 
 QUESTION = "the world and the things that are in it, told once more from the beginning: "
@@ -188,7 +188,7 @@ def test_stopped_replica_ends_its_streams_and_gets_no_new_ones(mortal):
 # ---- co-launch ----
 
 
-def test_co_launched_replicas_share_one_port_and_end_with_it(flags, tmp_path):
+def test_co_launched_replicas_share_one_port_come_back_when_killed_and_end_with_it(flags, tmp_path):
     more = ("--dp-size", "2", "--router-policy", "cache_aware", "--device", "cpu")
     with serving(tmp_path, "router.launch_server", *flags, *more) as gateway:
         gateway.until_healthy(2)
@@ -200,7 +200,14 @@ def test_co_launched_replicas_share_one_port_and_end_with_it(flags, tmp_path):
             )
             cached.append(answer.json()["meta_info"]["cached_tokens"])
         assert cached[0] == 0 < min(cached[1:])
-        children = psutil.Process(gateway.process.pid).children(recursive=True)
+        launcher = psutil.Process(gateway.process.pid)
+        with Load(gateway.url, right_answers(gateway.http), clients=1) as load:
+            load.more(20)
+            launcher.children()[0].kill()
+            gateway.until_healthy(1)
+            gateway.until_healthy(2)  # it was started again
+            load.more(20)
+        children = launcher.children(recursive=True)
         assert len(children) == 4  # two servers, two engines
         assert gateway.end() == 0
         assert not psutil.wait_procs(children, timeout=PATIENCE_S)[1]

@@ -35,7 +35,7 @@ def replicas(launch: Launch):
 
 @pytest.fixture(scope="module")
 def answers(replicas) -> dict[tuple[int, ...], list[int]]:
-    return right_answers(replicas[0])
+    return right_answers(replicas[0].http)
 
 
 @pytest.fixture(scope="module")
