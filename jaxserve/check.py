@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from jaxserve.config import ConfigError, ServerConfig
-from jaxserve.engine.blueprint import Blueprint, draw_on_paper, read_dummy_config, refuse_unbuilt
+from jaxserve.engine.blueprint import Blueprint, draw_on_paper, read_dummy_config
 from jaxserve.mesh import layout_of
 from jaxserve.replicas import replica_configs
 from jaxserve.roofline import DEVICES, GIB, Assumptions, Device, Step, find_device
@@ -61,7 +61,6 @@ def check(config: ServerConfig, gpu: str | None = None, memory_bytes: int | None
     replicas = replica_configs(config)
     config = replicas[0]
     layout_of(config)
-    refuse_unbuilt(config)
     hf_config = find_hf_config(config)
     on_cpu = config.device == "cpu"
     blueprint = draw_on_paper(config, hf_config, on_cpu)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxserve.check import check
-from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.config import ServerConfig
 from router.launch_server import make_parser, make_plan
 from tests.models.tiny import Golden
 
@@ -22,6 +22,10 @@ DPA8 = f"--model-path {DEEPSEEK} --tp 8 --dp-size 8 --enable-dp-attention"
 DPA8_EP8 = (
     f"--model-path {DEEPSEEK} --tp 8 --dp-size 8 --ep 8 --enable-dp-attention --moe-a2a-backend deepep "
     "--moe-runner-backend deep_gemm"
+)
+PRODUCTION = (
+    f"--model-path {DEEPSEEK} --tp 8 --dp-size 8 --ep 8 --enable-dp-attention --moe-a2a-backend deepep "
+    "--enable-two-batch-overlap --enable-eplb"
 )
 TWO_NODES = (
     f"--model-path {DEEPSEEK} --tp 16 --dp-size 8 --ep 16 --enable-dp-attention --nnodes 2 --node-rank {{}} "
@@ -62,8 +66,8 @@ LAUNCHED = [
     Command("DPA Not Activating", DPA8, (8, 1, 1), "none"),
     Command("TP/DP Size Constraint", f"--model-path {DEEPSEEK} --tp 8 --dp-size 4 --enable-dp-attention",
             (4, 1, 2), "none"),
-    Command("Production, balanced", f"{DPA8_EP8} --enable-eplb", (8, 1, 1), "all_to_all",
-            {"enable_eplb": True, "ep_num_redundant_experts": 0}),
+    Command("Production, the engine", PRODUCTION, (8, 1, 1), "all_to_all",
+            {"enable_two_batch_overlap": True, "enable_eplb": True, "ep_num_redundant_experts": 0}),
 ]  # fmt: skip
 # What `router.launch_server` is given, without its own --router-... flags; engines, and each one's mesh.
 CO_LAUNCHED = [
@@ -71,13 +75,6 @@ CO_LAUNCHED = [
     (f"--model-path {LLAMA} --tp 4 --dp-size 4 --host 0.0.0.0 --port 30000", 4, (1, 1, 4)),
     (f"--model-path {LLAMA} --tp 4 --dp-size 2", 2, (1, 1, 4)),
 ]
-PRODUCTION = (
-    f"--model-path {DEEPSEEK} --tp 8 --dp-size 8 --ep 8 --enable-dp-attention --moe-a2a-backend deepep "
-    "--enable-two-batch-overlap --enable-eplb"
-)
-# Flags of the guide whose feature is not there yet: refused by name. Once it is, it leaves this list, and
-# the production command joins LAUNCHED.
-NOT_YET = ("enable_two_batch_overlap",)
 
 
 def parse(flags):
@@ -139,20 +136,11 @@ def test_co_launched_engines_are_valid_servers_on_devices_of_their_own(flags, co
         assert on_paper(shlex.join(replica.command[3:])).blueprint.layout.shape == mesh
 
 
-@pytest.mark.parametrize("name", NOT_YET)
-def test_feature_that_is_not_there_is_refused_by_name(name, engine):
+def test_co_launched_production_engine_has_the_flags_of_the_guide():
     (replica,) = make_plan(make_parser(), shlex.split(PRODUCTION)).replicas
-    assert f"--{name.replace('_', '-')}" in replica.command
-    options = {"tp": 8, "dp_size": 8, "ep": 8, "enable_dp_attention": True, name: True}
-    with pytest.raises(ConfigError, match=rf"^{name} is not available in this version$"):
-        engine("deepseek_v3", **options)
-    with pytest.raises(ConfigError, match=r"is not available in this version$"):
-        on_paper(PRODUCTION)
-
-
-def test_production_command_without_them_is_valid():
-    words = [w for w in shlex.split(PRODUCTION) if w.removeprefix("--").replace("-", "_") not in NOT_YET]
-    assert on_paper(shlex.join(words)).blueprint.layout.shape == (8, 1, 1)
+    config = ServerConfig.from_command_line(replica.command[3:])
+    assert (config.enable_two_batch_overlap, config.enable_eplb) == (True, True)
+    assert on_paper(shlex.join(replica.command[3:])).blueprint.two_batches
 
 
 @pytest.mark.parametrize("dp", [3, 5, 6])

@@ -46,6 +46,7 @@ class Blueprint:
     states: StateSpec | None  # of a model with recurrent layers
     experts: ExpertSpec | None
     expert_backend: Backend
+    two_batches: bool  # steps run as two halves in turn
     table: Rules
     weight_bytes_of_device: int
     context_len: int  # tokens of one sequence at most
@@ -140,13 +141,6 @@ class Blueprint:
         return choose_buckets(self.config, self.num_slots, self.max_req_len(num_pages), self.on_cpu)
 
 
-def refuse_unbuilt(config: ServerConfig) -> None:
-    """Layouts that are parsed but not served yet are refused by name, never ignored."""
-    for name in ("enable_two_batch_overlap",):
-        if getattr(config, name):
-            raise ConfigError(f"{name} is not available in this version")
-
-
 def draw(
     config: ServerConfig, hf_config: dict[str, Any], mesh: Mesh | AbstractMesh, on_cpu: bool
 ) -> Blueprint:
@@ -178,6 +172,8 @@ def draw(
         logger.info(
             "moe_runner_backend=%s: experts run in this engine's grouped GEMM", config.moe_runner_backend
         )
+    if config.enable_two_batch_overlap and layout.num_devices == 1:
+        logger.info("enable_two_batch_overlap is off: one device sends nothing that could be overlapped")
     _tell_of_dp_attention(config, layout, model.kv)
     return Blueprint(
         config=config,
@@ -189,6 +185,7 @@ def draw(
         states=states,
         experts=experts,
         expert_backend=expert_backend,
+        two_batches=config.enable_two_batch_overlap and layout.num_devices > 1,
         table=table,
         weight_bytes_of_device=_weight_bytes_of_device(model, mesh, table),
         context_len=_context_len(config, model.max_position),

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxserve import mesh as meshes
 from jaxserve.config import ConfigError, ServerConfig
-from jaxserve.engine.blueprint import Blueprint, draw, read_dummy_config, refuse_unbuilt
+from jaxserve.engine.blueprint import Blueprint, draw, read_dummy_config
 from jaxserve.engine.expert_state import Balancing, ExpertState, expert_leaves
 from jaxserve.engine.follow import compile_alike, model_facts
 from jaxserve.engine.multihost import Hosts, config_facts
@@ -75,7 +75,6 @@ def build(
     """
     begin_s = time.monotonic()
     layout = meshes.layout_of(config)
-    refuse_unbuilt(config)
     if config.nnodes > 1 and hosts is None:
         raise ConfigError(
             f"nnodes={config.nnodes}: an engine in this process has one host; use launch_server"
@@ -132,7 +131,7 @@ def build(
     )
     buckets = blueprint.buckets(num_pages)
     pools = _make_pools(blueprint, num_pages)
-    function = ModelFunction(graph, treedef, experts, blueprint.expert_backend)
+    function = ModelFunction(graph, treedef, experts, blueprint.expert_backend, blueprint.two_batches)
     runner = Runner(
         function,
         leaves,

@@ -37,6 +37,7 @@ class ModelFunction:
     """A model's structure, apart from its weights: `call(leaves)` is the model inside jit.
 
     `experts` is the model's ExpertSpec when it has any; `expert_backend` says how tokens reach them.
+    `two_batches` runs its blocks on two halves of a step in turn.
     `kept` says which of the leaves are given, when not all: every argument costs the host time.
     """
 
@@ -44,6 +45,7 @@ class ModelFunction:
     treedef: Any
     experts: ExpertSpec | None = None
     expert_backend: Backend = "none"
+    two_batches: bool = False
     kept: tuple[int, ...] | None = None
 
     def call(self, leaves: Sequence[jax.Array]) -> Any:
@@ -128,6 +130,7 @@ def forward(
         expert_slots=expert_slots,
         states=states[0] if states else None,
         state_blocks=StateBlocks(f["state_from"], f["state_end"], f["state_kept"]) if states else None,
+        two_batches=model.two_batches,
     )
     hidden_TD = model.call(leaves)(token_T, step)
     samples_SD = per_rank(mesh, lambda hidden, index: hidden[index], hidden_TD, f["sample_index"])

@@ -29,6 +29,14 @@ from jaxserve.parallel.slots import SlotTable
 
 logger = logging.getLogger(__name__)
 
+# Collectives run beside computation, and those of two half batches are not joined to one that waits for both.
+OVERLAP_OPTIONS = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_all_gather_combine_threshold_bytes": 0,
+    "xla_gpu_all_reduce_combine_threshold_bytes": 0,
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": 0,
+}
+
 Progress = Callable[[int, int], None]
 MAX_MOVES = 4  # layers whose experts move in one launch; with more than 32 unfinished programs Gloo hangs
 
@@ -374,6 +382,8 @@ class Runner:
             # Hosts that share the tuning wait for each other's part, for ever if one reads its program
             # from a cache instead.
             options["xla_gpu_shard_autotuning"] = False
+        if options and self._model.two_batches:
+            options |= OVERLAP_OPTIONS
         return options
 
 

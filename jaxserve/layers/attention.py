@@ -51,6 +51,10 @@ class StepContext:
         expert_slots: which of the stacked weights are an expert's; None: its own number is.
         states, state_blocks: what a model with recurrent layers keeps of each sequence, and which
             rows of it the query blocks touch (see `jaxserve.layers.lightning`).
+        two_batches: run the blocks on two halves of the tokens in turn (see `jaxserve.layers.overlap`).
+
+    Attributes:
+        chosen: by layer with experts, those of each token, -1 for padding; once the layer ran.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class StepContext:
         expert_slots: SlotTable | None = None,
         states: jax.Array | None = None,
         state_blocks: StateBlocks | None = None,
+        two_batches: bool = False,
     ):
         self.key_pages, self.value_pages = key_pages, value_pages
         self.page_table_SN = page_table_SN
@@ -88,9 +93,40 @@ class StepContext:
         self.dispatch = Dispatch(mesh, expert_backend)
         self.expert_slots = expert_slots
         self.states, self.state_blocks = states, state_blocks
-        self._chosen: dict[int, jax.Array] = {}
+        self.two_batches = two_batches
+        self.chosen: dict[int, jax.Array] = {}
         self._rope_tables: dict[Rope, RopeTable] = {}
         self._made: dict[Hashable, Callable[..., Any]] = {}
+
+    def part(
+        self,
+        position_T: jax.Array,
+        slot_T: jax.Array,
+        R: int,
+        context_len_R: jax.Array,
+        blocks: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    ) -> "StepContext":
+        """The same step for some of its tokens."""
+        slot_B, start_B, len_B, pos_B = blocks
+        return StepContext(
+            key_pages=self.key_pages,
+            value_pages=self.value_pages,
+            page_table_SN=self.page_table_SN,
+            position_T=position_T,
+            slot_T=slot_T,
+            R=R,
+            context_len_R=context_len_R,
+            block_slot_B=slot_B,
+            block_start_B=start_B,
+            block_len_B=len_B,
+            block_pos_B=pos_B,
+            block_size=self.block_size,
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+            mesh=self.mesh,
+            expert_backend=self.dispatch.backend,
+            expert_slots=self.expert_slots,
+        )
 
     def rope(self, rope: Rope) -> RopeTable:
         """The rotation of this step's positions, computed once for all layers that share `rope`."""
@@ -98,8 +134,10 @@ class StepContext:
             self._rope_tables[rope] = rope.table(self.position_T)
         return self._rope_tables[rope]
 
-    def per_rank(self, function: Callable[..., Any], x_T: jax.Array, shared: Any = None) -> Any:
+    def per_rank(self, function: Callable[..., Any], x_T: Any, shared: Any = None) -> Any:
         """`function(x_T, shared)` on each dp rank's tokens alone; what it returns is joined again.
+
+        `x_T` and the result may be several arrays.
 
         For what the partitioner cannot split by tokens, such as `top_k`: it would gather all ranks'.
         """
@@ -248,8 +286,8 @@ class StepContext:
         `layer` counts the layers that have experts.
         """
         expert_TX = jnp.where((self.slot_T >= 0)[:, None], expert_TX, -1)
-        assert layer not in self._chosen, f"experts of layer {layer} ran twice"
-        self._chosen[layer] = expert_TX
+        assert layer not in self.chosen, f"experts of layer {layer} ran twice"
+        self.chosen[layer] = expert_TX
         slots = None if self.expert_slots is None else self.expert_slots.layer(layer)
         return self.dispatch(hidden_TD, expert_TX, weight_TX, weights, activation, slots)
 
@@ -258,7 +296,7 @@ class StepContext:
 
         One scatter for all layers, after they ran, and no collective.
         """
-        chosen_LTX = jnp.stack([self._chosen[layer] for layer in sorted(self._chosen)])
+        chosen_LTX = jnp.stack([self.chosen[layer] for layer in sorted(self.chosen)])
 
         def count(chosen_LTX: jax.Array) -> jax.Array:
             layer = jnp.arange(chosen_LTX.shape[0])[:, None, None]

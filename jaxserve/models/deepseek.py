@@ -19,6 +19,7 @@ from jaxserve.layers.mla import LatentAttention, LatentSizes
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.moe import Experts, ExpertSpec, MoE, Routing
 from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.overlap import run_blocks
 from jaxserve.layers.quant import BlockFP8
 from jaxserve.layers.rope import rope_parameters, yarn_amplitude
 from jaxserve.models.hf_config import (
@@ -134,9 +135,7 @@ class DeepseekV3ForCausalLM(nnx.Module):
 
     def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
         hidden_TD = self.vocabulary.embed(token_T)
-        for block in self.blocks:
-            hidden_TD = block(hidden_TD, step)
-        return self.norm(hidden_TD)
+        return self.norm(run_blocks(self.blocks, hidden_TD, step))
 
     def logits(self, hidden_RD: jax.Array) -> jax.Array:
         return self.vocabulary.logits(hidden_RD)

@@ -17,6 +17,7 @@ from jaxserve.layers.attention import Attention, KVSpec, StepContext
 from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.overlap import run_blocks
 from jaxserve.layers.rope import Rope, rope_parameters
 from jaxserve.models.hf_config import Dimensions, one_of, windows
 
@@ -95,9 +96,7 @@ class Gemma3ForCausalLM(nnx.Module):
 
     def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
         hidden_TD = self.vocabulary.embed(token_T)
-        for block in self.blocks:
-            hidden_TD = block(hidden_TD, step)
-        return self.norm(hidden_TD)
+        return self.norm(run_blocks(self.blocks, hidden_TD, step))
 
     def logits(self, hidden_RD: jax.Array) -> jax.Array:
         return self.vocabulary.logits(hidden_RD)

@@ -19,6 +19,7 @@ from jaxserve.layers.block import PreNormBlock
 from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.moe import ExpertSpec, MoE, Routing
 from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.overlap import run_blocks
 from jaxserve.layers.weight import Assemble, Sliced, weight
 from jaxserve.models.hf_config import Dimensions, num_experts, one_of, rope_and_reach, windows
 from jaxserve.ops.grouped_gemm import ExpertWeights
@@ -83,9 +84,7 @@ class GptOssForCausalLM(nnx.Module):
 
     def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
         hidden_TD = self.vocabulary.embed(token_T)
-        for block in self.blocks:
-            hidden_TD = block(hidden_TD, step)
-        return self.norm(hidden_TD)
+        return self.norm(run_blocks(self.blocks, hidden_TD, step))
 
     def logits(self, hidden_RD: jax.Array) -> jax.Array:
         return self.vocabulary.logits(hidden_RD)

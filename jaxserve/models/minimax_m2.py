@@ -12,6 +12,7 @@ from jaxserve.layers.block import PreNormBlock
 from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.moe import Experts, ExpertSpec, MoE, Routing
 from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.overlap import run_blocks
 from jaxserve.layers.quant import BlockFP8
 from jaxserve.models.hf_config import Dimensions, need, num_experts, one_of, rope_and_reach
 
@@ -79,9 +80,7 @@ class MiniMaxM2ForCausalLM(nnx.Module):
 
     def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
         hidden_TD = self.vocabulary.embed(token_T)
-        for block in self.blocks:
-            hidden_TD = block(hidden_TD, step)
-        return self.norm(hidden_TD)
+        return self.norm(run_blocks(self.blocks, hidden_TD, step))
 
     def logits(self, hidden_RD: jax.Array) -> jax.Array:
         return self.vocabulary.logits(hidden_RD)

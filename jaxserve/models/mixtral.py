@@ -11,6 +11,7 @@ from jaxserve.layers.block import PreNormBlock
 from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.moe import Experts, ExpertSpec, MoE, Routing
 from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.overlap import run_blocks
 from jaxserve.models.hf_config import Dimensions, need, one_of, rope_and_reach, windows
 
 ARCHITECTURES = ("MixtralForCausalLM",)
@@ -56,9 +57,7 @@ class MixtralForCausalLM(nnx.Module):
 
     def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
         hidden_TD = self.vocabulary.embed(token_T)
-        for block in self.blocks:
-            hidden_TD = block(hidden_TD, step)
-        return self.norm(hidden_TD)
+        return self.norm(run_blocks(self.blocks, hidden_TD, step))
 
     def logits(self, hidden_RD: jax.Array) -> jax.Array:
         return self.vocabulary.logits(hidden_RD)

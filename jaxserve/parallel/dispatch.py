@@ -127,15 +127,13 @@ def _weight_specs(experts: tuple[str, ...], ffn: tuple[str, ...]) -> ExpertWeigh
 
 def _gathered(hidden_tD, expert_tX, weight_tX, weights, activation, experts_are_split: bool) -> jax.Array:
     """Every device sees all tokens and adds what its experts, or its share of them, contribute."""
-    hidden_TD, expert_TX, weight_TX = (
-        lax.all_gather(x, "dp", tiled=True) for x in (hidden_tD, expert_tX, weight_tX)
-    )
+    hidden_TD, expert_TX, weight_TX = (_gather(x, "dp") for x in (hidden_tD, expert_tX, weight_tX))
     if experts_are_split:
         num_local = weights.gate_EFD.shape[0]
         expert_TX = _local(expert_TX, lax.axis_index(EXPERT_AXES) * num_local, num_local)
     out_TD = feed_forward(hidden_TD, expert_TX, weight_TX, weights, activation).astype(hidden_tD.dtype)
     out_tD = lax.psum_scatter(out_TD, "dp", tiled=True)  # first, so that fewer rows are summed below
-    return lax.psum(out_tD, GROUP)
+    return _sum(out_tD, GROUP)
 
 
 def _local(expert: jax.Array, first: jax.Array, count: int) -> jax.Array:
@@ -219,7 +217,7 @@ class Exchange:
             )
             part_sXD = back_MD[jnp.minimum(row_sX, e * C - 1)].astype(jnp.float32)
             out_sD = jnp.sum(jnp.where(sends_sX[..., None], part_sXD, 0), axis=1).astype(hidden_tD.dtype)
-            out_tD = lax.all_gather(lax.psum(out_sD, "tp"), "ep", tiled=True)
+            out_tD = _gather(_sum(out_sD, ("tp",)), "ep")
             return out_tD[: self.num_tokens]
 
         if self.share == C:
@@ -249,3 +247,15 @@ class Exchange:
 def _swap(x_MD: jax.Array) -> jax.Array:
     """Block i of the rows goes to device i, and comes from it."""
     return lax.all_to_all(x_MD, EXPERT_AXES, split_axis=0, concat_axis=0, tiled=True)
+
+
+# XLA keeps a sum over one device, and joins it with others: then both wait for what either needs.
+
+
+def _sum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    axes = tuple(axis for axis in axes if lax.axis_size(axis) > 1)
+    return lax.psum(x, axes) if axes else x
+
+
+def _gather(x: jax.Array, axis: str) -> jax.Array:
+    return lax.all_gather(x, axis, tiled=True) if lax.axis_size(axis) > 1 else x

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,11 @@ LAYOUTS = [
     pytest.param("llama", 2, {"tp": 4}, id="tp4-on-2-hosts"),
     pytest.param("llama", 2, {"tp": 8, "dp_size": 2, "enable_dp_attention": True}, id="dpa2-on-2-hosts"),
     pytest.param(
-        "mixtral", 4, {"tp": 16, "dp_size": 8, "ep": 8, "enable_dp_attention": True}, id="dpa8-ep8-on-4-hosts"
+        "mixtral",
+        4,
+        {"tp": 16, "dp_size": 8, "ep": 8, "enable_dp_attention": True}
+        | {"enable_eplb": True, "ep_num_redundant_experts": 8, "eplb_rebalance_num_iterations": 7},
+        id="dpa8-ep8-on-4-hosts-experts-moving",
     ),
 ]
 
@@ -50,6 +55,9 @@ def test_hosts_give_the_recorded_tokens_compile_nothing_more_and_drain(
         check_kv_events(made, golden.prompts[3].tolist())
         ranks = httpx.get(f"{made.url}/v1/loads").json()
         assert len(ranks["loads"]) == layout.get("dp_size", 1)
+        if "enable_eplb" in layout:
+            moved = re.search(r"sglang:eplb_moved_experts\{.*\} (.*)", httpx.get(f"{made.url}/metrics").text)
+            assert moved is not None and float(moved[1]) > 0
 
         running = Client(made, greedy(golden.prompts[0], 40))
         made.launchers[0].send_signal(signal.SIGTERM)

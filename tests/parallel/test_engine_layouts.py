@@ -55,6 +55,8 @@ ALL = list(cells())
 FAST = sample(ALL, 11)
 BALANCED = [cell for cell in ALL if LAYOUTS[cell[1]].get("ep", 1) > 1]
 FAST_BALANCED = sample(BALANCED, 59)
+HALVED = [cell for cell in ALL if LAYOUTS[cell[1]].get("tp", 1) > 1]
+FAST_HALVED = sample(HALVED, 86)
 
 
 def name(cell):
@@ -69,6 +71,10 @@ def test_sample_covers_every_family_layout_and_backend():
     assert {family for family, _, _ in FAST} == set(MOE_FAMILIES)
     assert {layout for _, layout, _ in FAST} == set(LAYOUTS)
     assert {backend for _, _, backend in FAST} == set(BACKENDS)
+
+
+def test_sample_of_cells_in_two_halves_covers_every_backend():
+    assert {backend for _, _, backend in FAST_HALVED} == set(BACKENDS)
 
 
 def test_sample_of_balanced_cells_covers_every_backend_and_size():
@@ -118,6 +124,23 @@ def test_experts_that_move_during_generation_give_the_same_tokens(engine, family
     after = served.stats()["experts"]
     assert after["rebalances"] - before["rebalances"] >= 4
     assert after["moved"] > before["moved"]
+    served.flush_cache()
+
+
+@pytest.mark.parametrize("family, layout, backend", [marked(cell, FAST_HALVED) for cell in HALVED])
+def test_steps_in_two_halves_give_the_same_tokens(engine, family, layout, backend):
+    golden = Golden.read(family)
+    chosen = {"moe_a2a_backend": backend} if backend else {}
+    served = engine(family, **LAYOUTS[layout], **chosen, enable_two_batch_overlap=True)
+    runner = served._engine.runner
+    before = runner.expert_load().sum()
+    prompts = [prompt.tolist() for prompt in golden.prompts]
+    replies = served.generate(input_ids=prompts, sampling_params=GREEDY)
+    assert [list(reply["output_ids"]) for reply in replies] == golden.greedy.tolist()
+    computed = sum(len(p) + 23 - r["meta_info"]["cached_tokens"] for p, r in zip(prompts, replies))
+    a_token = runner.experts.spec.num_layers * num_choices(family)
+    load = runner.expert_load().sum() - before
+    assert computed * a_token <= load <= (computed + len(prompts)) * a_token
     served.flush_cache()
 
 

@@ -1,0 +1,100 @@
+"""A model's blocks over the whole step, or over two halves of it in turn.
+
+With two halves, what one sends between devices does not depend on what the other computes in the
+same block, so that a device may do both at once. The halves share the KV pool: attention of the
+second one comes after the first one's in the same block, since it may attend to its tokens, and
+before the first one's in the next block. Source: DeepSeek-V3 technical report, section 3.4 (two
+micro-batches).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.layers.attention import StepContext
+
+Block = Callable[[jax.Array, StepContext], jax.Array]
+
+
+def run_blocks(blocks: Iterable[Block], hidden_TD: jax.Array, step: StepContext) -> jax.Array:
+    """Every block in its order, on the halves in turn where the step has two."""
+    cut = Cut.of(step)
+    if cut is None:
+        for block in blocks:
+            hidden_TD = block(hidden_TD, step)
+        return hidden_TD
+    halves, hidden = cut.halve(step), list(cut.split(step, hidden_TD))
+    pools = step.key_pages, step.value_pages
+    for number, block in enumerate(blocks):
+        for i, half in enumerate(halves):
+            half.key_pages, half.value_pages = pools
+            with jax.named_scope(f"half{i}/block{number}"):
+                hidden[i] = block(hidden[i], half)
+            pools = half.key_pages, half.value_pages
+    step.key_pages, step.value_pages = pools
+    for layer in halves[0].chosen:
+        step.chosen[layer] = cut.join(step, halves[0].chosen[layer], halves[1].chosen[layer])
+    return cut.join(step, *hidden)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where each rank's decode rows and prefill tokens are cut in two."""
+
+    R: int  # rows of a rank
+    rows: int  # of the first half
+    tokens: int  # prefill tokens of the first half
+
+    @classmethod
+    def of(cls, step: StepContext) -> "Cut | None":
+        """None where the step runs whole: it is to, or it has one row."""
+        if not step.two_batches or step.R < 2:
+            return None
+        ranks = 1 if step.mesh is None else step.mesh.shape["dp"]
+        prefill_tokens = step.slot_T.shape[0] // ranks - step.R
+        return cls(step.R, -(-step.R // 2), -(-prefill_tokens // 2))
+
+    def split(self, step: StepContext, x_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """An array over the step's tokens, as one over each half's."""
+
+        def on_rank(x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+            row, token = x[: self.R], x[self.R :]
+            first = _concatenate(row[: self.rows], token[: self.tokens])
+            return first, _concatenate(row[self.rows :], token[self.tokens :])
+
+        return step.per_rank(on_rank, x_T)
+
+    def join(self, step: StepContext, first_T: jax.Array, second_T: jax.Array) -> jax.Array:
+        """What `split` gives, as it was."""
+
+        def on_rank(parts: tuple[jax.Array, jax.Array], _: None) -> jax.Array:
+            first, second = parts
+            rows = self.R - self.rows
+            return _concatenate(first[: self.rows], second[:rows], first[self.rows :], second[rows:])
+
+        return step.per_rank(on_rank, (first_T, second_T))
+
+    def halve(self, step: StepContext) -> tuple[StepContext, StepContext]:
+        """The step's view of each half; a query block that lies across the cut is in both, a part in each."""
+        position, slot = self.split(step, step.position_T), self.split(step, step.slot_T)
+        rows = Cut(self.R, self.rows, 0)
+        context_len = rows.split(step, step.context_len_R)
+        slot_B, start_B, len_B, pos_B = step.blocks
+        before_B = jnp.clip(self.tokens - start_B, 0, len_B)  # tokens of a block before the cut
+        after_B = len_B - before_B
+        blocks = (
+            (slot_B, jnp.where(before_B > 0, start_B, 0), before_B, pos_B),
+            (slot_B, jnp.maximum(start_B - self.tokens, 0), after_B, pos_B + before_B),
+        )
+        first, second = (
+            step.part(position[i], slot[i], R, context_len[i], blocks[i])
+            for i, R in enumerate((self.rows, self.R - self.rows))
+        )
+        return first, second
+
+
+def _concatenate(*parts: jax.Array) -> jax.Array:
+    """Without empty parts, on which XLA's CPU compiler may crash (jaxlib 0.11.2)."""
+    return jnp.concatenate([part for part in parts if part.size])
