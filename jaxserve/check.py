@@ -100,7 +100,7 @@ def lines(report: Report) -> Iterator[str]:
     blueprint, cost = report.blueprint, report.cost
     config, layout, model = blueprint.config, blueprint.layout, blueprint.model
     yield (
-        f"model      {type(model).__name__}, {blueprint.dtype.name}: {_count(cost.num_params)} parameters, "
+        f"model      {type(model).__name__}, {_types(blueprint)}: {_count(cost.num_params)} parameters, "
         f"{_count(cost.active_params)} multiplied with each token"
     )
     dp, ep, tp = layout.shape
@@ -163,6 +163,14 @@ def _memory_lines(report: Report) -> Iterator[str]:
         f"{blueprint.mem_fraction:g} is for {'all three' if states else 'both'})"
     )
     yield f"           {_size(workspace):>10} workspace, estimated; {_size(left)} are left{enough}"
+
+
+def _types(blueprint: Blueprint) -> str:
+    """The model's dtype, and what is kept in another."""
+    name, config = blueprint.dtype.name, blueprint.config
+    weights = f" with linear weights in {config.quantization}" if config.quantization else ""
+    cache = f", KV in {blueprint.kv_dtype.name}" if blueprint.kv_dtype != blueprint.dtype else ""
+    return f"{name}{weights}{cache}"
 
 
 def _many(number: int, noun: str) -> str:

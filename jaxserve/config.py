@@ -44,6 +44,9 @@ class ServerConfig:
         "auto", "dummy: random weights of the right shapes"
     )
     dequantize_weights: bool = key(False, "dequantize float8 weights when they are loaded")
+    quantization: Literal["fp8", "int8"] | None = key(
+        None, "keep linear weights in 8 bits with a scale a channel; default: as the checkpoint has them"
+    )
     context_length: int | None = key(None, "longest sequence in tokens; default: the model's own", least=2)
     sampling_defaults: Literal["model", "openai"] = key(
         "model", "model: defaults from generation_config.json"
@@ -96,6 +99,9 @@ class ServerConfig:
     # Memory and batches
     mem_fraction_static: float | None = key(
         None, "share of device memory for weights and KV; default 0.88 on GPU, 0.25 of the host's on CPU"
+    )
+    kv_cache_dtype: Literal["auto", "bfloat16", "fp8_e4m3"] = key(
+        "auto", "of keys and values in the cache; auto: the model's; fp8_e4m3 holds twice bfloat16's tokens"
     )
     page_size: int = key(16, "tokens of a KV page, the grain of prefix sharing", least=1)
     max_total_tokens: int | None = key(

@@ -165,6 +165,8 @@ class Info(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     max_total_num_tokens: int  # KV capacity of the instance in tokens, all dp ranks
     max_req_len: int  # the longest prompt plus output one request may have
     max_running_requests: int
+    quantization: str = ""  # what was asked for; empty: as the checkpoint has it
+    kv_cache_dtype: str = ""
     chunked_prefill_size: int = 0  # prompt tokens of one step and rank; 0: not told
     dp_size: int
     instance_id: str

@@ -24,22 +24,26 @@ class Device:
     memory_bytes: int
     bandwidth: float  # bytes/s of its memory
     bf16_flops: float  # per second
+    fp8_flops: float  # per second; bfloat16's where products of float8 are not faster
     link: float  # bytes/s to the other devices of its node
     network: float  # bytes/s to other nodes: its share of the node's adapters
 
 
-def _device(name: str, gib: float, tb_s: float, tflops: float, link_gb_s: float, net_gb_s: float) -> Device:
-    return Device(name, int(gib * GIB), tb_s * 1e12, tflops * 1e12, link_gb_s * 1e9, net_gb_s * 1e9)
+def _device(
+    name: str, gib: float, tb_s: float, tflops: float, fp8_tflops: float, link_gb_s: float, net_gb_s: float
+) -> Device:
+    rates = tflops * 1e12, fp8_tflops * 1e12
+    return Device(name, int(gib * GIB), tb_s * 1e12, *rates, link_gb_s * 1e9, net_gb_s * 1e9)
 
 
 DEVICES = {
     device.name: device
     for device in (
-        _device("a100", 79.1, 2.04, 312, 300, 25),
-        _device("h100", 79.1, 3.35, 989, 450, 50),
-        _device("h200", 139.8, 4.8, 989, 450, 50),
-        _device("b200", 178.3, 8.0, 2250, 900, 50),
-        _device("l40s", 44.4, 0.864, 362, 32, 12.5),
+        _device("a100", 79.1, 2.04, 312, 312, 300, 25),
+        _device("h100", 79.1, 3.35, 989, 1979, 450, 50),
+        _device("h200", 139.8, 4.8, 989, 1979, 450, 50),
+        _device("b200", 178.3, 8.0, 2250, 4500, 900, 50),
+        _device("l40s", 44.4, 0.864, 362, 733, 32, 12.5),
     )
 }
 
@@ -66,6 +70,9 @@ class Assumptions:
     )
     gemm_fraction: float = _assume(
         0.66, "of bf16 FLOP/s; measured on H100: 650 of 989 TFLOP/s in a 32-layer stack of 2,048 rows"
+    )
+    fp8_gemm_fraction: float = _assume(
+        0.51, "of fp8 FLOP/s; measured on H100: 1,010 of 1,979 TFLOP/s in that stack, scales included"
     )
     prefill_attention_fraction: float = _assume(
         0.25, "of bf16 FLOP/s; measured on H100: 250 TFLOP/s, own paged kernel at 4,096 tokens"
@@ -112,10 +119,11 @@ class Work:
     name: str
     num_bytes: float
     flops: float
-    kind: Literal["gemm", "prefill_attention", "latent_attention"] = "gemm"
+    kind: Literal["gemm", "fp8_gemm", "prefill_attention", "latent_attention"] = "gemm"
 
     def seconds(self, device: Device, assumed: Assumptions) -> float:
-        rate = device.bf16_flops * getattr(assumed, f"{self.kind}_fraction")
+        peak = device.fp8_flops if self.kind == "fp8_gemm" else device.bf16_flops
+        rate = peak * getattr(assumed, f"{self.kind}_fraction")
         return max(self.num_bytes / (device.bandwidth * assumed.bandwidth_fraction), self.flops / rate)
 
 

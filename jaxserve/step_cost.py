@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.engine.blueprint import Blueprint
+from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.kv import LatentSpec
-from jaxserve.layers.quant import SCALE_SUFFIX
 from jaxserve.mesh import AXES, GROUP, weight_sharding
+from jaxserve.ops.quantized_gemm import takes_float8
 from jaxserve.parallel.dispatch import Exchange
 from jaxserve.roofline import Collective, Step, Work, destinations_reached, experts_touched
 
@@ -32,6 +33,7 @@ class Weight:
     local_params: int
     local_bytes: float
     is_matrix: bool  # else a norm, a bias or scales: no multiplications to speak of
+    is_float8: bool  # may meet activations in float8
     sums_over_group: bool  # its product is a partial sum on each device of the attention group
 
 
@@ -43,7 +45,8 @@ class StepCost:
         self.layout = blueprint.layout
         model = blueprint.model
         self.hidden, self.top_k, self.windows = _hidden(model), _top_k(model), _windows(model)
-        self.weights = [_weight(blueprint, p) for p in _params(model)]
+        scaled = {id(n.numbers) for _, n in nnx.iter_graph(model) if isinstance(n, ChannelScaled)}
+        self.weights = [_weight(blueprint, p, id(p) in scaled) for p in _params(model)]
         self.itemsize = jnp.dtype(blueprint.dtype).itemsize
         self.kv_bytes_of_token = blueprint.page_bytes_of_device / blueprint.config.page_size
 
@@ -155,7 +158,7 @@ class StepCost:
         return 4 * heads * model.kv.head_dim
 
     def _step(self, tokens: float, samples: float, attention: Work) -> Step:
-        works = [self._dense(tokens), attention]
+        works = [*self._dense(tokens), attention]
         if states := self.blueprint.states:
             # Read and written once a sequence; a token adds a product to the state and takes one from it.
             a_token = 4 * states.num_layers * states.num_heads / self.layout.group * states.head_dim**2
@@ -175,10 +178,22 @@ class StepCost:
         )
         return Step(tuple(works), tuple(self.collectives(tokens, samples)))
 
-    def _dense(self, tokens: float) -> Work:
-        ours = [w for w in self.weights if w.part == "dense"]
-        flops = 2 * tokens * sum(w.local_params for w in ours if w.is_matrix)
-        return Work("dense weights", sum(w.local_bytes for w in ours), flops)
+    def _dense(self, tokens: float) -> list[Work]:
+        """Products of float8 on both sides are a work of their own: they run at another rate."""
+        every = [w for w in self.weights if w.part == "dense"]
+        float8 = [w for w in every if w.is_float8]
+        if not takes_float8(tokens * self.layout.dp, self.blueprint.dtype, jnp.float8_e4m3fn):
+            float8 = []
+        rest = [w for w in every if not w.is_float8] if float8 else every
+
+        def work(name: str, weights: list[Weight], kind: Literal["gemm", "fp8_gemm"] = "gemm") -> Work:
+            flops = 2 * tokens * sum(w.local_params for w in weights if w.is_matrix)
+            return Work(name, sum(w.local_bytes for w in weights), flops, kind)
+
+        return [
+            work("dense weights", rest),
+            *([work("dense weights in float8", float8, "fp8_gemm")] if float8 else []),
+        ]
 
     # ---- collectives ----
 
@@ -260,14 +275,12 @@ def _params(model: nnx.Module) -> list[nnx.Param]:
     return [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Param)]
 
 
-def _weight(blueprint: Blueprint, param: nnx.Param) -> Weight:
+def _weight(blueprint: Blueprint, param: nnx.Param, has_channel_scales: bool) -> Weight:
     value, axes = param.get_value(), param.logical
     sharding = weight_sharding(blueprint.mesh, blueprint.table, param)
     local, whole = math.prod(sharding.shard_shape(value.shape)), math.prod(value.shape)
     itemsize = jnp.dtype(value.dtype).itemsize
-    is_scale = (
-        len(param.sources) > 0 and param.sources[-1].endswith(SCALE_SUFFIX) and value.dtype == jnp.float32
-    )
+    is_scale = param.is_scale
     is_matrix = len(axes) >= 2 and not is_scale
     vocabulary = blueprint.model.vocabulary
     part: Part = "dense"
@@ -278,7 +291,17 @@ def _weight(blueprint: Blueprint, param: nnx.Param) -> Weight:
     split = {axis for axis in axes[1:] if axis and set(blueprint.table[axis]) & set(GROUP)}
     sums = part == "dense" and is_matrix and axes[0] == "embed" and bool(split)
     count = 0 if is_scale else 1
-    return Weight(part, whole * count, whole * itemsize, local * count, local * itemsize, is_matrix, sums)
+    is_float8 = has_channel_scales and value.dtype == jnp.float8_e4m3fn
+    return Weight(
+        part=part,
+        num_params=whole * count,
+        num_bytes=whole * itemsize,
+        local_params=local * count,
+        local_bytes=local * itemsize,
+        is_matrix=is_matrix,
+        is_float8=is_float8,
+        sums_over_group=sums,
+    )
 
 
 def _hidden(model: Any) -> int:

@@ -37,6 +37,24 @@ def test_llama_8b_on_one_h100():
     ]  # fmt: skip
 
 
+def test_llama_8b_in_8_bits_on_one_h100(capsys):
+    options = {"quantization": "fp8", "kv_cache_dtype": "fp8_e4m3"}
+    report = check(shape("llama-3.1-8b", **options), "h100")
+    # A layer: 218,103,808 numbers of a byte, 43,008 channels with a scale of four. Beyond the layers:
+    # embedding and head of 128,256 x 4,096 in two bytes, and 65 norms.
+    linear = 32 * (218_103_808 + 43_008 * 4)
+    assert report.cost.weight_bytes_of_device == linear + 2 * 128_256 * 4096 * 2 + 65 * 4096 * 2
+    assert report.cost.kv_bytes_of_token == 65_536
+    few, many = (report.cost.prefill(tokens, 128) for tokens in (8, 2048))
+    assert [work.kind for work in few.works] == ["gemm", "prefill_attention", "gemm"]
+    assert [work.kind for work in many.works] == ["gemm", "fp8_gemm", "prefill_attention", "gemm"]
+    assert many.works[1].flops == 2 * 2048 * 32 * 218_103_808
+    assert many.flops == check(shape("llama-3.1-8b"), "h100").cost.prefill(2048, 128).flops
+    argv = ["--model-path", str(SHAPES / "llama-3.1-8b.json"), "--load-format", "dummy"]
+    assert preflight.main([*argv, "--quantization", "fp8", "--kv-cache-dtype", "fp8_e4m3"]) == 0
+    assert "bfloat16 with linear weights in fp8, KV in float8_e4m3fn: 8.03 B" in capsys.readouterr().out
+
+
 def test_printed_report_names_every_part(capsys):
     argv = ["--model-path", str(SHAPES / "deepseek-v3.json"), "--load-format", "dummy", "--gpu", "h200"]
     argv += ["--tp", "8", "--dp-size", "8", "--ep", "8", "--enable-dp-attention"]

@@ -7,86 +7,48 @@ measured apart); for sampling, whose loop rewrites the logits, see the row "loop
 """
 
 import argparse
-import functools
 import json
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxserve.ops import paged_attention, sampling
+from jaxserve.ops import mla_attention, paged_attention, sampling
+from jaxserve.ops.kv_write.cached import cached
 from jaxserve.ops.sampling import reference
+from tools.bench_products import expert_rows, layer_rows
+from tools.bench_timing import Card, Row, measure_card, seconds
 
 H, G, K, PAGE_SIZE = 32, 8, 128, 16  # a Llama-3.1-8B layer
 VOCABULARY = 128256
 
 
-@dataclass(frozen=True)
-class Row:
-    name: str
-    shape: str
-    us: float
-    floor_us: float
-    rate: str
-
-
-@dataclass(frozen=True)
-class Card:
-    """What this card does at best, measured."""
-
-    name: str
-    bytes_per_s: float
-    flops_per_s: float
-
-
-def measure_card() -> Card:
-    """A 2 GB copy, read plus written, and an 8192^3 bfloat16 product."""
-    x = jnp.zeros((1 << 30,), jnp.bfloat16)
-    copy_s = seconds(lambda x, i: x + 1, x, iterations=10, carry=True)
-    a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
-    product_s = seconds(lambda a, i: (a @ a).astype(a.dtype), a, iterations=10, carry=True)
-    return Card(jax.devices()[0].device_kind, 2 * x.nbytes / copy_s, 2 * 8192**3 / product_s)
-
-
-def seconds(function: Callable, x: jax.Array, *arguments: Any, iterations: int, carry: bool = False) -> float:
-    """Seconds of one `function(x, i, *arguments)`, i counting: the best of three loops of `iterations`.
-
-    Without `carry`, each call's x depends on the result before it by one number, so that no call
-    can be moved out of the loop or run beside another.
-    """
-
-    def step(arguments, i, x):
-        out = lax.optimization_barrier(function(x, i, *arguments))
-        if carry:
-            return out
-        return (x + out.ravel()[0].astype(x.dtype) * jnp.asarray(1e-6, x.dtype)).astype(x.dtype)
-
-    def run(x, arguments):
-        return lax.fori_loop(0, iterations, functools.partial(step, arguments), x)
-
-    loop = jax.jit(run).lower(x, arguments).compile()
-    loop(x, arguments).block_until_ready()
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        loop(x, arguments).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return best / iterations
-
-
 # ---- attention ----
 
 
-def make_pool(num_tokens: int) -> tuple[jax.Array, jax.Array]:
-    shape = (num_tokens // PAGE_SIZE, PAGE_SIZE, G, K)
-    make = jax.jit(lambda seed: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16))
-    return make(0), make(1)
+Pool = tuple[jax.Array, jax.Array]
+
+
+def make_pool(num_tokens: int, *inner: tuple[int, ...]) -> Pool:
+    """Random pages of both arrays, given what a token has in each."""
+
+    def make(seed: int, shape: tuple[int, ...]) -> jax.Array:
+        shape = (num_tokens // PAGE_SIZE, PAGE_SIZE, *shape)
+        return jax.jit(lambda: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16))()
+
+    return make(0, inner[0]), make(1, inner[-1])
+
+
+def in_float8(pool: Pool) -> Pool:
+    first, second = (jax.jit(cached, static_argnums=1)(x, jnp.float8_e4m3fn) for x in pool)
+    return first, second
+
+
+def named(kernel: str, pool: Pool) -> str:
+    return f"{kernel} fp8" if pool[0].dtype.itemsize == 1 else kernel
 
 
 def page_table(num_slots: int, context: int, num_tokens: int) -> jax.Array:
@@ -113,10 +75,10 @@ def bench_decode(pool, card: Card, R: int, context: int, table_len: int = 8192) 
         return paged_attention.decode(*arrays, page_offset=0, scale=K**-0.5)
 
     s = seconds(run, query, *pool, iterations=64 if R * context < 1 << 17 else 16)
-    num_bytes = R * context * G * K * 2 * 2
-    floor_s = num_bytes / card.bytes_per_s
+    num_bytes = R * context * G * K * 2 * pool[0].dtype.itemsize
+    floor_s = card.floor_s(num_bytes)
     return Row(
-        "decode",
+        named("decode", pool),
         f"B{R} ctx{context}",
         s * 1e6,
         floor_s * 1e6,
@@ -144,10 +106,32 @@ def bench_prefill(pool, card: Card, sequences: int, length: int, block_size: int
 
     s = seconds(run, query, *pool, iterations=10)
     flops = sequences * 2 * 2 * H * K * length * length / 2
-    num_bytes = sequences * length * (2 * H + 2 * G) * K * 2
-    floor_s = max(flops / card.flops_per_s, num_bytes / card.bytes_per_s)
+    num_bytes = sequences * length * (2 * H * 2 + 2 * G * pool[0].dtype.itemsize) * K
+    floor_s = card.floor_s(num_bytes, flops)
     shape = f"{sequences}x{length} block{block_size}"
-    return Row("prefill", shape, s * 1e6, floor_s * 1e6, f"{flops / s / 1e12:.0f} TFLOP/s")
+    return Row(named("prefill", pool), shape, s * 1e6, floor_s * 1e6, f"{flops / s / 1e12:.0f} TFLOP/s")
+
+
+def bench_latent(pool: Pool, card: Card, R: int, context: int, heads: int) -> Row:
+    """Latent decode (MLA, absorbed): R rows of `context` tokens, other slots in every call."""
+    latent, rope = (x.shape[2] for x in pool)
+    num_tokens = pool[0].shape[0] * PAGE_SIZE
+    num_sets = max(1, min(32, num_tokens // (R * (context + PAGE_SIZE))))
+    table = page_table(num_sets * R, context, num_tokens)
+    lens = jnp.full((R,), context, jnp.int32)
+    query = jax.random.normal(jax.random.key(2), (R, heads, latent + rope), jnp.bfloat16)
+
+    def run(query, i, latents, ropes):
+        slots = i % num_sets * R + jnp.arange(R)
+        arrays = (query[..., :latent], query[..., latent:], latents, ropes, table, slots, lens)
+        return mla_attention.decode(*arrays, page_offset=0, scale=0.1)
+
+    s = seconds(run, query, *pool, iterations=16)
+    num_bytes = R * context * (latent + rope) * pool[0].dtype.itemsize
+    flops = 2 * R * context * heads * (2 * latent + rope)
+    rate = f"{num_bytes / s / 1e9:.0f} GB/s, {flops / s / 1e12:.0f} TFLOP/s"
+    shape = f"B{R} ctx{context} H{heads}"
+    return Row(named("latent", pool), shape, s * 1e6, card.floor_s(num_bytes, flops) * 1e6, rate)
 
 
 # ---- sampling ----
@@ -190,40 +174,62 @@ def bench_sampling(card: Card, R: int) -> list[Row]:
     return rows
 
 
+KINDS = ("decode", "prefill", "latent", "sampling", "layer", "experts")
+
+
 def all_rows(card: Card, only: str) -> list[Row]:
-    pool = make_pool(1 << 19)  # 2.1 GB: far beyond the caches
-    decode = functools.partial(bench_decode, pool, card)
-    prefill = functools.partial(bench_prefill, pool, card)
     rows: list[Row] = []
-    if only in "decode":
-        for R, context in ((32, 4096), (256, 1024), (1, 4096), (64, 300)):
-            rows.append(decode(R, context))
-    if only in "prefill":
-        for block_size in (64, 128):
-            for sequences, length in ((1, 2048), (1, 4096), (1, 8192), (16, 128)):
-                rows.append(prefill(sequences, length, block_size))
-    if only in "sampling":
+    wanted = [kind for kind in KINDS if only in kind]
+    if "decode" in wanted or "prefill" in wanted:
+        rows += attention_rows(card, wanted)
+    if "latent" in wanted:
+        pool = make_pool(1 << 21, (512,), (64,))  # 2.4 GB
+        for each in (pool, in_float8(pool)):
+            for heads in (16, 128):
+                for R, context in ((32, 4096), (256, 1024)):
+                    rows.append(bench_latent(each, card, R, context, heads))
+        del pool, each
+    if "sampling" in wanted:
         for R in (32, 256):
             rows.extend(bench_sampling(card, R))
+    if "layer" in wanted:
+        rows += layer_rows(card)
+    if "experts" in wanted:
+        rows += expert_rows(card)
+    return rows
+
+
+def attention_rows(card: Card, wanted: list[str]) -> list[Row]:
+    rows: list[Row] = []
+    wide = make_pool(1 << 19, (G, K))  # 2.1 GB: far beyond the caches
+    for pool in (wide, in_float8(wide)):
+        if "decode" in wanted:
+            for R, context in ((32, 4096), (256, 1024), (1, 4096), (64, 300)):
+                rows.append(bench_decode(pool, card, R, context))
+        if "prefill" in wanted:
+            for block_size in (64, 128):
+                for sequences, length in ((1, 2048), (1, 4096), (1, 8192), (16, 128)):
+                    rows.append(bench_prefill(pool, card, sequences, length, block_size))
     return rows
 
 
 def table_of(card: Card, rows: list[Row]) -> str:
     lines = [
-        f"{card.name}: copy {card.bytes_per_s / 1e9:.0f} GB/s, product {card.flops_per_s / 1e12:.0f} TFLOP/s",
+        f"{card.name}: copy {card.bytes_per_s / 1e9:.0f} GB/s, product {card.flops_per_s / 1e12:.0f} TFLOP/s "
+        f"(float8 {card.fp8_flops_per_s / 1e12:.0f})",
         f"attention: H{H} G{G} K{K} page {PAGE_SIZE} bfloat16; sampling: V {VOCABULARY} float32",
-        f"{'kernel':10s} {'shape':28s} {'us':>9s} {'floor us':>9s} {'of floor':>8s}",
+        f"{'kernel':12s} {'shape':42s} {'us':>9s} {'floor us':>9s} {'of floor':>8s}",
     ]
     for row in rows:
         share = f"{row.floor_us / row.us:8.0%}"
-        lines.append(f"{row.name:10s} {row.shape:28s} {row.us:9.1f} {row.floor_us:9.1f} {share} {row.rate}")
+        lines.append(f"{row.name:12s} {row.shape:42s} {row.us:9.1f} {row.floor_us:9.1f} {share} {row.rate}")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--only", default="", help="decode, prefill or sampling")
+    parser.add_argument("--only", default="", help=f"part of a name: {', '.join(KINDS)}")
     arguments = parser.parse_args()
     if jax.default_backend() != "gpu":
         parser.error(f"needs a GPU; jax's default backend is {jax.default_backend()}")

@@ -1,12 +1,14 @@
 """Convert a checkpoint to orbax, with config and tokenizer beside it.
 
     python -m tools.convert_checkpoint --from DIR|FILE.gguf|OWNER/NAME --to DIR [--verify] [--dtype D]
+        [--quantization fp8|int8]
 
 Streams one item (a layer, or one tensor outside the layers) at a time. An interrupted run
 continues at the first incomplete item when the command is given again; until the manifest is
 written, last, the directory is not taken for a checkpoint. `--verify` reads source and result again
 and compares every tensor by hash. `--dtype auto` keeps every tensor's own dtype, and the model's
-(bfloat16 where the file names none) for quantised ones.
+(bfloat16 where the file names none) for quantised ones. `--quantization fp8|int8` writes the linear
+weights as a server with that flag would make them, half the bytes to store and to read.
 
 Peak resident memory, above the 0.2 GiB of a Python with orbax (2 cores, 2026-11-24, largest tensor
 512 MiB as bf16): 1.4 GiB for 2.75 GiB of bf16 safetensors, 2.9 times the largest tensor; 1.9 GiB for
@@ -36,8 +38,13 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.engine.blueprint import draw_on_paper
+from jaxserve.layers.channel_quant import STORED_SUFFIX, Scheme
+from jaxserve.layers.weight import Stacked
 from jaxserve.weights import Checkpoint, CheckpointError, open_checkpoint
 from jaxserve.weights.checkpoint import DTYPES, read_json
+from jaxserve.weights.declared import declared
 from jaxserve.weights.orbax import (
     BEGUN,
     ITEMS,
@@ -49,6 +56,7 @@ from jaxserve.weights.orbax import (
     write_json,
     write_manifest,
 )
+from jaxserve.weights.quantised import QuantisedCheckpoint
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -84,10 +92,17 @@ def main(argv: list[str] | None = None) -> int:
         choices=("auto", "bfloat16", "float16", "float32"),
         help="default: as stored",
     )
+    parser.add_argument(
+        "--quantization",
+        choices=("fp8", "int8"),
+        help="write linear weights in 8 bits with a scale a channel",
+    )
     args = parser.parse_args(argv)
     console = Console(stderr=True)
     try:
         source = open_checkpoint(args.source, revision=args.revision)
+        if args.quantization:
+            source = QuantisedCheckpoint(source, linear_weights(source, args.quantization), args.quantization)
         with _progress(console) as progress:
             done = convert(source, args.target, args.dtype, progress)
         console.print(f"{args.target}: {done}", markup=False)
@@ -99,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
             if wrong:
                 return 1
             console.print(f"{args.target}: every tensor equals the source", markup=False)
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, ConfigError, OSError) as error:
         console.print(f"error: {error}", markup=False)
         return 1
     except KeyboardInterrupt:
@@ -174,6 +189,25 @@ def verify(source: Checkpoint, target: Path, dtype: str, progress: Progress) -> 
 # ---- what is written ----
 
 
+def linear_weights(source: Checkpoint, scheme: Scheme) -> list[str]:
+    """The matrices that an engine with `--quantization` would quantise.
+
+    Raises: ConfigError for a model that is not served, is quantised already, or whose matrices have the
+    inputs first.
+    """
+    config = ServerConfig.from_keywords(model_path=str(source.path), quantization=scheme)
+    names: list[str] = []
+    for weight in declared(draw_on_paper(config, source.config).model):
+        if len(weight.targets) > 1:
+            if weight.param.assemble not in (None, Stacked()):
+                raise ConfigError(
+                    f"quantization={scheme}: {weight.param.sources[0]} is not stored as [out, in]; quantise "
+                    "this model when it is loaded, with the server's --quantization"
+                )
+            names += weight.param.sources
+    return names
+
+
 def plan_items(source: Checkpoint, dtype: str) -> list[tuple[str, list[str], int]]:
     """(item, its tensors, bytes to write), one a layer and one a tensor outside the layers."""
     groups: dict[str, list[str]] = {}
@@ -196,7 +230,7 @@ def plan_items(source: Checkpoint, dtype: str) -> list[tuple[str, list[str], int
 
 def target_dtype(source: Checkpoint, name: str, dtype: str) -> np.dtype:
     stored = source.tensors[name].dtype
-    if stored.name not in _CONVERTIBLE:
+    if stored.name not in _CONVERTIBLE or name.endswith(STORED_SUFFIX):
         return stored  # integers and fp8 mean something only as they are
     if dtype != "auto":
         return DTYPES[dtype]
@@ -241,7 +275,13 @@ def describe(source: Checkpoint, dtype: str) -> dict[str, Any]:
     for file in sorted({info.file for info in source.tensors.values()}):
         stat = file.stat()
         files[file.name] = [stat.st_size, stat.st_mtime_ns]
-    return {"path": str(source.path), "dtype": dtype, "files": files, "num_tensors": len(source.tensors)}
+    return {
+        "path": str(source.path),
+        "dtype": dtype,
+        "quantization": source.scheme if isinstance(source, QuantisedCheckpoint) else None,
+        "files": files,
+        "num_tensors": len(source.tensors),
+    }
 
 
 # ---- the target directory ----
@@ -284,7 +324,7 @@ def _begin(target: Path, described: dict[str, Any]) -> bool:
 def _refuse_other(target: Path, there: dict[str, Any] | None, described: dict[str, Any]) -> None:
     """Raise unless what `target` was begun from is this very source. Its location may have changed."""
     there = there or {}
-    for key in ("dtype", "files", "num_tensors"):
+    for key in ("dtype", "quantization", "files", "num_tensors"):
         if there.get(key) != described[key]:
             raise CheckpointError(
                 f"{target}: holds a conversion of {there.get('path')} with another {key} "

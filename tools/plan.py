@@ -23,6 +23,7 @@ from jaxserve.check import DEFAULT_GPU, find_hf_config
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.blueprint import draw_on_paper
 from jaxserve.layers.kv import LatentSpec
+from jaxserve.ops.quantized_gemm import W8A8_MIN_ROWS
 from jaxserve.roofline import DEVICES, GIB, Assumptions, Device, Step, find_device
 from jaxserve.step_cost import StepCost
 from jaxserve.weights import CheckpointError
@@ -272,7 +273,7 @@ def report(model: str, rows: Sequence[Row | Refused], setting: Setting) -> Itera
         cost = fits[0].cost
         yield (
             f"{cost.num_params / 1e9:.1f} B parameters ({cost.active_params / 1e9:.1f} B a token), "
-            f"{cost.weight_bytes / 1e9:.1f} GB of weights as declared; KV in {cost.blueprint.dtype.name}: "
+            f"{cost.weight_bytes / 1e9:.1f} GB of weights as declared; KV in {cost.blueprint.kv_dtype.name}: "
             f"{_kv_bytes_once(fits[0]):,.0f} bytes a token"
         )
         if cost.blueprint.states:
@@ -298,11 +299,14 @@ def report(model: str, rows: Sequence[Row | Refused], setting: Setting) -> Itera
     yield "Assumptions (change with --assume name=value):"
     yield (
         f"  {d.name}: {d.memory_bytes / GIB:.1f} GiB, {d.bandwidth / 1e12:g} TB/s, {d.bf16_flops / 1e12:g} "
-        f"TFLOP/s bf16, {d.link / 1e9:g} GB/s to its node and {d.network / 1e9:g} GB/s beyond, one way "
+        f"TFLOP/s bf16 ({d.fp8_flops / 1e12:g} fp8), {d.link / 1e9:g} GB/s to its node "
+        f"and {d.network / 1e9:g} GB/s beyond, one way "
         "(data sheets)"
     )
     yield from (f"  {line}" for line in setting.assumed.lines())
-    yield "  float8 weights are multiplied in bfloat16; embedding rows are not counted, a tied head is"
+    yield f"  float8 weights of dense layers meet float8 from {W8A8_MIN_ROWS} rows on; in blocks, in experts"
+    yield "  and of fewer rows they are multiplied in bfloat16, as int8 always is"
+    yield "  embedding rows are not counted, a tied head is"
     yield "  tokens choose experts evenly; work and collectives follow each other, nothing overlaps"
     yield "  prefill computes causal attention on half of the prompt, MLA absorbed, weights once a step"
     yield "  batch: all sequences at the context, none shares a prefix; max_running_requests is not applied"
@@ -323,6 +327,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--chunk", type=int, default=2048, help="prompt tokens of a step and dp rank")
     parser.add_argument("--mem-fraction-static", type=float, help="of device memory, for weights and KV")
     parser.add_argument("--dequantize-weights", action="store_true", help="float8 weights as bfloat16")
+    parser.add_argument("--quantization", choices=("fp8", "int8"), help="of linear weights, at load")
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("auto", "bfloat16", "fp8_e4m3"), default="auto", help="of the KV cache"
+    )
     parser.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE")
     args = parser.parse_args(argv)
     try:
@@ -344,6 +352,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         server = {
             "mem_fraction_static": args.mem_fraction_static,
             "dequantize_weights": args.dequantize_weights,
+            "quantization": args.quantization,
+            "kv_cache_dtype": args.kv_cache_dtype,
         }
         rows = plan(args.model, args.compare.split(","), setting, server)
         print("\n".join(report(args.model, rows, setting)))

@@ -18,11 +18,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jaxserve import mesh as meshes
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.batch import Bucket
+from jaxserve.engine.quantization import declare_model, kv_dtype
 from jaxserve.layers.kv import KVSpec, LatentSpec, PoolLayout, StateSpec, pool_layouts, state_layout
 from jaxserve.layers.moe import ExpertSpec
 from jaxserve.layers.weight import reorder
 from jaxserve.mesh import Layout, Rules
-from jaxserve.models import resolve
 from jaxserve.parallel.dispatch import Backend, choose_backend
 from jaxserve.parallel.placement import Placement
 from jaxserve.weights import CheckpointError
@@ -42,6 +42,7 @@ class Blueprint:
     mesh: Mesh | AbstractMesh
     on_cpu: bool
     dtype: Any
+    kv_dtype: Any
     model: Any
     states: StateSpec | None  # of a model with recurrent layers
     experts: ExpertSpec | None
@@ -67,14 +68,17 @@ class Blueprint:
     @property
     def page_bytes(self) -> int:
         """Of a page over all layers on one dp rank, copies inside its group not counted."""
-        itemsize = jnp.dtype(self.dtype).itemsize
+        itemsize = self.kv_dtype.itemsize
         return sum(math.prod(shape) * itemsize for shape, _ in self.pool_layouts(1)) // self.layout.dp
 
     @property
     def page_bytes_of_device(self) -> int:
-        itemsize = jnp.dtype(self.dtype).itemsize
+        return sum(self._page_sizes_of_device()) * self.kv_dtype.itemsize
+
+    def _page_sizes_of_device(self) -> list[int]:
+        """Elements of a page over all layers, in each of the two pools."""
         shards = (NamedSharding(self.mesh, spec).shard_shape(shape) for shape, spec in self.pool_layouts(1))
-        return sum(math.prod(shard) * itemsize for shard in shards)
+        return [math.prod(shard) for shard in shards]
 
     @property
     def num_checkpoints(self) -> int | None:
@@ -131,7 +135,19 @@ class Blueprint:
                 f"{fits * per_device / 2**30:.2f} GiB are left of mem_fraction_static={self.mem_fraction:g}; "
                 "lower max_total_tokens"
             )
-        return wanted
+        return wanted if self.on_cpu else self._addressable(wanted)
+
+    def _addressable(self, num_pages: int) -> int:
+        """Fewer pages where the kernels could not address the last ones.
+
+        Pallas-Triton (jax 0.11) counts elements with 32 bits, signed, in arrays of up to 2**32 bytes, which
+        is too little for one-byte elements from 2**31 on. Larger pools are counted with 64 bits.
+        """
+        for size in self._page_sizes_of_device():
+            if self.kv_dtype.itemsize == 1 and 2**31 < num_pages * size <= 2**32:
+                logger.info("kv_cache_dtype=fp8_e4m3: a pool of this size is cut to 2 GiB (2**31 elements)")
+                num_pages = 2**31 // size
+        return num_pages
 
     def max_req_len(self, num_pages: int) -> int:
         """Tokens of one sequence at most, since one may not outgrow the pool."""
@@ -147,9 +163,7 @@ def draw(
     """Raises ConfigError for a model that is not served, and for a layout that does not fit it."""
     layout = meshes.layout_of(config)
     dtype = _dtype(config.dtype, hf_config, on_cpu)
-    if config.dequantize_weights and (quantization := hf_config.get("quantization_config")):
-        hf_config = {**hf_config, "quantization_config": {**quantization, "dequantize": True}}
-    model = resolve(hf_config)(hf_config, dtype)
+    model: Any = declare_model(config, hf_config, dtype)
     experts, states = getattr(model, "experts", None), getattr(model, "states", None)
     if states is not None and config.enable_two_batch_overlap:
         raise ConfigError(
@@ -181,6 +195,7 @@ def draw(
         mesh=mesh,
         on_cpu=on_cpu,
         dtype=dtype,
+        kv_dtype=kv_dtype(config, dtype),
         model=model,
         states=states,
         experts=experts,

@@ -174,6 +174,8 @@ def build(
         architectures=list(hf_config.get("architectures", [])),
         model_type=hf_config.get("model_type", ""),
         dtype=jnp.dtype(dtype).name,
+        quantization=config.quantization or "",
+        kv_cache_dtype=blueprint.kv_dtype.name,
         vocab_size=model.vocab_size,
         context_len=blueprint.context_len,
         eos_token_ids=_eos_ids(hf_config, generation_config),
@@ -231,7 +233,7 @@ def _device_memory(blueprint: Blueprint) -> tuple[int, int]:
 
 def _make_pools(blueprint: Blueprint, num_pages: int) -> tuple[jax.Array, jax.Array]:
     first, second = (
-        _zeros(blueprint, layout, blueprint.dtype) for layout in blueprint.pool_layouts(num_pages)
+        _zeros(blueprint, layout, blueprint.kv_dtype) for layout in blueprint.pool_layouts(num_pages)
     )
     return first, second
 

@@ -377,7 +377,7 @@ class Runner:
         return self._programs[program].as_text()
 
     def _compiler_options(self, program: Any) -> dict[str, Any]:
-        options = compiler_options(program)
+        options = compiler_options(program, any(leaf.dtype == jnp.int8 for leaf in self._leaves))
         if options and self._mesh.is_multi_process:
             # Hosts that share the tuning wait for each other's part, for ever if one reads its program
             # from a cache instead.
@@ -400,12 +400,14 @@ def _abstract(x: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding)
 
 
-def compiler_options(program: Any) -> dict[str, Any]:
+def compiler_options(program: Any, has_int8: bool = False) -> dict[str, Any]:
     """XLA's options for one program; only on a GPU.
 
     XLA's Triton GEMMs are the faster ones below 64 rows and cuBLASLt's from there on (Llama-3.1-8B
     shape on an H100: 5.07 against 5.35 ms at 1 row, 5.77 against 5.35 at 64, 44.7 against 42.7 at
-    2,048), and compile several times faster. Rematerialization counts the donated KV pool twice and
+    2,048), and compile several times faster. Weights in int8 stay with Triton longer: only it widens them
+    inside the product, while cuBLASLt is given a bfloat16 copy that every step makes anew (seen in
+    programs compiled for an H100), 5 bytes a number. Rematerialization counts the donated KV pool twice and
     would "save" memory that is not used: its limit is raised out of the way. Products of one input
     are joined when weights are loaded or not at all: XLA would join what is left, on a mesh, by
     copying the weights in every step (120 MB for a dense layer of DeepSeek-V2-Lite).
@@ -423,7 +425,7 @@ def compiler_options(program: Any) -> dict[str, Any]:
             rows = 0
     return {
         "xla_gpu_memory_limit_slop_factor": 300,
-        "xla_gpu_enable_triton_gemm": rows < 64,
+        "xla_gpu_enable_triton_gemm": rows < (512 if has_int8 else 64),
         "xla_gpu_dot_merger_threshold_mb": 0,
     }
 

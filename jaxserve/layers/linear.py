@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.quant import BlockScaled, Weight
 from jaxserve.ops.kv_write import Heads
 
@@ -32,18 +33,25 @@ def project(
     with three-dimensional weights does: XLA's CPU backend copies such a weight in every call
     (SmolLM2-135M, 8 rows: 107 MB copied a step).
     """
-    in_size = math.prod(x.shape[1:])
-    shape = weight.shape if isinstance(weight, BlockScaled) else weight[...].shape
-    out_shape = shape[: len(shape) - (x.ndim - 1)]
-    matrix = weight.matrix(in_size, x.dtype) if isinstance(weight, BlockScaled) else weight[...]
-    y = jnp.einsum(
-        "ti,oi->to",
-        x.reshape(-1, in_size),
-        matrix.reshape(-1, in_size),
-        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=out_dtype or x.dtype,
-    ).reshape(-1, *out_shape)
+    in_size, shape = math.prod(x.shape[1:]), _shape(weight)
+    x_TI, out_dtype = x.reshape(-1, in_size), out_dtype or x.dtype
+    if isinstance(weight, ChannelScaled):
+        y = weight.product(x_TI, out_dtype)
+    else:
+        matrix = weight.matrix(in_size, x.dtype) if isinstance(weight, BlockScaled) else weight[...]
+        y = jnp.einsum(
+            "ti,oi->to",
+            x_TI,
+            matrix.reshape(-1, in_size),
+            precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+            preferred_element_type=out_dtype,
+        )
+    y = y.reshape(-1, *shape[: len(shape) - (x.ndim - 1)])
     return y if bias is None else y + bias[...].astype(y.dtype)
+
+
+def _shape(weight: Weight) -> tuple[int, ...]:
+    return weight.get_value().shape if isinstance(weight, nnx.Param) else weight.shape
 
 
 class Projections(nnx.Module):
@@ -57,9 +65,7 @@ class Projections(nnx.Module):
     """
 
     def __init__(self, weights: Sequence[Weight], biases: Sequence[nnx.Param | None] = ()):
-        self.out_shapes = tuple(
-            (w.shape if isinstance(w, BlockScaled) else w.get_value().shape)[:-1] for w in weights
-        )
+        self.out_shapes = tuple(_shape(weight)[:-1] for weight in weights)
         self.weights = nnx.List(weights)
         self.biases = nnx.List(biases if any(b is not None for b in biases) else ())
         self.fused = False
@@ -92,17 +98,27 @@ class Projections(nnx.Module):
     def fuse(self) -> None:
         """Join weights that are loaded; the separate ones are freed.
 
-        Weights in float8 stay apart, and products of which only some have a bias.
+        Those with scales for blocks stay apart, those that are not alike, and products of which only
+        some have a bias.
         """
-        weights = [w.get_value() for w in self.weights if not isinstance(w, BlockScaled)]
+        wide = [w for w in self.weights if isinstance(w, nnx.Param)]
+        scaled = [w for w in self.weights if isinstance(w, ChannelScaled)]
         biases = [b.get_value() for b in self.biases if b is not None]
-        if len(weights) < len(self.weights) or len(biases) < len(self.biases):
+        if len(self.weights) not in (len(wide), len(scaled)) or len(biases) < len(self.biases):
             return
-        width = weights[0].shape[-1]
-        self.weights = nnx.List([nnx.Param(_join(weights, (-1, width)))])
+        if wide:
+            self.weights = nnx.List([nnx.Param(_join_rows([w.get_value() for w in wide]))])
+        else:
+            numbers = _join_rows([w.numbers.get_value() for w in scaled])
+            scale = _join([w.scale.get_value() for w in scaled], (-1,))
+            self.weights = nnx.List([ChannelScaled(nnx.Param(numbers), nnx.Param(scale))])
         if biases:
             self.biases = nnx.List([nnx.Param(_join(biases, (-1,)))])
         self.fused = True
+
+
+def _join_rows(weights: list[jax.Array]) -> jax.Array:
+    return _join(weights, (-1, weights[0].shape[-1]))
 
 
 @partial(jax.jit, static_argnums=1)

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxserve.config import ConfigError
+from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.weight import Assemble, Stacked, weight
 
 SCALE_SUFFIX = "_scale_inv"  # of the checkpoint's name: the factor from stored numbers to weights
@@ -97,7 +98,7 @@ class BlockScaled(nnx.Module):
         return (stored.astype(jnp.float32) * scale).astype(dtype)
 
 
-Weight = nnx.Param | BlockScaled
+Weight = nnx.Param | BlockScaled | ChannelScaled
 
 
 def linear_weight(
@@ -115,15 +116,16 @@ def linear_weight(
     `num_out` counts the output dimensions, by default all but the last. A weight with an `assemble`
     of its own is dequantised at load.
     """
+    num_out = len(shape) - 1 if num_out is None else num_out
     if quant is None or not quant.covers(name):
-        return weight(shape, axes, name, dtype=dtype, assemble=assemble)
+        linear = None if assemble is not None else num_out
+        return weight(shape, axes, name, dtype=dtype, assemble=assemble, num_out=linear)
     sources = name, name + SCALE_SUFFIX
     if assemble is not None or not quant.keep:
         return weight(shape, axes, *sources, dtype=dtype, assemble=Dequantize(quant, shape, assemble))
-    num_out = len(shape) - 1 if num_out is None else num_out
     blocks = quant.blocks(int(np.prod(shape[:num_out])), int(np.prod(shape[num_out:])))
     stored = weight(shape, axes, sources[0], dtype=jnp.float8_e4m3fn)
-    scale = weight(blocks, (None, None), sources[1], dtype=jnp.float32, init="ones")
+    scale = weight(blocks, (None, None), sources[1], dtype=jnp.float32, init="ones", is_scale=True)
     return BlockScaled(stored, scale, quant)
 
 
@@ -140,7 +142,7 @@ def stacked_weight(
     Raises: ConfigError when experts kept in float8 do not divide into whole blocks.
     """
     if quant is None or not quant.covers(names[0]):
-        return weight(shape, axes, *names, dtype=dtype, assemble=Stacked()), None
+        return weight(shape, axes, *names, dtype=dtype, assemble=Stacked(), num_out=2), None
     scales = [name + SCALE_SUFFIX for name in names]
     if not quant.keep:
         sources = [source for pair in zip(names, scales) for source in pair]
@@ -154,4 +156,5 @@ def stacked_weight(
         )
     blocks = (shape[0], *quant.blocks(*shape[1:]))
     stored = weight(shape, axes, *names, dtype=jnp.float8_e4m3fn, assemble=Stacked())
-    return stored, weight(blocks, axes, *scales, dtype=jnp.float32, assemble=Stacked(), init="ones")
+    scale = weight(blocks, axes, *scales, dtype=jnp.float32, assemble=Stacked(), init="ones", is_scale=True)
+    return stored, scale

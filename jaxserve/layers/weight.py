@@ -65,6 +65,9 @@ def weight(
     assemble: Assemble | None = None,
     init: Literal["ones", "zeros", "random"] | None = None,
     stored: tuple[int, ...] | None = None,
+    num_out: int | None = None,
+    is_scale: bool = False,
+    made: Any = None,
 ) -> nnx.Param:
     """One abstract parameter.
 
@@ -76,12 +79,23 @@ def weight(
         dtype: what it is kept in on the device.
         init: what dummy weights put here; by default ones at rank 1, zeros for biases, else random.
         stored: the shape in the checkpoint, when zeros behind it make up `shape`.
+        num_out: leading dimensions that are outputs, of a linear weight that may be quantised.
+        is_scale: it is the scales of another parameter.
+        made: how it is made of a wide weight at load (`jaxserve.layers.channel_quant.Made`).
     """
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and logical axes {axes} differ in rank")
     value = jax.ShapeDtypeStruct(shape, dtype)
     return nnx.Param(
-        value, logical=axes, sources=sources, assemble=assemble, init=init, stored=stored or shape
+        value,
+        logical=axes,
+        sources=sources,
+        assemble=assemble,
+        init=init,
+        stored=stored or shape,
+        num_out=num_out,
+        is_scale=is_scale,
+        made=made,
     )
 
 

@@ -121,7 +121,7 @@ class BiasedExperts(nnx.Module):
                 sources, each = (f"{name}.{part}_blocks", f"{name}.{part}_scales"), _Mxfp4(take)
             else:
                 sources, each = (f"{name}.{part}",), _Transposed(take)
-            return weight(shape, axes, *sources, dtype=dtype, assemble=Sliced(each))
+            return weight(shape, axes, *sources, dtype=dtype, assemble=Sliced(each), num_out=2)
 
         def bias(part: str, size: int, axis: str, take: Assemble) -> nnx.Param:
             return weight(
@@ -136,8 +136,12 @@ class BiasedExperts(nnx.Module):
         self.gate_bias = bias("gate_up_proj", F, "expert_ffn", even)
         self.up_bias = bias("gate_up_proj", F, "expert_ffn", odd)
         self.down_bias = bias("down_proj", D, "embed", all_rows)
+        self.gate_scale: nnx.Param | None = None
+        self.up_scale: nnx.Param | None = None
+        self.down_scale: nnx.Param | None = None
 
     def weights(self) -> ExpertWeights:
+        scales = (self.gate_scale, self.up_scale, self.down_scale)
         return ExpertWeights(
             self.gate[...],
             self.up[...],
@@ -145,6 +149,7 @@ class BiasedExperts(nnx.Module):
             self.gate_bias[...],
             self.up_bias[...],
             self.down_bias[...],
+            *(None if scale is None else scale[...] for scale in scales),
         )
 
 

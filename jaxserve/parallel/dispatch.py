@@ -96,16 +96,20 @@ class Dispatch:
             return route(hidden_tD, expert_tX, weight_tX, weights, activation, bool(experts))
 
         rank = PartitionSpec("dp")
+        scale_a_channel = weights.down_scale is not None and weights.down_scale.shape[2] == 1
         return jax.shard_map(
             on_device,
             mesh=self.mesh,
-            in_specs=(rank, rank, rank, _weight_specs(experts, ffn), PartitionSpec()),
+            in_specs=(rank, rank, rank, _weight_specs(experts, ffn, scale_a_channel), PartitionSpec()),
             out_specs=rank,
             check_vma=False,  # the kernels' outputs carry no replication types
         )(hidden_TD, expert_TX, weight_TX, weights, slots)
 
 
-def _weight_specs(experts: tuple[str, ...], ffn: tuple[str, ...]) -> ExpertWeights:
+def _weight_specs(
+    experts: tuple[str, ...], ffn: tuple[str, ...], scale_a_channel: bool = False
+) -> ExpertWeights:
+    """`scale_a_channel`: scales have a last dimension of 1, which nothing splits."""
     up: Any = PartitionSpec(experts, ffn)
     down: Any = PartitionSpec(experts, None, ffn)
     whole: Any = PartitionSpec(experts)
@@ -118,7 +122,7 @@ def _weight_specs(experts: tuple[str, ...], ffn: tuple[str, ...]) -> ExpertWeigh
         down_bias_ED=whole,
         gate_scale=up,
         up_scale=up,
-        down_scale=down,
+        down_scale=whole if scale_a_channel else down,
     )
 
 

@@ -5,7 +5,7 @@ Knows parameters (their declared shape, dtype, sources) and arrays, not formats 
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,7 @@ import xxhash
 from flax import nnx
 from jax.sharding import Sharding
 
+from jaxserve.layers.channel_quant import STORED_SUFFIX
 from jaxserve.layers.weight import Assemble, Sliced, Stacked
 from jaxserve.weights.checkpoint import (
     Checkpoint,
@@ -25,10 +26,10 @@ from jaxserve.weights.checkpoint import (
     find_tensor,
     full_index,
 )
+from jaxserve.weights.declared import Shardings, declared
 
 logger = logging.getLogger(__name__)
 
-Shardings = Callable[[nnx.Param], Sharding]
 Progress = Callable[[int, int], None]
 
 # Buffers that some checkpoints carry and every engine computes itself.
@@ -38,30 +39,30 @@ _COMPUTED = ("rotary_emb.inv_freq", "rope.freqs", "attn.masked_bias", "attn.bias
 def load(model: nnx.Module, checkpoint: Checkpoint, shardings: Shardings, progress: Progress) -> None:
     """Replace every abstract parameter of `model` by an array of its sharding.
 
-    One parameter at a time; a device reads only its own part where the parameter is one stored
-    tensor. Host memory: the sources of one parameter, plus one more that is still on its way to
-    the device. Every shape is checked before anything is read. `progress(done, total)` counts
-    bytes of the filled model. Tensors that no parameter uses are named in one warning.
+    One parameter at a time, quantised on its devices where that is declared; a device reads only its
+    own part where the parameter is one stored tensor. Host memory: the sources of one parameter, plus
+    one more that is still on its way to the device. Every shape is checked before anything is read.
+    `progress(done, total)` counts bytes of the filled model. Tensors that no parameter uses are named
+    in one warning.
 
     Raises: CheckpointError for a missing or misshapen tensor.
     """
-    params = list(_parameters(model))
-    for path, param in params:
-        _check_sources(checkpoint, path, param)
-    used = {source for _, param in params for source in param.sources}
+    weights = list(declared(model))
+    used = {source for weight in weights for target in weight.targets for source in target.sources}
+    for weight in weights:
+        _check_sources(checkpoint, weight.path, weight.param, used)
     _report_unused(checkpoint, used, getattr(model, "unserved", ()))
-    total = sum(_num_bytes(param) for _, param in params)
+    total = sum(weight.num_bytes for weight in weights)
     done, previous = 0, None
     progress(done, total)
-    for path, param in params:
-        want = param.get_raw_value()
-        read = _reader(checkpoint, path, param)
-        array = jax.make_array_from_callback(want.shape, shardings(param), read, dtype=want.dtype)
+    for weight in weights:
+        want = weight.param.get_raw_value()
+        read = _reader(checkpoint, weight.path, weight.param)
+        array = jax.make_array_from_callback(want.shape, shardings(weight.param), read, dtype=want.dtype)
         if previous is not None:
             previous.block_until_ready()  # its host copy is free now; two at most are alive
-        param.set_raw_value(array)
+        done += sum(array.nbytes for array in weight.set(array, shardings))
         previous = array
-        done += array.nbytes
         progress(done, total)
     if previous is not None:
         previous.block_until_ready()
@@ -75,42 +76,37 @@ def load_dummy(model: nnx.Module, shardings: Shardings, seed: int, progress: Pro
     fan-in of an [out, in] layer, so that activations keep their size. Values depend on `seed` and
     the parameter's path alone, not on the sharding. One compiled program a distinct shape.
     """
-    params = list(_parameters(model))
-    total, done = sum(_num_bytes(param) for _, param in params), 0
+    weights = list(declared(model))
+    total, done = sum(weight.num_bytes for weight in weights), 0
     progress(done, total)
-    for path, param in params:
+    for weight in weights:
+        param, path_hash = weight.param, np.uint32(xxhash.xxh32_intdigest(weight.path.encode()))
         want = param.get_raw_value()
         dtype, order = jnp.dtype(want.dtype), param.get_metadata().get("order")
         make = _dummy_program(want.shape, dtype, _dummy_kind(param), shardings(param), order)
-        array = make(np.uint32(seed & 0xFFFFFFFF), np.uint32(xxhash.xxh32_intdigest(path.encode())))
-        param.set_raw_value(array)
-        done += array.nbytes
+        array = make(np.uint32(seed & 0xFFFFFFFF), path_hash)
+        done += sum(array.nbytes for array in weight.set(array, shardings))
         progress(done, total)
-    for _, param in params:
-        param.get_raw_value().block_until_ready()
-
-
-# ---- parameters ----
-
-
-def _parameters(model: nnx.Module) -> Iterator[tuple[str, nnx.Param]]:
-    """(dotted path, parameter), in the model's order; a shared parameter comes once."""
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Param):
-            yield ".".join(map(str, path)), node
-
-
-def _num_bytes(param: nnx.Param) -> int:
-    want = param.get_raw_value()
-    return math.prod(want.shape) * jnp.dtype(want.dtype).itemsize
+        if len(weight.targets) > 1:
+            weight.targets[0].get_raw_value().block_until_ready()  # one wide weight at a time
+    for weight in weights:
+        weight.targets[0].get_raw_value().block_until_ready()
 
 
 # ---- from a checkpoint ----
 
 
-def _check_sources(checkpoint: Checkpoint, path: str, param: nnx.Param) -> None:
+def _check_sources(checkpoint: Checkpoint, path: str, param: nnx.Param, used: set[str]) -> None:
+    """`used` are the sources of all parameters."""
     assert param.sources, f"{path} names no checkpoint tensor"
     infos = [find_tensor(checkpoint.tensors, source, checkpoint.path) for source in param.sources]
+    for source in param.sources:
+        scale = source + STORED_SUFFIX
+        if scale in checkpoint.tensors and scale not in used:
+            raise CheckpointError(
+                f"{checkpoint.tensors[source].file}: tensor {source} is quantised ({scale} is beside it), "
+                "but this model reads it as it is; convert the checkpoint with that layer left out"
+            )
     if isinstance(param.assemble, Stacked):
         return _check_slices(path, param, infos)
     if param.assemble is not None:

@@ -29,6 +29,11 @@ class Heads:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    kv_dtype: str | None = None  # of the pools, when another
+
+    @property
+    def pool_dtype(self) -> str:
+        return self.kv_dtype or self.dtype
 
 
 KERNEL_HEADS = (
@@ -41,6 +46,8 @@ KERNEL_HEADS = (
     Heads(24, 1, 128, page_size=64, dtype="bfloat16"),
     Heads(4, 2, 256, page_size=8, dtype="bfloat16", window=7),
     Heads(4, 4, 256, softcap=50.0),
+    Heads(9, 3, 64, kv_dtype="float8_e4m3fn"),
+    Heads(8, 2, 128, dtype="bfloat16", window=50, sinks=True, kv_dtype="float8_e4m3fn"),
 )
 
 
@@ -69,7 +76,7 @@ class Pool:
         shape = (2 * num_pages, h.page_size, h.G, h.K)
         # Rounded to the case's type once, so that the dense softmax sees what the kernels see.
         keys, values = (
-            np.array(jnp.asarray(random.normal(size=shape), h.dtype), np.float32) for _ in range(2)
+            np.array(jnp.asarray(random.normal(size=shape), h.pool_dtype), np.float32) for _ in range(2)
         )
         for pool in (keys, values):
             pool[:num_pages] = np.inf
@@ -83,7 +90,7 @@ class Pool:
             object.__setattr__(self, name, value)
 
     def arrays(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        dtype = self.heads.dtype
+        dtype = self.heads.pool_dtype
         return jnp.asarray(self.keys, dtype), jnp.asarray(self.values, dtype), jnp.asarray(self.table)
 
     def sequence(self, slot: int) -> tuple[np.ndarray, np.ndarray]:

@@ -25,6 +25,11 @@ class Latents:
     K: int = 16
     dtype: str = "float32"
     seed: int = 0
+    kv_dtype: str | None = None  # of the pools, when another
+
+    @property
+    def pool_dtype(self):
+        return self.kv_dtype or self.dtype
 
     def __post_init__(self):
         rng = np.random.default_rng(self.seed)
@@ -34,7 +39,9 @@ class Latents:
         unused = np.setdiff1d(np.arange(num_pages), table)
         pools = []
         for size in (self.L, self.K):
-            pool = np.array(jnp.asarray(rng.normal(size=(2 * num_pages, PAGE, size)), self.dtype), np.float32)
+            pool = np.array(
+                jnp.asarray(rng.normal(size=(2 * num_pages, PAGE, size)), self.pool_dtype), np.float32
+            )
             pool[:num_pages], pool[num_pages + unused] = np.inf, np.inf
             pools.append(pool)
         object.__setattr__(self, "pools", pools)
@@ -48,8 +55,9 @@ class Latents:
         ]
 
     def arguments(self, n):
-        arrays = (*self.queries(n), *self.pools)
-        return (*(jnp.asarray(a, self.dtype) for a in arrays), jnp.asarray(self.table))
+        queries = (jnp.asarray(a, self.dtype) for a in self.queries(n))
+        pools = (jnp.asarray(a, self.pool_dtype) for a in self.pools)
+        return (*queries, *pools, jnp.asarray(self.table))
 
     def dense(self, query, slot, length):
         """One token's heads over the first `length` positions of a slot, in float64."""
@@ -120,6 +128,7 @@ CASES = (
     Latents(),
     Latents(H=20, L=24, K=8),  # heads of two tiles, sizes that are no powers of two
     Latents(H=16, L=64, K=16, dtype="bfloat16"),
+    Latents(H=16, L=64, K=16, dtype="bfloat16", kv_dtype="float8_e4m3fn"),
 )
 
 
@@ -146,15 +155,15 @@ def test_decode_kernel_gives_the_same_for_any_number_of_splits(splits):
     np.testing.assert_allclose(got, expected_decode(latents), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("heads", [16, 128])
-def test_kernels_lower_to_cuda_without_a_gpu_in_deepseeks_shape(heads):
+@pytest.mark.parametrize("heads, kv", [(16, jnp.bfloat16), (128, jnp.bfloat16), (128, jnp.float8_e4m3fn)])
+def test_kernels_lower_to_cuda_without_a_gpu_in_deepseeks_shape(heads, kv):
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def ints(*shape):
         return array(*shape, dtype=jnp.int32)
 
-    pools = (array(1000, 16, 512), array(1000, 16, 64), ints(4, 64))
+    pools = (array(1000, 16, 512, dtype=kv), array(1000, 16, 64, dtype=kv), ints(4, 64))
     step = {"page_offset": 100, "scale": 0.1}
     decode = functools.partial(mla_attention.decode, **step)
     prefill = functools.partial(mla_attention.prefill, block_size=64, **step)

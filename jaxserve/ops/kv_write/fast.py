@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jaxserve.ops.kv_write.cached import cached
+
 QUERY_HEADS = 16  # of one program
 
 
@@ -142,7 +144,7 @@ def _store(ref, at, head, is_head, runs):
     for begin, count, value in runs:
         column = jnp.arange(_power_of_two(count))[None, :]
         mask = is_head[:, None] & (column < count)
-        plt.store(ref.at[*at, head[:, None], begin + column], value.astype(ref.dtype), mask=mask)
+        plt.store(ref.at[*at, head[:, None], begin + column], cached(value, ref.dtype), mask=mask)
 
 
 def _power_of_two(n: int) -> int:

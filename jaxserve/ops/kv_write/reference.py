@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from jaxserve.ops.kv_write.cached import cached
+
 
 def rotate_and_write(
     query, key, value, rotation, key_pages, value_pages, page_T, offset_T, *, page_offset, R: int
@@ -35,4 +37,4 @@ def write(
     """
     nowhere_T = pages.shape[0] + jnp.arange(page_T.shape[0], dtype=page_T.dtype)
     page_T = jnp.where(page_T < 0, nowhere_T, page_T + page_offset)
-    return pages.at[page_T, offset_T].set(x.astype(pages.dtype), mode="drop", unique_indices=True)
+    return pages.at[page_T, offset_T].set(cached(x, pages.dtype), mode="drop", unique_indices=True)

@@ -83,8 +83,8 @@ def decode(
         interpret=interpret,
         name="mla_decode",
     )(
-        query_latent_RHL.astype(latent_pages.dtype),
-        query_rope_RHK.astype(rope_pages.dtype),
+        query_latent_RHL.astype(_product_dtype(query_latent_RHL, latent_pages)),
+        query_rope_RHK.astype(_product_dtype(query_rope_RHK, rope_pages)),
         latent_pages,
         rope_pages,
         page_table_SN,
@@ -127,8 +127,8 @@ def prefill(
     tile = tile or prefill_tile(block_size, latent_pages.dtype.itemsize)
     parts = pl.cdiv(block_size, tile.rows)
     inputs = (
-        query_latent_PHL.astype(latent_pages.dtype),
-        query_rope_PHK.astype(rope_pages.dtype),
+        query_latent_PHL.astype(_product_dtype(query_latent_PHL, latent_pages)),
+        query_rope_PHK.astype(_product_dtype(query_rope_PHK, rope_pages)),
         latent_pages,
         rope_pages,
         page_table_SN,
@@ -184,7 +184,7 @@ def _decode_kernel(
     pools = _Pools(latent_ref, rope_ref, table_ref, slot_ref[r], offset_ref[0], tile.keys)
 
     def attend(block, state):
-        position, latent, rope = pools.load(block, end)
+        position, latent, rope = pools.load(block, end, query[0].dtype)
         return _update(state, _score(query, latent, rope, scale), (position < end)[None, :], latent)
 
     out, lse = _finish(lax.fori_loop(begin, end_block, attend, _start(query[0].shape)))
@@ -240,7 +240,7 @@ def _prefill_kernel(
     pools = _Pools(latent_ref, rope_ref, table_ref, slot_ref[block], offset_ref[0], tile.keys)
 
     def attend(key_block, state):
-        position, latent, rope = pools.load(key_block, end)
+        position, latent, rope = pools.load(key_block, end, query[0].dtype)
         allowed = position[None, :] <= (pos + row)[:, None]
         return _update(state, _score(query, latent, rope, scale), allowed, latent)
 
@@ -261,14 +261,15 @@ class _Pools(NamedTuple):
     page_offset: jax.Array
     keys: int
 
-    def load(self, block, end):
-        """Positions, latents and rope parts of one block; 0 from position `end` on."""
+    def load(self, block, end, dtype):
+        """Positions, latents and rope parts of one block in `dtype`; 0 from position `end` on."""
         position = block * self.keys + jnp.arange(self.keys)
         seen = position < end
         page_size = self.latent_ref.shape[1]
         page = plt.load(self.table_ref.at[self.slot, position // page_size], mask=seen, other=jnp.int32(0))
         at = ((page + self.page_offset)[:, None], (position % page_size)[:, None])
-        return position, _load(self.latent_ref, at, seen), _load(self.rope_ref, at, seen)
+        latent, rope = (_load(ref, at, seen).astype(dtype) for ref in (self.latent_ref, self.rope_ref))
+        return position, latent, rope
 
 
 def _load(ref, index, is_row):
@@ -325,6 +326,11 @@ def _finish(state):
 
 def _scalar(value) -> jax.Array:
     return jnp.full((1,), value, jnp.int32)
+
+
+def _product_dtype(query, pages):
+    """Of the matrix products: the pool's, unless that is float8, which is widened where it is read."""
+    return query.dtype if pages.dtype.itemsize == 1 else pages.dtype
 
 
 def _power_of_two(n: int) -> int:

@@ -6,7 +6,8 @@ in a second, small kernel; the heads of one KV group are the rows of its matrix 
 
 The softmax runs in base 2 (exp2 is one instruction), sums and products accumulate in float32.
 Offsets: Pallas-Triton indexes an array of more than 2**32 bytes with 64 bits, and all smaller ones
-of two- and four-byte types have offsets below 2**31, so a full pool needs nothing from us.
+of two- and four-byte types have offsets below 2**31, so a full pool needs nothing from us. A float8
+pool of 2**31 to 2**32 bytes would: the engine makes none (`Blueprint.num_pages`).
 """
 
 import functools
@@ -118,7 +119,7 @@ def decode(
         interpret=interpret,
         name="paged_decode",
     )(
-        query_RHK.astype(key_pages.dtype),
+        query_RHK.astype(_product_dtype(query_RHK, key_pages)),
         key_pages,
         value_pages,
         page_table_SN,
@@ -175,7 +176,7 @@ def prefill(
         window=window,
     )
     inputs = (
-        query_PHK.astype(key_pages.dtype),
+        query_PHK.astype(_product_dtype(query_PHK, key_pages)),
         key_pages,
         value_pages,
         page_table_SN,
@@ -239,6 +240,7 @@ def _decode_kernel(
         page, offset = pages.locate(position, seen)
         key = _load_heads(key_ref, (page[:, None], offset[:, None], g), K, seen)
         value = _load_heads(value_ref, (page[:, None], offset[:, None], g), K, seen)
+        key, value = key.astype(query.dtype), value.astype(query.dtype)
         logits = jnp.where(seen[None, :], score(_dot(query, key.T)), NEG_INF)
         return _update(state, logits, value)
 
@@ -308,6 +310,7 @@ def _prefill_kernel(
         page, offset = pages.locate(position, seen)
         key = _load_heads(key_ref, (page[:, None], offset[:, None], g), K, seen)
         value = _load_heads(value_ref, (page[:, None], offset[:, None], g), K, seen)
+        key, value = key.astype(query.dtype), value.astype(query.dtype)
         logits = score(_dot(query, key.T))
         if masked:
             allowed = position[None, :] <= (pos + row)[:, None]
@@ -412,6 +415,11 @@ def _finish(state):
 def _scalar(value):
     """One number as a kernel's operand. As a constant it would make every layer a kernel of its own."""
     return jnp.full((1,), value, jnp.int32)
+
+
+def _product_dtype(query, pages):
+    """Of the matrix products: the pool's, unless that is float8, which is widened where it is read."""
+    return query.dtype if pages.dtype.itemsize == 1 else pages.dtype
 
 
 def _sinks(sinks_H, H):

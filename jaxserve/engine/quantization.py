@@ -1,0 +1,61 @@
+"""Which 8-bit types a configuration and a checkpoint ask for: of the weights, and of the KV cache."""
+
+import logging
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.layers.channel_quant import ChannelQuant, quantise_model, read_stored
+from jaxserve.models import resolve
+
+logger = logging.getLogger(__name__)
+
+
+def declare_model(config: ServerConfig, hf_config: dict[str, Any], dtype: Any) -> nnx.Module:
+    """The abstract model, its linear weights as `quantization` or the checkpoint has them.
+
+    Raises ConfigError for what the checkpoint is already, and for an architecture that is not served.
+    """
+    given, asked = hf_config.get("quantization_config") or {}, config.quantization
+    stored = read_stored(hf_config)
+    if asked and config.dequantize_weights:
+        raise ConfigError(f"quantization={asked} and dequantize_weights exclude each other; give one of them")
+    if stored is not None:
+        if asked not in (None, stored.scheme):
+            raise _is_already(asked, f"{stored.scheme} with a scale for each channel or tensor")
+        if config.dequantize_weights:
+            raise ConfigError(
+                "dequantize_weights takes checkpoints with a scale for each block; leave it out"
+            )
+        hf_config = {key: value for key, value in hf_config.items() if key != "quantization_config"}
+    if config.dequantize_weights and given:
+        hf_config = {**hf_config, "quantization_config": {**given, "dequantize": True}}
+    model = resolve(hf_config)(hf_config, dtype)
+    if stored is not None:
+        quantise_model(model, stored)
+    elif asked and given.get("weight_block_size"):
+        if asked != given.get("quant_method"):
+            raise _is_already(asked, f"{given.get('quant_method')} with a scale for each block")
+        logger.info("quantization=%s: the checkpoint's weights are float8 in blocks, and stay so", asked)
+    elif asked:
+        quantise_model(model, ChannelQuant(asked))
+    return model
+
+
+def _is_already(asked: str, kind: str) -> ConfigError:
+    return ConfigError(
+        f"quantization={asked}: this checkpoint is quantised already, as {kind}; leave quantization out"
+    )
+
+
+def kv_dtype(config: ServerConfig, dtype: Any) -> Any:
+    """Of keys, values and latents in the cache."""
+    match config.kv_cache_dtype:
+        case "auto":
+            return dtype
+        case "bfloat16":
+            return jnp.dtype(jnp.bfloat16)
+        case "fp8_e4m3":
+            return jnp.dtype(jnp.float8_e4m3fn)

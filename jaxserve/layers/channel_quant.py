@@ -1,0 +1,201 @@
+"""Linear weights in 8 bits, float8 or int8, with a float32 scale for each output channel.
+
+`quantise_model` declares the linear weights of any abstract model anew: attention's and feed-forward
+projections and the experts, which are what a step reads. Embedding, output head, norms, biases,
+routers, and the parts of latent attention that are made of `kv_b_proj` stay as they are. The numbers
+are made when a weight is loaded, from a checkpoint in any float dtype; or read, from a checkpoint that
+holds them.
+"""
+
+import fnmatch
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxserve.config import ConfigError
+from jaxserve.layers.weight import Stacked, weight
+from jaxserve.ops.quantized_gemm import FLOAT8_MAX, multiply
+
+Scheme = Literal["fp8", "int8"]
+DTYPES: dict[Scheme, Any] = {"fp8": jnp.float8_e4m3fn, "int8": jnp.int8}
+LARGEST: dict[Scheme, float] = {"fp8": FLOAT8_MAX, "int8": 127.0}
+STORED_SUFFIX = "_scale"  # of the scales' names in checkpoints that hold the numbers
+
+
+@dataclass(frozen=True)
+class ChannelQuant:
+    """How linear weights are kept.
+
+    Args:
+        scheme: fp8 is float8_e4m3fn.
+        is_stored: the checkpoint has the numbers and scales; else they are made at load.
+        skip: modules that a stored checkpoint left as they are: names, or patterns after `re:`.
+    """
+
+    scheme: Scheme
+    is_stored: bool = False
+    skip: tuple[str, ...] = ()
+
+    def covers(self, source: str) -> bool:
+        """Whether the weight called `source` is quantised."""
+        module = source.removesuffix(".weight")
+        return not any(_matches(module, pattern) for pattern in self.skip)
+
+
+def _matches(module: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], module) is not None
+    return module == pattern or module.endswith(f".{pattern}") or fnmatch.fnmatchcase(module, pattern)
+
+
+class ChannelScaled(nnx.Module):
+    """A linear layer's weight: `numbers` [*out, *in] in 8 bits, `scale` [*out] in float32."""
+
+    def __init__(self, numbers: nnx.Param, scale: nnx.Param):
+        self.numbers, self.scale = numbers, scale
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.numbers.get_value().shape
+
+    def product(self, x_TI: jax.Array, out_dtype: DTypeLike) -> jax.Array:
+        """x [T, in] times the weight: [T, out], both of merged dimensions."""
+        numbers_OI = self.numbers[...].reshape(-1, x_TI.shape[1])
+        return multiply(x_TI, numbers_OI, self.scale[...].reshape(-1), out_dtype)
+
+
+# ---- declaring ----
+
+
+@dataclass(frozen=True)
+class Made:
+    """Metadata of numbers that are made at load of a wide weight of `dtype`, with a scale over the first
+    `num_out` dimensions. The scale has the same sources, assembled alike."""
+
+    scheme: Scheme
+    dtype: Any
+    num_out: int
+
+
+def quantise_model(model: nnx.Module, quant: ChannelQuant) -> None:
+    """Declare every linear weight of an abstract model in 8 bits, with scales that its devices share.
+
+    A scale is sharded as its channel is. Stacked experts keep a parameter of their own for scales,
+    [E, out, 1], which is what `jaxserve.ops.grouped_gemm` takes.
+    """
+    for _, node in list(nnx.iter_graph(model)):
+        if isinstance(node, nnx.List):
+            for number, param in enumerate(node):
+                if _is_linear(param, quant):
+                    node[number] = ChannelScaled(*_declare(param, quant))
+        elif isinstance(node, nnx.Module):
+            for name, param in list(vars(node).items()):
+                if not _is_linear(param, quant):
+                    continue
+                numbers, scale = _declare(param, quant)
+                if param.logical[0] == "expert":
+                    setattr(node, name, numbers)
+                    setattr(node, f"{name}_scale", nnx.data(scale))
+                else:
+                    setattr(node, name, ChannelScaled(numbers, scale))
+
+
+def _is_linear(param: Any, quant: ChannelQuant) -> bool:
+    if not isinstance(param, nnx.Param) or param.get_metadata().get("num_out") is None:
+        return False
+    return quant.covers(param.sources[0])
+
+
+def _declare(param: nnx.Param, quant: ChannelQuant) -> tuple[nnx.Param, nnx.Param]:
+    """(numbers, scale) of a declared linear weight."""
+    shape, axes = param.get_raw_value().shape, param.logical
+    num_out, sources = param.num_out, param.sources
+    scale_shape, scale_axes = shape[:num_out], axes[:num_out]
+    if axes[0] == "expert":
+        scale_shape, scale_axes = (*scale_shape, 1), (*scale_axes, None)
+    declare_numbers = {"dtype": DTYPES[quant.scheme], "assemble": param.assemble}
+    declare_scale: dict[str, Any] = {"dtype": jnp.float32, "init": "ones", "is_scale": True}
+    if not quant.is_stored:
+        made = Made(quant.scheme, param.get_raw_value().dtype, num_out)
+        numbers = weight(shape, axes, *sources, **declare_numbers, made=made)
+        # The same sources: whatever declares stacked experts anew does it to both alike.
+        return numbers, weight(scale_shape, scale_axes, *sources, **declare_scale, assemble=param.assemble)
+    if param.assemble is not None and param.assemble != Stacked():
+        raise ConfigError(f"{sources[0]}: weights of this family are not read in 8 bits a channel")
+    each = _Spread(scale_shape[1:] if axes[0] == "expert" else scale_shape)
+    assemble = Stacked(each) if axes[0] == "expert" else each
+    numbers = weight(shape, axes, *sources, **declare_numbers)
+    names = [source + STORED_SUFFIX for source in sources]
+    return numbers, weight(scale_shape, scale_axes, *names, **declare_scale, assemble=assemble)
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """Assembles the scales of a weight: stored one a channel, or one for all."""
+
+    shape: tuple[int, ...]
+
+    def __call__(self, stored: np.ndarray) -> np.ndarray:
+        stored = stored.astype(np.float32)
+        return np.full(self.shape, stored.item()) if stored.size == 1 else stored.reshape(self.shape)
+
+
+# ---- making ----
+
+
+def quantise(wide: jax.Array, scheme: Scheme, num_out: int) -> tuple[jax.Array, jax.Array]:
+    """(numbers, scale [*out]): the largest number of each channel becomes the largest that 8 bits hold.
+
+    Rounding to the nearest: int8 is off by half a scale at most, float8 by a sixteenth of a number
+    (3 bits of mantissa), or half of its smallest step, 2**-9, times the scale.
+    """
+    inner = tuple(range(num_out, wide.ndim))
+    wide, largest = wide.astype(jnp.float32), LARGEST[scheme]
+    scale = jnp.max(jnp.abs(wide), axis=inner, keepdims=True) / largest
+    ratio = jnp.clip(wide / jnp.where(scale > 0, scale, 1), -largest, largest)
+    numbers = (jnp.round(ratio) if scheme == "int8" else ratio).astype(DTYPES[scheme])
+    return numbers, scale.reshape(wide.shape[:num_out])
+
+
+# ---- reading config.json ----
+
+
+def read_stored(config: dict[str, Any]) -> ChannelQuant | None:
+    """From `quantization_config` of a checkpoint with a scale a channel or a tensor, else None.
+
+    Raises ConfigError for a kind of compressed-tensors that is not read.
+    """
+    given = config.get("quantization_config") or {}
+    method = given.get("quant_method")
+    if method == "fp8" and not given.get("weight_block_size"):
+        skip = given.get("ignored_layers") or given.get("modules_to_not_convert") or ()
+        return ChannelQuant("fp8", is_stored=True, skip=tuple(skip))
+    if method != "compressed-tensors":
+        return None
+    groups = (given.get("config_groups") or {}).values()
+    schemes: set[Scheme | None] = {_scheme(group.get("weights") or {}) for group in groups}
+    scheme = schemes.pop() if len(schemes) == 1 else None
+    if scheme is None:
+        raise ConfigError(
+            "config.json: quantization_config of compressed-tensors is read for weights of 8 bits, float or "
+            "int, symmetric, strategy channel or tensor, alike in all config_groups"
+        )
+    return ChannelQuant(scheme, is_stored=True, skip=tuple(given.get("ignore") or ()))
+
+
+def _scheme(weights: dict[str, Any]) -> Scheme | None:
+    fits = weights.get("num_bits") == 8 and weights.get("strategy") in ("channel", "tensor")
+    if not fits or not weights.get("symmetric", True) or weights.get("dynamic"):
+        return None
+    match weights.get("type"):
+        case "float":
+            return "fp8"
+        case "int":
+            return "int8"
+    return None

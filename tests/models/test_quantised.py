@@ -1,0 +1,341 @@
+"""Weights in 8 bits with a scale a channel: made at load or stored, against a dense file of the same."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.engine.blueprint import draw_on_paper
+from jaxserve.layers.channel_quant import ChannelQuant, ChannelScaled, quantise, read_stored
+from jaxserve.ops.quantized_gemm import W8A8_MIN_ROWS, multiply
+from jaxserve.weights import CheckpointError, load, open_checkpoint
+from tests.models.tiny import GOLDEN, Golden, read_config, read_tensors
+from tools import convert_checkpoint
+
+CASES = (
+    ("llama", "fp8"),
+    ("llama", "int8"),
+    ("qwen3_moe", "fp8"),
+    ("deepseek_v3", "int8"),
+    ("gpt_oss", "fp8"),  # experts with biases
+)
+GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+# What stays as it is: vocabulary, norms, biases, routers, and the up-projections of latent attention.
+PLAIN = re.compile(r"embed_tokens|lm_head|norm|bias|\.gate\.|router|kv_b_proj|sinks|shared_expert_gate")
+
+
+def by_channel(tensor, scheme, inner):
+    """(numbers, scales) in numpy, the channel's inputs along axis `inner`."""
+    kind, largest = (ml_dtypes.float8_e4m3fn, 448) if scheme == "fp8" else (np.int8, 127)
+    scale = np.abs(tensor).max(axis=inner, keepdims=True).astype(np.float32) / np.float32(largest)
+    ratio = np.clip(tensor / scale, -largest, largest)
+    return (np.rint(ratio) if scheme == "int8" else ratio).astype(kind), scale
+
+
+def write(path, config, tensors):
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, path / "model.safetensors")
+    return str(path)
+
+
+def dense_file(path, family, scheme):
+    """A float32 checkpoint whose linear weights are what the 8 bits stand for."""
+    tensors = {}
+    for name, tensor in read_tensors(family).items():
+        if not PLAIN.search(name):
+            numbers, scale = by_channel(
+                tensor, scheme, -2 if tensor.ndim == 3 else -1
+            )  # GPT-OSS: [E, in, out]
+            tensor = numbers.astype(np.float32) * scale
+        tensors[name] = np.ascontiguousarray(tensor)
+    return write(path, read_config(family), tensors)
+
+
+def tokens(served, family):
+    prompts = [prompt.tolist() for prompt in Golden.read(family).prompts]
+    return [list(reply["output_ids"]) for reply in served.generate(input_ids=prompts, sampling_params=GREEDY)]
+
+
+@pytest.mark.parametrize("family, scheme", CASES)
+def test_quantised_engine_gives_the_tokens_of_the_dequantised_weights(family, scheme, engine, tmp_path):
+    want = tokens(engine(dense_file(tmp_path, family, scheme)), family)
+    assert want != tokens(engine(family), family)[: len(want)], "the test would not see unquantised weights"
+    assert tokens(engine(family, quantization=scheme), family) == want
+
+
+@pytest.mark.parametrize(
+    "family, scheme, layout",
+    [
+        ("llama", "fp8", {"tp": 4, "dp_size": 2, "enable_dp_attention": True}),
+        ("qwen3_moe", "fp8", {"tp": 2}),  # the FFN of every expert is split: scales of down are whole
+        ("deepseek_v3", "int8", {"tp": 4, "dp_size": 2, "ep": 2, "enable_dp_attention": True}),
+    ],
+)
+def test_meshes_give_the_tokens_of_one_device(engine, family, scheme, layout):
+    one = tokens(engine(family, quantization=scheme), family)
+    assert tokens(engine(family, quantization=scheme, **layout), family) == one
+
+
+# ---- numbers ----
+
+
+def weights(seed, shape=(6, 40)):
+    rows = np.random.default_rng(seed).normal(size=shape) * np.geomspace(1e-3, 1e3, shape[0])[:, None]
+    return rows.astype(np.float32)
+
+
+def test_int8_is_off_by_half_a_scale_at_most():
+    wide = weights(0)
+    numbers, scale = quantise(jnp.asarray(wide), "int8", 1)
+    assert numbers.dtype == jnp.int8 and scale.shape == (6,)
+    error = np.abs(np.asarray(numbers, np.float32) * np.asarray(scale)[:, None] - wide)
+    # 1e-6: the ratio itself is rounded to float32.
+    assert (error <= np.asarray(scale)[:, None] * (0.5 + 1e-4)).all()
+
+
+def test_float8_is_off_by_a_sixteenth_of_a_number_or_half_its_smallest_step():
+    """Three bits of mantissa: numbers in [2**n, 2 * 2**n) lie 2**n / 8 apart; below 2**-6, 2**-9 apart."""
+    wide = weights(1)
+    numbers, scale = quantise(jnp.asarray(wide), "fp8", 1)
+    scale = np.asarray(scale)[:, None]
+    error = np.abs(np.asarray(numbers, np.float32) * scale - wide)
+    assert (error <= np.maximum(np.abs(wide) / 16, scale * 2**-10) * (1 + 1e-5)).all()
+    assert np.isfinite(np.asarray(numbers, np.float32)).all()
+
+
+def test_channel_of_zeros_stays_zero():
+    for scheme in ("fp8", "int8"):
+        numbers, scale = quantise(jnp.zeros((2, 3)), scheme, 1)
+        assert not np.asarray(numbers, np.float32).any() and not np.asarray(scale).any()
+
+
+def test_heads_have_a_scale_a_channel_of_each_head():
+    wide = weights(2, (12, 8)).reshape(4, 3, 8)
+    _, scale = quantise(jnp.asarray(wide), "int8", 2)
+    np.testing.assert_allclose(scale, np.abs(wide).max(-1) / 127, rtol=1e-6)
+
+
+def test_few_rows_are_weight_only_and_many_meet_float8_activations():
+    """Weight-only is exact but for bfloat16; W8A8 rounds each activation by 1/16 of it at most."""
+    numbers, scale = quantise(jnp.asarray(weights(3, (32, 512)) / 1e3), "fp8", 1)
+    dense = np.asarray(numbers, np.float32) * np.asarray(scale)[:, None]
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(W8A8_MIN_ROWS, 512)), jnp.bfloat16)
+
+    def error(x):
+        want = np.asarray(x, np.float32) @ dense.T
+        got = np.asarray(multiply(x, numbers, scale, x.dtype), np.float32)
+        return np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
+
+    assert error(x[:-1]) < 2**-8  # two roundings to bfloat16 of 2**-9 relative each, at most
+    assert 2**-8 < error(x) < 3**-0.5 / 16  # errors spread evenly up to 1/16 have that root mean square
+    assert error(x.astype(jnp.float32)) < 1e-6
+
+
+def test_row_of_huge_activations_changes_no_other_row():
+    numbers, scale = quantise(jnp.asarray(weights(5, (8, 64))), "fp8", 1)
+    x = np.random.default_rng(6).normal(size=(32, 64)).astype(np.float32)
+    x[3] *= 1e6
+    calm = x.copy()
+    calm[3] = 0
+    got, want = (
+        multiply(jnp.asarray(rows, jnp.bfloat16), numbers, scale, jnp.bfloat16) for rows in (x, calm)
+    )
+    others = np.arange(32) != 3
+    np.testing.assert_array_equal(np.asarray(got)[others], np.asarray(want)[others])
+    assert np.isfinite(np.asarray(got, np.float32)).all()
+
+
+# ---- what is declared ----
+
+
+def blueprint(family, **options):
+    config = ServerConfig.from_keywords(model_path="m", **options)
+    return draw_on_paper(config, {**read_config(family), "dtype": "bfloat16"})
+
+
+def test_vocabulary_norms_router_and_latent_up_projections_stay_as_they_are():
+    model = blueprint("deepseek_v3", quantization="fp8").model
+    sparse = model.blocks[1]
+    kept = [
+        model.vocabulary.embedding,
+        model.vocabulary.head,
+        model.norm.weight,
+        sparse.attention.key_up,
+        sparse.attention.value_up,
+    ]
+    assert {param.get_value().dtype for param in kept} == {jnp.dtype(jnp.bfloat16)}
+    assert sparse.feed.router.get_value().dtype == jnp.float32
+    assert isinstance(sparse.attention.out, ChannelScaled) and isinstance(
+        sparse.feed.shared.down, ChannelScaled
+    )
+    experts = sparse.feed.experts
+    E, D, F = experts.down.get_value().shape
+    assert experts.down.get_value().dtype == jnp.float8_e4m3fn
+    assert experts.down_scale.get_value().shape == (E, D, 1)
+    assert experts.gate_scale.get_value().shape == (E, F, 1)
+
+
+def test_smaller_weights_are_what_preflight_counts_and_the_engine_has(engine):
+    wide, narrow = blueprint("llama"), blueprint("llama", quantization="int8")
+    assert narrow.weight_bytes_of_device < 0.75 * wide.weight_bytes_of_device  # of which 36 % is vocabulary
+    served = engine("llama", quantization="int8")
+    drawn = blueprint("llama", quantization="int8", dtype="float32")
+    assert served.info.weight_bytes == drawn.weight_bytes_of_device
+    assert served.info.quantization == "int8"
+
+
+def test_dummy_weights_are_quantised_too(engine):
+    served = engine("llama", load_format="dummy", quantization="fp8")
+    assert served.info.weight_bytes == engine("llama", quantization="fp8").info.weight_bytes
+    assert len(tokens(served, "llama")[0]) == 12
+
+
+# ---- checkpoints that hold the numbers ----
+
+
+def stored_file(path, family, scheme, quantization, per_tensor=False):
+    tensors = {}
+    for name, tensor in read_tensors(family).items():
+        if PLAIN.search(name):
+            tensors[name] = tensor
+            continue
+        numbers, scale = by_channel(tensor, scheme, (0, 1) if per_tensor else -1)
+        tensors[name] = numbers
+        tensors[f"{name}_scale"] = scale.reshape(-1)[:1] if per_tensor else scale.astype(np.float32)
+    return write(path, {**read_config(family), "quantization_config": quantization}, tensors)
+
+
+def compressed(kind, **change):
+    weights = {"num_bits": 8, "type": kind, "strategy": "channel", "symmetric": True, **change}
+    return {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head", r"re:.*mlp\.gate$"],
+    }
+
+
+def leaves(path, **options):
+    """Every array of a checkpoint's model, by path."""
+    checkpoint = open_checkpoint(path)
+    config = ServerConfig.from_keywords(model_path=path, dtype="float32", **options)
+    model = draw_on_paper(config, checkpoint.config, on_cpu=True).model
+    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    load(model, checkpoint, lambda _: one_device, lambda *_: None)
+    return {path: np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(nnx.state(model, nnx.Param))}
+
+
+@pytest.mark.parametrize(
+    "family, scheme, kind",
+    [("llama", "fp8", "float"), ("qwen3_moe", "fp8", "float"), ("llama", "int8", "int")],
+)
+def test_stored_channels_are_read_as_what_loading_makes(family, scheme, kind, tmp_path):
+    stored = stored_file(tmp_path, family, scheme, compressed(kind))
+    made = leaves(str(GOLDEN / family), quantization=scheme)
+    for options in ({}, {"quantization": scheme}):
+        read = leaves(stored, **options)
+        assert list(read) == list(made)
+        for path, array in read.items():
+            assert array.dtype == made[path].dtype
+            # XLA divides by a constant as it multiplies: a scale's last bit may differ from numpy's.
+            np.testing.assert_allclose(
+                array.astype(np.float32), made[path].astype(np.float32), rtol=2e-7, atol=0, err_msg=str(path)
+            )
+
+
+def test_one_scale_a_tensor_is_spread_over_its_channels(tmp_path):
+    name, tensors = "model.layers.0.mlp.down_proj.weight", read_tensors("llama")
+    numbers, scale = by_channel(tensors[name], "fp8", (0, 1))
+    stored = stored_file(tmp_path, "llama", "fp8", {"quant_method": "fp8"}, per_tensor=True)
+    read = {jax.tree_util.keystr(path): array for path, array in leaves(stored).items()}
+    at = "['blocks'][0]['feed']['down']"
+    np.testing.assert_array_equal(read[f"{at}['numbers'].value"], numbers)
+    np.testing.assert_array_equal(read[f"{at}['scale'].value"], np.full(len(numbers), scale.item()))
+
+
+def test_layers_left_out_of_a_stored_checkpoint_stay_wide():
+    quant = ChannelQuant("fp8", is_stored=True, skip=("lm_head", "model.layers.0.mlp", r"re:.*k_proj$"))
+    assert not quant.covers("lm_head.weight")
+    assert not quant.covers("model.layers.3.self_attn.k_proj.weight")
+    assert quant.covers("model.layers.3.self_attn.q_proj.weight")
+
+
+@pytest.mark.parametrize(
+    "options, quantization, message",
+    [
+        ({"quantization": "int8"}, {"quant_method": "fp8"}, "quantization=int8.*already, as fp8.*channel"),
+        ({"quantization": "fp8"}, compressed("int"), "quantization=fp8.*already, as int8"),
+        ({"dequantize_weights": True}, compressed("float"), "dequantize_weights takes.*block"),
+        ({"dequantize_weights": True, "quantization": "fp8"}, None, "exclude each other"),
+        ({}, compressed("float", num_bits=4), "compressed-tensors is read for weights of 8 bits"),
+        ({}, compressed("int", symmetric=False), "compressed-tensors is read for weights of 8 bits"),
+        ({}, compressed("int", strategy="group"), "compressed-tensors is read for weights of 8 bits"),
+        ({"quantization": "fp8"}, {"quant_method": "awq"}, "quant_method='awq' is not supported"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(options, quantization, message):
+    hf_config = {**read_config("llama"), "quantization_config": quantization}
+    with pytest.raises(ConfigError, match=message):
+        draw_on_paper(ServerConfig.from_keywords(model_path="m", **options), hf_config)
+
+
+def test_block_quantised_checkpoint_keeps_its_blocks_or_is_refused():
+    blocks = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [8, 8]}
+    hf_config = {**read_config("deepseek_v3"), "quantization_config": blocks}
+    config = ServerConfig.from_keywords(model_path="m", quantization="fp8")
+    assert not isinstance(draw_on_paper(config, hf_config).model.blocks[0].feed.down, ChannelScaled)
+    config = ServerConfig.from_keywords(model_path="m", quantization="int8")
+    with pytest.raises(ConfigError, match=r"quantization=int8.*already, as fp8 with a scale for each block"):
+        draw_on_paper(config, hf_config)
+
+
+def test_quantised_tensor_of_a_layer_that_is_read_wide_is_refused(tmp_path):
+    stored = stored_file(tmp_path, "llama", "fp8", compressed("float"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["ignore"] = ["re:.*q_proj$"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"q_proj.weight is quantised .*q_proj.weight_scale is beside it"
+    ):
+        leaves(stored)
+
+
+def test_read_stored_leaves_other_methods_alone():
+    assert read_stored({}) is None
+    assert read_stored({"quantization_config": {"quant_method": "mxfp4"}}) is None
+
+
+# ---- converted checkpoints ----
+
+
+def test_converted_checkpoint_is_what_loading_makes(tmp_path):
+    source, target = str(GOLDEN / "qwen3_moe"), tmp_path / "converted"
+    command = ["--from", source, "--to", str(target), "--verify", "--dtype", "bfloat16"]
+    assert convert_checkpoint.main([*command, "--quantization", "fp8"]) == 0
+    made, read = leaves(source, quantization="fp8"), leaves(str(target))
+    assert list(read) == list(made)
+    for path, array in read.items():
+        if array.dtype == ml_dtypes.float8_e4m3fn or array.shape[-1:] == (1,):  # others went through bfloat16
+            np.testing.assert_allclose(
+                array.astype(np.float32), made[path].astype(np.float32), rtol=2e-7, err_msg=str(path)
+            )
+    assert convert_checkpoint.main([*command, "--quantization", "int8"]) == 1  # the target is fp8
+
+
+@pytest.mark.parametrize(
+    "family, message", [("gpt_oss", "down_proj is not stored as"), ("llama", "quantised already, as fp8")]
+)
+def test_conversion_of_what_cannot_be_is_refused(family, message, tmp_path, capfd):
+    source = GOLDEN / family
+    if family == "llama":
+        source = stored_file(tmp_path, family, "fp8", compressed("float"))
+    command = ["--from", str(source), "--to", str(tmp_path / "to"), "--quantization", "int8"]
+    assert convert_checkpoint.main(command) == 1
+    assert message in " ".join(capfd.readouterr().err.split())
+    assert not (tmp_path / "to").exists()

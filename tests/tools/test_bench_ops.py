@@ -1,0 +1,54 @@
+"""tools.bench_ops: rows of products and of float8 pools run, and count their bytes and operations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tools import bench_ops, bench_products
+from tools.bench_products import ExpertSizes, LayerSizes
+from tools.bench_timing import Card
+
+CARD = Card("a card", bytes_per_s=1e9, flops_per_s=1e12, fp8_flops_per_s=2e12)
+
+
+def test_floor_is_bytes_or_operations_at_the_rate_of_their_kind():
+    assert CARD.floor_s(2e9) == 2
+    assert CARD.floor_s(1e9, 4e12) == 4
+    assert CARD.floor_s(1e9, 4e12, fp8=True) == 2
+
+
+def test_layer_in_8_bits_has_half_the_bytes_and_scales():
+    sizes = LayerSizes(D=32, F=48, QKV=64)
+    rows = [bench_products.bench_layer(CARD, way, 16, sizes, False, 2) for way in ("bf16", "fp8 W8A8")]
+    count = 64 * 32 + 32 * 32 + 96 * 32 + 32 * 48
+    scales = 4 * (64 + 32 + 96 + 32)
+    assert [row.floor_us for row in rows] == pytest.approx([2 * count / 1e3, (count + scales) / 1e3])
+
+
+def test_products_of_every_way_agree():
+    wide = bench_products.random(0, (24, 32))
+    x = bench_products.random(1, (16, 32))
+    want = np.asarray(bench_products.product_of("bf16")(x, wide), np.float32)
+    for way in bench_products.WAYS[1:]:
+        weights = bench_products.in_8_bits(wide, "int8" if way.startswith("int8") else "fp8", 1)
+        got = np.asarray(bench_products.product_of(way)(x, weights), np.float32)
+        assert np.sqrt(np.mean((got - want) ** 2)) < 0.06 * np.sqrt(np.mean(want**2)), way
+
+
+def test_experts_count_the_bytes_of_those_that_tokens_choose():
+    row = bench_products.bench_experts(CARD, "int8", 64, ExpertSizes(E=4, X=2, D=16, F=8), 2)
+    count, scales = 4 * 3 * 16 * 8, 4 * 4 * (8 + 8 + 16)
+    assert row.floor_us == pytest.approx((count + scales) / 1e3)
+
+
+def test_float8_pools_are_timed_as_such(monkeypatch):
+    monkeypatch.setattr(bench_ops, "PAGE_SIZE", 16)
+    pool = bench_ops.in_float8(bench_ops.make_pool(512, (bench_ops.G, bench_ops.K)))
+    assert {x.dtype for x in pool} == {jnp.dtype(jnp.float8_e4m3fn)}
+    row = bench_ops.bench_decode(pool, CARD, R=2, context=32, table_len=64)
+    assert (row.name, row.floor_us) == ("decode fp8", 2 * 32 * 8 * 128 * 2 / 1e3)
+    latents = bench_ops.make_pool(512, (32,), (16,))
+    row = bench_ops.bench_latent(latents, CARD, R=2, context=32, heads=16)
+    assert (row.name, row.floor_us) == ("latent", 2 * 32 * 48 * 2 / 1e3)
+    assert jax.tree.map(jnp.shape, latents) == ((32, 16, 32), (32, 16, 16))

@@ -1,0 +1,150 @@
+"""Rows of `tools.bench_ops` for matrix products: a dense layer's and experts', in bfloat16 and 8 bits.
+
+The dense row is one Llama-3.1-8B layer without attention (qkv, output, gate and up, down), so that what
+quantises activations and applies scales between the products is in it, and weights come from memory.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.layers.channel_quant import Scheme, quantise
+from jaxserve.layers.moe import silu_gated
+from jaxserve.ops import grouped_gemm, quantized_gemm
+from jaxserve.ops.grouped_gemm import ExpertWeights
+from tools.bench_timing import Card, Row, seconds
+
+Product = Callable[[jax.Array, Any], jax.Array]
+Way = Literal["bf16", "fp8 weight-only", "int8 weight-only", "fp8 W8A8"]
+WAYS: tuple[Way, ...] = ("bf16", "fp8 weight-only", "int8 weight-only", "fp8 W8A8")
+ROWS = (8, 16, 32, 64, 256, 2048)
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Widths of a dense layer: model, feed-forward, and queries, keys and values together."""
+
+    D: int = 4096
+    F: int = 14336
+    QKV: int = 6144
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return {
+            "qkv": (self.QKV, self.D),
+            "out": (self.D, self.D),
+            "gate_up": (2 * self.F, self.D),
+            "down": (self.D, self.F),
+        }
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """Of Qwen3-30B-A3B."""
+
+    E: int = 128
+    X: int = 8
+    D: int = 2048
+    F: int = 768
+
+
+def random(seed: int, shape: tuple[int, ...]) -> jax.Array:
+    def make(seed: jax.Array) -> jax.Array:
+        return (jax.random.normal(jax.random.key(seed), shape) * shape[-1] ** -0.5).astype(jnp.bfloat16)
+
+    return jax.jit(make)(seed)
+
+
+def in_8_bits(wide: jax.Array, scheme: Scheme, num_out: int) -> tuple[jax.Array, jax.Array]:
+    return jax.jit(quantise, static_argnums=(1, 2))(wide, scheme, num_out)
+
+
+# ---- a dense layer ----
+
+
+def product_of(way: Way) -> Product:
+    """x [T, in] and the weights of one way: [T, out] in bfloat16."""
+    match way:
+        case "bf16":
+            return lambda x, w: jnp.einsum("ti,oi->to", x, w)
+        case "fp8 W8A8":
+            return lambda x, w: quantized_gemm.multiply_float8(x, w[0], w[1], jnp.bfloat16)
+        case _:
+            return lambda x, w: quantized_gemm.multiply_wide(x, w[0], w[1], jnp.bfloat16)
+
+
+def bench_layer(card: Card, way: Way, rows: int, sizes: LayerSizes, triton: bool, iterations: int) -> Row:
+    """`triton`: whether XLA may choose its Triton GEMMs, beside cuBLASLt's."""
+    weights: dict[str, Any] = {n: random(i, shape) for i, (n, shape) in enumerate(sizes.shapes().items())}
+    if way != "bf16":
+        scheme: Scheme = "int8" if way.startswith("int8") else "fp8"
+        weights = {name: in_8_bits(wide, scheme, 1) for name, wide in weights.items()}
+    product = product_of(way)
+
+    def layer(x: jax.Array, i: jax.Array, weights: dict[str, Any]) -> jax.Array:
+        x = x + product(product(x, weights["qkv"])[:, : sizes.D], weights["out"])
+        gate_up = product(x, weights["gate_up"])
+        inner = jax.nn.silu(gate_up[:, : sizes.F]) * gate_up[:, sizes.F :]
+        x = x + product(inner, weights["down"])
+        return x / (1 + jnp.abs(x).max())  # stays finite however often
+
+    options = {"xla_gpu_enable_triton_gemm": triton} if jax.default_backend() == "gpu" else None
+    x = random(9, (rows, sizes.D))
+    s = seconds(layer, x, weights, iterations=iterations, carry=True, options=options)
+    count = sum(out * inner for out, inner in sizes.shapes().values())
+    flops, num_bytes = 2 * rows * count, sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    floor_s = card.floor_s(num_bytes, flops, fp8=way == "fp8 W8A8")
+    rate = f"{num_bytes / s / 1e9:.0f} GB/s, {flops / s / 1e12:.0f} TFLOP/s"
+    gemm = "Triton or cuBLASLt" if triton else "cuBLASLt"
+    return Row("layer", f"T{rows} {way}, {gemm}", s * 1e6, floor_s * 1e6, rate)
+
+
+def layer_rows(card: Card, sizes: LayerSizes | None = None, rows: tuple[int, ...] = ROWS) -> list[Row]:
+    return [
+        bench_layer(card, way, count, sizes or LayerSizes(), triton, iterations=20 if count < 2048 else 5)
+        for count in rows
+        for way in WAYS
+        for triton in (True, False)
+    ]
+
+
+# ---- experts ----
+
+
+def bench_experts(card: Card, scheme: Scheme | None, tokens: int, sizes: ExpertSizes, iterations: int) -> Row:
+    E, X, D, F = sizes.E, sizes.X, sizes.D, sizes.F
+    shapes = ((E, F, D), (E, F, D), (E, D, F))
+    wide = [random(i, shape) for i, shape in enumerate(shapes)]
+    weights = ExpertWeights(*wide)
+    if scheme is not None:
+        numbers, scales = zip(*(in_8_bits(matrix, scheme, 2) for matrix in wide))
+        named = dict(zip(("gate_scale", "up_scale", "down_scale"), (scale[..., None] for scale in scales)))
+        weights = ExpertWeights(*numbers, **named)
+    _, expert_TX = jax.lax.top_k(jax.random.normal(jax.random.key(5), (tokens, E)), X)
+    weight_TX = jnp.full((tokens, X), 1 / X)
+
+    def feed(x, i, weights, expert_TX, weight_TX):
+        chosen_TX = (expert_TX + i) % E  # others in every call
+        return grouped_gemm.feed_forward(x, chosen_TX, weight_TX, weights, silu_gated).astype(x.dtype)
+
+    x = random(6, (tokens, D))
+    s = seconds(feed, x, weights, expert_TX, weight_TX, iterations=iterations)
+    touched = len(set(map(int, expert_TX.ravel()))) / E
+    num_bytes = touched * sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    flops = 2 * tokens * X * 3 * D * F
+    rate = f"{num_bytes / s / 1e9:.0f} GB/s, {flops / s / 1e12:.0f} TFLOP/s"
+    name = f"T{tokens} E{E} top-{X} {scheme or 'bf16'}"
+    return Row("experts", name, s * 1e6, card.floor_s(num_bytes, flops) * 1e6, rate)
+
+
+def expert_rows(
+    card: Card, sizes: ExpertSizes | None = None, tokens: tuple[int, ...] = (8, 32, 256, 2048)
+) -> list[Row]:
+    schemes: tuple[Scheme | None, ...] = (None, "fp8", "int8")
+    return [
+        bench_experts(card, scheme, count, sizes or ExpertSizes(), iterations=20)
+        for count in tokens
+        for scheme in schemes
+    ]
