@@ -113,6 +113,8 @@ def lines(report: Report) -> Iterator[str]:
             f"           {report.num_replicas} full replicas of it, taken in turn (dp_size without "
             "enable_dp_attention); python -m router.launch_server routes them by cached prefix"
         )
+    if blueprint.two_batches:
+        yield "           steps run as two halves in turn; the floors below are of whole ones"
     if blueprint.experts:
         yield (
             f"           {blueprint.experts.num_experts} experts in {blueprint.experts.num_layers} layers, "

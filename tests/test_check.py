@@ -58,6 +58,8 @@ def test_llama_8b_in_8_bits_on_one_h100(capsys):
 def test_printed_report_names_every_part(capsys):
     argv = ["--model-path", str(SHAPES / "deepseek-v3.json"), "--load-format", "dummy", "--gpu", "h200"]
     argv += ["--tp", "8", "--dp-size", "8", "--ep", "8", "--enable-dp-attention"]
+    assert preflight.main([*argv, "--enable-two-batch-overlap"]) == 0
+    assert "steps run as two halves in turn" in capsys.readouterr().out
     assert preflight.main(argv) == 0
     out = capsys.readouterr().out
     assert "DeepseekV3ForCausalLM, bfloat16: 671.03 B parameters, 36.62 B multiplied with each token" in out
@@ -97,6 +99,13 @@ def test_redundant_experts_that_do_not_divide_are_refused_with_numbers_that_do()
     )
     with pytest.raises(ConfigError, match=f"^{message}$"):
         check(config, "h200")
+
+
+def test_two_halves_on_one_device_are_off_with_a_log_line(caplog):
+    with caplog.at_level("INFO"):
+        report = check(shape("llama-3.1-8b", enable_two_batch_overlap=True), "h100")
+    assert not report.blueprint.two_batches
+    assert "enable_two_batch_overlap is off: one device sends nothing" in caplog.text
 
 
 def test_balancing_with_other_dp_than_ep_logs_a_hint(caplog):

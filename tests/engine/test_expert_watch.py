@@ -1,13 +1,17 @@
 """What the experts have to do: counted, recorded on demand, and evened out between steps."""
 
+import json
+
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxserve.engine.expert_watch import ExpertWatch
 from jaxserve.layers.moe import ExpertSpec
 from jaxserve.messages import EngineRefusal
 from jaxserve.parallel.placement import Placement
-from tests.models.tiny import Golden
+from tests.models.test_fp8 import FP8, is_quantised, quantise
+from tests.models.tiny import Golden, read_config, read_tensors
 
 GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
 BALANCED = {
@@ -130,3 +134,23 @@ def test_layers_move_a_few_a_step_and_those_that_gain_nothing_stay():
     for _ in range(3):
         watch.before_step()
     assert watch.num_rebalances == 2 and runner.moved[6:] == [[], [], []]
+
+
+def test_experts_in_float8_move_with_their_scales(engine, tmp_path):
+    """Against the same file on one device; in two halves as well, as a production server would run."""
+    stored = {}
+    for name, tensor in read_tensors("deepseek_v3").items():
+        stored[name] = tensor
+        if is_quantised(name, tensor):
+            stored[name], stored[f"{name}_scale_inv"] = quantise(tensor)
+    save_file(stored, tmp_path / "model.safetensors")
+    config = {**read_config("deepseek_v3"), "quantization_config": FP8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    moving = {**BALANCED, "dp_size": 2, "enable_dp_attention": True, "enable_two_batch_overlap": True}
+    prompts = [prompt.tolist() for prompt in Golden.read("deepseek_v3").prompts]
+    plain, moved = (
+        engine(str(tmp_path), **options).generate(input_ids=prompts, sampling_params=GREEDY)
+        for options in ({}, moving)
+    )
+    assert [reply["output_ids"] for reply in moved] == [reply["output_ids"] for reply in plain]
+    assert engine(str(tmp_path), **moving).stats()["experts"]["moved"] > 0
