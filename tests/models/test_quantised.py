@@ -25,6 +25,7 @@ CASES = (
     ("qwen3_moe", "fp8"),
     ("deepseek_v3", "int8"),
     ("gpt_oss", "fp8"),  # experts with biases
+    ("minimax_text", "fp8"),  # gates and joint projections of lightning attention
 )
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 # What stays as it is: vocabulary, norms, biases, routers, and the up-projections of latent attention.
