@@ -96,6 +96,25 @@ class ServerConfig:
         None, "port for GET /health on the hosts without HTTP, node_rank > 0; default: none", least=0
     )
 
+    # Speculative decoding
+    speculative_algorithm: Literal["NGRAM"] | None = key(
+        None, "who guesses the next tokens, which one step then checks. NGRAM: the request's own text"
+    )
+    speculative_num_draft_tokens: int | None = key(
+        None, "tokens of a request in one step, its last one and the guesses; default 8", least=2
+    )
+    speculative_ngram_min_match_window_size: int | None = key(
+        None, "tokens that must have come before for NGRAM to guess; default 2", least=1
+    )
+    speculative_ngram_max_match_window_size: int | None = key(
+        None, "tokens that NGRAM compares to choose among places; default 12", least=1
+    )
+    speculative_max_rows: int | None = key(
+        None,
+        "rows of a step on one dp rank, guesses included, above which there are none; default 64",
+        least=2,
+    )
+
     # Memory and batches
     mem_fraction_static: float | None = key(
         None, "share of device memory for weights and KV; default 0.88 on GPU, 0.25 of the host's on CPU"
@@ -201,6 +220,39 @@ class ServerConfig:
                 f"ep_num_redundant_experts={self.ep_num_redundant_experts} needs enable_eplb, "
                 "which decides whom the extra slots go to"
             )
+
+        self._check_speculation()
+
+    def _check_speculation(self) -> None:
+        given = [
+            f.name
+            for f in dataclasses.fields(self)
+            if f.name.startswith("speculative_") and getattr(self, f.name) is not None
+        ]
+        if given and self.speculative_algorithm is None:
+            raise ConfigError(
+                f"{given[0]}={getattr(self, given[0])} needs speculative_algorithm; use 'NGRAM'"
+            )
+        shortest, longest = self.ngram_window
+        if shortest > longest:
+            raise ConfigError(
+                f"speculative_ngram_min_match_window_size={shortest} exceeds "
+                f"speculative_ngram_max_match_window_size={longest}"
+            )
+
+    @property
+    def ngram_window(self) -> tuple[int, int]:
+        """(least, most) tokens that NGRAM matches."""
+        shortest = self.speculative_ngram_min_match_window_size
+        longest = self.speculative_ngram_max_match_window_size
+        return shortest or min(2, longest or 2), longest or max(12, shortest or 12)
+
+    @property
+    def num_drafts(self) -> int:
+        """Guesses of one request and step at most; 0 without speculative decoding."""
+        if self.speculative_algorithm is None:
+            return 0
+        return (self.speculative_num_draft_tokens or 8) - 1
 
     @property
     def attention_dp(self) -> int:

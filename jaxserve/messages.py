@@ -111,6 +111,9 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: Logprobs | None = None  # of token_ids
     prompt_logprobs: Logprobs | None = None  # with the first output; from logprob_start_len on
     queue_time_s: float | None = None  # with the first output
+    spec_steps: int = 0  # decode steps so far, with speculative decoding; 0 without it
+    spec_drafted: int = 0  # tokens guessed so far
+    spec_accepted: int = 0  # of them right
 
 
 class RankLoad(msgspec.Struct, frozen=True, array_like=True):

@@ -151,6 +151,26 @@ def test_dp_size_counts_as_attention_groups_only_with_the_flag():
         ),
         ({"tp": 4, "ep": 3}, "ep=3 does not divide tp=4; use ep 1, 2, 4"),
         ({"tp": 2, "tp_size": 4}, "tp is given twice (once as 'tp_size')"),
+        (
+            {"speculative_algorithm": "EAGLE"},
+            "speculative_algorithm='EAGLE' is not valid; use one of 'NGRAM'",
+        ),
+        (
+            {"speculative_num_draft_tokens": 4},
+            "speculative_num_draft_tokens=4 needs speculative_algorithm; use 'NGRAM'",
+        ),
+        (
+            {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 1},
+            "speculative_num_draft_tokens=1 is too small; 2 is the least",
+        ),
+        (
+            {
+                "speculative_algorithm": "NGRAM",
+                "speculative_ngram_min_match_window_size": 5,
+                "speculative_ngram_max_match_window_size": 4,
+            },
+            "speculative_ngram_min_match_window_size=5 exceeds speculative_ngram_max_match_window_size=4",
+        ),
     ],
     ids=lambda value: str(value)[:50] if isinstance(value, dict) else "",
 )

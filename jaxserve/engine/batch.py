@@ -6,7 +6,7 @@ transfer however many fields it has. `Packing` names the fields once, for both s
 Fields are rank-local: slots, pages and token indices count within their rank. -1 is padding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -78,6 +78,7 @@ def forward_packing(bucket: Bucket, with_states: bool = False) -> Packing:
     states = dict(state_from=(b, i), state_end=(b, i), state_kept=(b, i)) if with_states else {}
     return Packing(
         row_slot=(r, i),
+        row_token=(r, i),  # -1: the last that was sampled for the slot
         row_len=(r, i),  # context length with the new token; 0 is padding
         token=(p, i),
         position=(p, i),
@@ -99,11 +100,12 @@ def pack_forward(bucket: Bucket, packing: Packing, plans: Sequence[RankPlan]) ->
     packed = np.zeros((len(plans), packing.length), np.int32)
     for row, plan in zip(packed, plans):
         f = packing.views(row)
-        for name in ("row_slot", "token_slot", "block_slot", "update_slot"):
+        for name in ("row_slot", "row_token", "token_slot", "block_slot", "update_slot"):
             f[name].fill(-1)
-        n = len(plan.decode)
-        f["row_slot"][:n] = [r.slot for r in plan.decode]
-        f["row_len"][:n] = [r.computed for r in plan.decode]
+        n = plan.num_rows
+        if n:
+            rows = [row for r in plan.decode for row in _decode_rows(r, plan.drafts.get(r, []))]
+            f["row_slot"][:n], f["row_len"][:n], f["row_token"][:n] = np.array(rows).T
         f["sample_index"][:n] = np.arange(n)
         at, block, sample = 0, 0, n
         for chunk in plan.chunks:
@@ -140,6 +142,14 @@ def _fill_states(bucket: Bucket, f: dict[str, np.ndarray], plan: RankPlan) -> No
         f["state_kept"][block - 1] = chunk.state_kept
         if following is None or following.request is not chunk.request:
             f["state_end"][block - 1] = chunk.request.slot
+
+
+def _decode_rows(request: Request, drafts: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(slot, context length, token) of a request's rows."""
+    known = request.pending == 1  # the one that this step samples
+    yield request.slot, request.computed, request.tokens[-1] if known else -1
+    for number, token in enumerate(drafts, 1):
+        yield request.slot, request.computed + number, token
 
 
 UPDATE_CHUNK = 1024
@@ -180,18 +190,19 @@ def sample_packing(num_samples: int, with_filters: bool, with_logprobs: bool) ->
 
 
 def pack_sample(num_samples: int, packing: Packing, plans: Sequence[RankPlan]) -> np.ndarray:
-    """[ranks, packing.length] for a sample program; rows in the order of `RankPlan.sampled`."""
+    """[ranks, packing.length] for a sample program; rows in the order of `RankPlan.sample_rows`."""
     packed = np.zeros((len(plans), packing.length), np.int32)
     for row, plan in zip(packed, plans):
         f = packing.views(row)
         f["slot"].fill(-1)
-        requests = plan.sampled
-        n = len(requests)
+        rows = list(plan.sample_rows())
+        n = len(rows)
         if not n:
             continue
+        requests = [request for request, _ in rows]
         params = [r.spec.sampling for r in requests]
         f["slot"][:n] = [r.slot for r in requests]
-        f["position"][:n] = [len(r.tokens) + r.pending - 1 for r in requests]
+        f["position"][:n] = [len(r.tokens) + r.pending - 1 + number for r, number in rows]
         f["seed"][:n] = [r.seed for r in requests]
         f["temperature"][:n] = [s.temperature for s in params]
         if "top_k" in f:
@@ -203,7 +214,7 @@ def pack_sample(num_samples: int, packing: Packing, plans: Sequence[RankPlan]) -
             f["frequency"][:n] = [s.frequency_penalty for s in params]
             f["presence"][:n] = [s.presence_penalty for s in params]
             f["repetition"][:n] = [s.repetition_penalty for s in params]
-            f["first_bias"][:n] = [first_bias(r) for r in requests]
+            f["first_bias"][:n] = [first_bias(r, number) for r, number in rows]
         if "logprob_ids" in f:
             ids = f["logprob_ids"].reshape(num_samples, NUM_LOGPROB_IDS)
             for i, request in enumerate(requests):
@@ -212,12 +223,12 @@ def pack_sample(num_samples: int, packing: Packing, plans: Sequence[RankPlan]) -
     return packed
 
 
-def first_bias(request: Request) -> int:
-    """Where a row's bias entries start: after its stop tokens once it may stop; -1: it has none."""
+def first_bias(request: Request, number: int) -> int:
+    """Where a row's bias entries start, `number` drafts on: past stop tokens once it may stop; -1: none."""
     sampling = request.spec.sampling
     if not needs_bias(request):
         return -1
-    return 0 if request.num_outputs <= sampling.min_new_tokens else len(sampling.stop_token_ids)
+    return 0 if request.num_outputs + number <= sampling.min_new_tokens else len(sampling.stop_token_ids)
 
 
 def bias_table(request: Request) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jaxserve import mesh as meshes
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.batch import Bucket
+from jaxserve.engine.drafting import Drafter, NgramDrafter
 from jaxserve.engine.quantization import declare_model, kv_dtype
 from jaxserve.layers.kv import KVSpec, LatentSpec, PoolLayout, StateSpec, pool_layouts, state_layout
 from jaxserve.layers.moe import ExpertSpec
@@ -30,6 +31,7 @@ from jaxserve.weights import CheckpointError
 logger = logging.getLogger(__name__)
 
 CPU_POOL_TOKENS = 65536  # KV capacity on CPU unless memory or a flag says otherwise
+DRAFT_ROWS = 64  # up to which a step of an 8B model on an H100 takes little longer than one of 8 rows
 CPU_FRACTION, GPU_FRACTION = 0.25, 0.88
 
 
@@ -52,6 +54,7 @@ class Blueprint:
     weight_bytes_of_device: int
     context_len: int  # tokens of one sequence at most
     num_slots: int  # running requests of one dp rank
+    draft_rows: int  # of a step and dp rank, guesses included, that may have guesses; 0 without them
 
     def sharding(self, param: nnx.Param) -> NamedSharding:
         return meshes.weight_sharding(self.mesh, self.table, param)
@@ -154,7 +157,14 @@ class Blueprint:
         return min(self.context_len, num_pages * self.config.page_size)
 
     def buckets(self, num_pages: int) -> list[Bucket]:
-        return choose_buckets(self.config, self.num_slots, self.max_req_len(num_pages), self.on_cpu)
+        limit = self.max_req_len(num_pages)
+        return choose_buckets(self.config, self.num_slots, limit, self.on_cpu, self.draft_rows)
+
+    def drafter(self) -> Drafter | None:
+        """Who makes guesses; None without speculative decoding."""
+        if not self.draft_rows:
+            return None
+        return NgramDrafter(self.config.num_drafts, self.draft_rows, *self.config.ngram_window)
 
 
 def draw(
@@ -189,6 +199,7 @@ def draw(
     if config.enable_two_batch_overlap and layout.num_devices == 1:
         logger.info("enable_two_batch_overlap is off: one device sends nothing that could be overlapped")
     _tell_of_dp_attention(config, layout, model.kv)
+    num_slots = config.max_running_requests or (32 if on_cpu or states else 256)
     return Blueprint(
         config=config,
         layout=layout,
@@ -204,7 +215,8 @@ def draw(
         table=table,
         weight_bytes_of_device=_weight_bytes_of_device(model, mesh, table),
         context_len=_context_len(config, model.max_position),
-        num_slots=config.max_running_requests or (32 if on_cpu or states else 256),
+        num_slots=num_slots,
+        draft_rows=_draft_rows(config, model, num_slots),
     )
 
 
@@ -225,6 +237,18 @@ def _give_slots(config: ServerConfig, layout: Layout, model: nnx.Module, experts
             *(layout.dp, layout.ep),
         )
     return experts
+
+
+def _draft_rows(config: ServerConfig, model: Any, num_slots: int) -> int:
+    """Raises ConfigError for a model that cannot take back a wrong guess."""
+    if config.speculative_algorithm is None:
+        return 0
+    if getattr(model, "states", None) is not None:
+        raise ConfigError(
+            f"speculative_algorithm={config.speculative_algorithm}: this model's recurrent state cannot "
+            "take back a wrong guess; leave speculative_algorithm out"
+        )
+    return min(config.speculative_max_rows or DRAFT_ROWS, num_slots * (1 + config.num_drafts))
 
 
 def _tell_of_dp_attention(config: ServerConfig, layout: Layout, kv: KVSpec | LatentSpec) -> None:
@@ -259,24 +283,28 @@ def _weight_bytes_of_device(model: nnx.Module, mesh: Mesh | AbstractMesh, table:
     return total
 
 
-def choose_buckets(config: ServerConfig, num_slots: int, max_req_len: int, on_cpu: bool) -> list[Bucket]:
+def choose_buckets(
+    config: ServerConfig, num_slots: int, max_req_len: int, on_cpu: bool, draft_rows: int = 0
+) -> list[Bucket]:
     """The step shapes to compile: decode alone at several widths, and mixed steps at full width.
 
     On CPU few, since compiling is slow there; on GPU powers of two, since a decode step's time is
     that of its bucket; from 8 rows on, which take no longer than one (Llama-3.1-8B on an H100: 6.6
-    against 6.7 ms, since XLA splits a norm of one row into more kernels).
+    against 6.7 ms, since XLA splits a norm of one row into more kernels). `draft_rows` may be more
+    than the `num_slots` rows that decode alone takes.
     """
+    num_rows = max(num_slots, draft_rows)
     chunk = config.chunked_prefill_size or (256 if on_cpu else 2048)
     chunk = min(chunk, _power_of_two(max_req_len))
     if on_cpu:
-        widths, prefills, block = {min(4, num_slots), num_slots}, {min(32, chunk), chunk}, 32
-        mixed = {num_slots}
+        widths, prefills, block = {min(4, num_slots), num_slots, num_rows}, {min(32, chunk), chunk}, 32
+        mixed = {num_rows}
     else:
-        widths = {w for w in (8, 16, 32, 64, 128) if w < num_slots} | {num_slots}
+        widths = {w for w in (8, 16, 32, 64, 128) if w < num_rows} | {num_slots, num_rows}
         prefills, block = {min(256, chunk), chunk}, 128
-        mixed = {min(widths), num_slots}  # few rows beside a prompt are common, and cost less GEMM
+        mixed = {min(widths), num_rows}  # few rows beside a prompt are common, and cost less GEMM
     chunks = {p: min(num_slots, max(4, p // 64)) for p in prefills}
-    samples = sorted({min(8, num_slots), min(64, num_slots), num_slots, num_slots + max(chunks.values())})
+    samples = sorted({min(8, num_slots), min(64, num_rows), num_rows, num_rows + max(chunks.values())})
 
     def bucket(width: int, tokens: int) -> Bucket:
         count = chunks[tokens] if tokens else 0

@@ -196,7 +196,9 @@ def build(
         compile_s=compile_s,
         startup_s=time.monotonic() - begin_s,
     )
-    return Scheduler(limits, layout.dp, not config.disable_radix_cache), runner, info, stats
+    drafter = blueprint.drafter()
+    scheduler = Scheduler(limits, layout.dp, not config.disable_radix_cache, drafter=drafter)
+    return scheduler, runner, info, stats
 
 
 def _expert_state(blueprint: Blueprint, leaves: list[jax.Array]) -> ExpertState | None:

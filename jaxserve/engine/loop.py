@@ -1,7 +1,8 @@
 """The engine's life after start: receive, plan, launch, publish; one step ahead of the device.
 
 Step k+1 is planned and launched before step k's tokens are read, so the device never waits for the
-host. A stop condition is therefore seen one step late; the extra token is dropped.
+host. A stop condition is therefore seen one step late; the extra token is dropped. Only where drafts
+are to be checked does a step wait for the one before: what follows depends on how many were right.
 """
 
 import logging
@@ -202,6 +203,9 @@ class EngineLoop:
     # ---- steps ----
 
     def _step(self) -> None:
+        if self._in_flight is not None and (self._in_flight.plan.has_drafts or self.scheduler.drafts_next):
+            self._publish(self._in_flight)
+            self._in_flight = None
         plan = self.scheduler.plan()
         if plan is not None and self.expert_watch is not None:
             self.expert_watch.before_step()
@@ -217,17 +221,20 @@ class EngineLoop:
         result = self.runner.read(step)
         self._keep_prompt_logprobs(step, result)
         rows = {
-            id(request): (rank, row)
+            request: (rank, row)
             for rank, plan in enumerate(step.plan.ranks)
-            for row, request in enumerate(plan.sampled)
+            for row, (request, number) in enumerate(plan.sample_rows())
+            if number == 0
         }
         outputs = []
-        for request, token in self.scheduler.retire(step.plan, result.tokens):
-            rank, row = rows[id(request)]
-            logprobs = (
-                _sample_logprobs(request, result.sampled[rank], row) if request.spec.return_logprob else None
-            )
-            outputs.append(self._output(request, [token], logprobs))
+        for request, tokens in self.scheduler.retire(step.plan, result.tokens):
+            rank, row = rows[request]
+            logprobs = None
+            if request.spec.return_logprob:
+                part = slice(row, row + len(tokens))
+                sampled = {name: array[part] for name, array in result.sampled[rank].items()}
+                logprobs = _logprobs(request.spec, sampled)
+            outputs.append(self._output(request, tokens, logprobs))
         self.stats.record_step(step.plan, outputs, self._clock())
         if outputs:
             self._tell_cache_events()
@@ -262,6 +269,9 @@ class EngineLoop:
             logprobs=logprobs,
             prompt_logprobs=self._take_prompt_logprobs(request) if first else None,
             queue_time_s=waited,
+            spec_steps=request.num_verified,
+            spec_drafted=request.num_drafted,
+            spec_accepted=request.num_accepted,
         )
 
     # ---- logprobs ----
@@ -302,10 +312,6 @@ class EngineLoop:
             top=[t for part in parts for t in part.top],
             ids=[i for part in parts for i in part.ids],
         )
-
-
-def _sample_logprobs(request: Request, sampled: dict[str, np.ndarray], row: int) -> Logprobs:
-    return _logprobs(request.spec, {name: array[row : row + 1] for name, array in sampled.items()})
 
 
 def _logprobs(spec: Generate, rows: dict[str, np.ndarray]) -> Logprobs:

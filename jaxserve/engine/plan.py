@@ -1,5 +1,6 @@
 """What one step does: the scheduler writes it, the runner carries it out."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from jaxserve.engine.request import Request
@@ -24,12 +25,21 @@ class Chunk:
 
 @dataclass(slots=True)
 class RankPlan:
-    """One dp rank's share of a step. Empty lists mean that the rank idles."""
+    """One dp rank's share of a step. Empty lists mean that the rank idles.
+
+    A decoding request takes one row for its last token, and one more for each of its drafts: guesses of
+    what follows it. A row whose token was guessed wrong is computed and thrown away.
+    """
 
     decode: list[Request] = field(default_factory=list)
+    drafts: dict[Request, list[int]] = field(default_factory=dict)  # of those in `decode` that were tried
     chunks: list[Chunk] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)  # their slot's sampling state must be set first
     table_updates: list[tuple[int, int, int]] = field(default_factory=list)  # (slot, index, page)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.decode) + sum(map(len, self.drafts.values()))
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -37,11 +47,25 @@ class RankPlan:
 
     @property
     def sampled(self) -> list[Request]:
-        """The requests that get a token, in the order of the step's sample rows."""
+        """The requests that get tokens, in the order of the step's sample rows."""
         return [*self.decode, *(chunk.request for chunk in self.chunks if chunk.samples)]
+
+    def sample_rows(self) -> Iterator[tuple[Request, int]]:
+        """(request, drafts before the row) of each row that is sampled, in order."""
+        for request in self.decode:
+            yield request, 0
+            for number in range(len(self.drafts.get(request, ()))):
+                yield request, number + 1
+        for chunk in self.chunks:
+            if chunk.samples:
+                yield chunk.request, 0
 
 
 @dataclass(slots=True)
 class StepPlan:
     number: int
     ranks: list[RankPlan]
+
+    @property
+    def has_drafts(self) -> bool:
+        return any(any(rank.drafts.values()) for rank in self.ranks)

@@ -103,6 +103,7 @@ def forward(
     f = packing.unpack(packed_RM)
     table_SN = per_rank(mesh, _set_entries, table_SN, f["update_slot"], f["update_index"], f["update_page"])
     last_R = per_rank(mesh, lambda last, slot: last[jnp.maximum(slot, 0)], last_token_S, f["row_slot"])
+    last_R = jnp.where(f["row_token"] < 0, last_R, f["row_token"])
 
     def join(row_R: jax.Array, token_P: jax.Array) -> jax.Array:
         if not bucket.prefill_tokens:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from jaxserve.engine.ngrams import Ngrams
 from jaxserve.engine.radix import Node
 from jaxserve.messages import Finish, Generate
 
@@ -35,6 +36,12 @@ class Request:
     num_retractions: int = 0
     admitted_s: float | None = None
     first_output_sent: bool = False
+    ngrams: Ngrams | None = None  # made when drafts are first looked up
+    num_verified: int = 0  # decode steps read back while drafts may be made
+    num_drafted: int = 0
+    num_accepted: int = 0  # drafts that turned out right
+    misses: int = 0  # steps in a row that drafts did not help
+    rests_until: int = 0  # no drafts before it has so many tokens
 
     @property
     def order(self) -> tuple[int, int]:
@@ -54,6 +61,16 @@ class Request:
     def wants_decode(self) -> bool:
         """Whether a further token may be sampled; False while the last one allowed is on its way."""
         return not self.in_prefill and self.num_outputs < self.spec.sampling.max_new_tokens
+
+    @property
+    def may_draft(self) -> bool:
+        """Whether guesses of its next tokens can be checked all at once, and are worth it now.
+
+        Penalties count each token before the next one is sampled, so a step samples one of them.
+        """
+        s = self.spec.sampling
+        plain = not (s.frequency_penalty or s.presence_penalty) and s.repetition_penalty == 1
+        return plain and len(self.tokens) >= self.rests_until
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -84,7 +84,7 @@ class Step:
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step produced, per rank: tokens in the order of `RankPlan.sampled`, and logprobs by row."""
+    """What a step produced, per rank: tokens in the order of `RankPlan.sample_rows`, and logprobs by row."""
 
     tokens: list[list[int]]
     sampled: list[dict[str, np.ndarray]]  # empty dicts unless logprobs were computed
@@ -238,7 +238,7 @@ class Runner:
         token = sampled.pop("token", np.zeros(0, np.int32))
         n, p = step.bucket.num_samples, step.bucket.prefill_tokens
         ranks = range(self.sizes.num_ranks)
-        counts = [len(rank.sampled) for rank in step.plan.ranks]
+        counts = [sum(1 for _ in rank.sample_rows()) for rank in step.plan.ranks]
         scored = None
         if step.results.scored is not None:
             whole = {name: np.asarray(array) for name, array in step.results.scored.items()}
@@ -272,7 +272,7 @@ class Runner:
                 jax.block_until_ready(started.last)
 
     def _choose_bucket(self, plan: StepPlan) -> Bucket:
-        rows = max(len(rank.decode) for rank in plan.ranks)
+        rows = max(rank.num_rows for rank in plan.ranks)
         tokens = max(rank.num_prefill_tokens for rank in plan.ranks)
         chunks = max(len(rank.chunks) for rank in plan.ranks)
         for b in self.buckets:

@@ -14,7 +14,9 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
+from jaxserve.engine.drafting import Drafter, Drafting, num_right, rest_if_useless
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.plan import Chunk, RankPlan, StepPlan
 from jaxserve.engine.radix import Node, RadixTree
@@ -41,9 +43,11 @@ class Limits:
 class Rank:
     """One data-parallel rank: its pool, prefix tree, queue and running batch."""
 
-    def __init__(self, index: int, limits: Limits, share_prefixes: bool):
+    def __init__(self, index: int, limits: Limits, share_prefixes: bool, drafter: Drafter | None = None):
         self.index = index
         self.limits = limits
+        self.drafter = drafter
+        self.drafting = Drafting()
         self.pool = PagePool(limits.num_pages)
         self.checkpoints: Checkpoints | None = None
         if limits.num_checkpoints is not None:
@@ -78,6 +82,8 @@ class Rank:
             for chunk in plan.chunks:
                 chunk.request.state_from = chunk.request.slot
             self.checkpoints.settle()
+        if self.drafter is not None:
+            self._add_drafts(plan, self.drafter)
         # A page may be given and exchanged for a shared one in the same step; a scatter has no order.
         newest = {(slot, index): page for slot, index, page in self.updates}
         plan.table_updates = [(slot, index, page) for (slot, index), page in newest.items()]
@@ -93,6 +99,30 @@ class Rank:
         while request.in_prefill and (more := self._add_chunk(plan, request, budget - length)):
             length += more
         return length
+
+    def _add_drafts(self, plan: RankPlan, drafter: Drafter) -> None:
+        """Guess what follows the decode rows, while rows and pages are left that nobody else needs."""
+        drafting = [r for r in plan.decode if r.pending == 1 and r.may_draft]
+        room = drafter.max_rows - len(plan.decode)
+        for i, request in enumerate(drafting):
+            count = min(
+                max(room, 0) // (len(drafting) - i),
+                drafter.max_drafts,
+                request.spec.sampling.max_new_tokens - request.num_outputs,
+                self._spare_positions(request),
+            )
+            if count <= 0:
+                continue
+            plan.drafts[request] = drafts = drafter.propose(request, count)
+            room -= len(drafts)
+            needed = self._pages_for(request.computed + len(drafts)) - len(request.pages)
+            for _ in range(needed):
+                self._add_page(request)
+
+    def _spare_positions(self, request: Request) -> int:
+        """How many positions after those computed can have pages without taking anybody's."""
+        spare = self.pool.num_free + self.tree.num_evictable
+        return (len(request.pages) + spare) * self.limits.page_size - request.computed
 
     def _add_chunk(self, plan: RankPlan, request: Request, budget: int) -> int:
         length = min(budget, self._chunk_end(request) - request.computed)
@@ -181,11 +211,14 @@ class Rank:
             self._retract(victim)
             if victim is request:
                 return False
+        self._add_page(request)
+        return True
+
+    def _add_page(self, request: Request) -> None:
         self._make_room(1)
         [page] = self.pool.allocate(1)
         self.updates.append((request.slot, len(request.pages), page))
         request.pages.append(page)
-        return True
 
     def _make_room(self, num_pages: int) -> None:
         if self.pool.num_free < num_pages:
@@ -245,6 +278,14 @@ class Rank:
     # ---- figures ----
 
     @property
+    def drafts_next(self) -> bool:
+        """Whether the next step may have drafts, which need every sampled token known."""
+        if self.drafter is None:
+            return False
+        decoding = [r for r in self.running if not r.in_prefill]
+        return len(decoding) < self.drafter.max_rows and any(r.may_draft for r in decoding)
+
+    @property
     def num_waiting_tokens(self) -> int:
         return sum(len(r.tokens) for _, r in self.waiting)
 
@@ -283,9 +324,10 @@ class Scheduler:
         share_prefixes: bool = True,
         clock: Callable[[], float] = time.monotonic,
         seeds: random.Random | None = None,
+        drafter: Drafter | None = None,
     ):
         self.limits = limits
-        self.ranks = [Rank(i, limits, share_prefixes) for i in range(num_ranks)]
+        self.ranks = [Rank(i, limits, share_prefixes, drafter) for i in range(num_ranks)]
         self.requests: dict[str, Request] = {}
         self._clock = clock
         self._seeds = seeds or random.Random(0)
@@ -312,6 +354,11 @@ class Scheduler:
         heapq.heappush(self.ranks[request.rank].waiting, (request.order, request))
         return request
 
+    @property
+    def drafts_next(self) -> bool:
+        """Whether `plan` makes more of a step whose tokens are known than ahead of them."""
+        return any(rank.drafts_next for rank in self.ranks)
+
     def plan(self) -> StepPlan | None:
         """The next step, or None when no rank has anything to compute."""
         now_s = self._clock()
@@ -322,19 +369,38 @@ class Scheduler:
         self._steps += 1
         return StepPlan(self._steps, ranks)
 
-    def retire(self, plan: StepPlan, tokens: Sequence[Sequence[int]]) -> list[tuple[Request, int]]:
-        """Take in a step's sampled tokens, one list a rank in the order of `RankPlan.sampled`.
+    def retire(self, plan: StepPlan, tokens: Sequence[Sequence[int]]) -> list[tuple[Request, list[int]]]:
+        """Take in a step's sampled tokens, one list a rank in the order of `RankPlan.sample_rows`.
 
-        Returns the requests that got one. Tokens of requests that have ended meanwhile are dropped.
+        Returns the requests that got some, with their tokens: one, and one more for each draft that
+        was right. Tokens of requests that have ended meanwhile are dropped.
         """
         taken = []
-        for rank_plan, rank_tokens in zip(plan.ranks, tokens):
-            for request, token in zip(rank_plan.sampled, rank_tokens):
+        for rank, rank_plan, rank_tokens in zip(self.ranks, plan.ranks, tokens):
+            rows = iter(rank_tokens)
+            for row, request in enumerate(rank_plan.sampled):
+                drafts = rank_plan.drafts.get(request, [])
+                sampled = list(islice(rows, 1 + len(drafts)))
+                right = num_right(drafts, sampled)
                 request.pending -= 1
                 if request.finish is None:
-                    request.tokens.append(int(token))
-                    taken.append((request, int(token)))
-                    self._finish_if_done(request, int(token))
+                    taken.append((request, self._take(request, sampled[: right + 1])))
+                    if rank.drafter is not None and row < len(rank_plan.decode):
+                        rank.drafting.count(request, len(drafts), right)
+                        if rank.drafter.rests and request in rank_plan.drafts:
+                            rest_if_useless(request, right)
+        return taken
+
+    def _take(self, request: Request, tokens: Sequence[int]) -> list[int]:
+        """Append tokens up to one that ends the request; returns those."""
+        taken = []
+        for token in map(int, tokens):
+            request.computed += bool(taken)  # the draft before it was right, and so is its KV
+            request.tokens.append(token)
+            taken.append(token)
+            self._finish_if_done(request, token)
+            if request.finish is not None:
+                break
         return taken
 
     def abort(self, rid: str, finish: Finish) -> Request | None:

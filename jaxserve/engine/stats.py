@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from jaxserve.engine.drafting import Drafting
 from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.messages import Info, Output, RankLoad
@@ -92,6 +93,7 @@ class Stats:
                         "graph_gb": 0.0,
                         "token_capacity": capacity,
                     },
+                    **({"speculative": speculative(rank.drafting)} if rank.drafter is not None else {}),
                     "queues": {
                         "waiting": waiting,
                         "grammar": 0,
@@ -114,4 +116,15 @@ class Stats:
             "generation_tokens": list(self.generation_tokens),
             "finished": list(self.finished),
             "requests": len(scheduler.requests),
+            "spec_drafted": [rank.drafting.drafted for rank in scheduler.ranks],
+            "spec_accepted": [rank.drafting.accepted for rank in scheduler.ranks],
         }
+
+
+def speculative(drafting: Drafting) -> dict[str, float]:
+    """Tokens of a decode step of a request, and the share of drafts that were right, since the start."""
+    steps, drafted, accepted = drafting.steps, drafting.drafted, drafting.accepted
+    return {
+        "accept_length": round(1 + accepted / steps, 4) if steps else 0.0,
+        "accept_rate": round(accepted / drafted, 4) if drafted else 0.0,
+    }

@@ -197,6 +197,13 @@ def as_meta_info(sequence: Sequence) -> dict[str, Any]:
         "weight_version": WEIGHT_VERSION,
         "dp_rank": sequence.dp_rank,
     }
+    if steps := sequence.spec_steps:
+        drafted, accepted = sequence.spec_drafted, sequence.spec_accepted
+        meta["spec_verify_ct"] = steps
+        meta["spec_accept_length"] = 1 + accepted / steps
+        meta["spec_accept_rate"] = accepted / drafted if drafted else 0.0
+        meta["spec_draft_token_num"] = drafted
+        meta["spec_accept_token_num"] = accepted
     if request.return_logprob:
         meta["input_token_logprobs"] = list(sequence.input_logprobs)
         meta["output_token_logprobs"] = list(sequence.output_logprobs)

@@ -64,6 +64,10 @@ QUEUE_GAUGES = {
     "paused": ("num_paused_reqs", "Requests that are paused."),
     "retracted": ("num_retracted_reqs", "Requests taken off the running batch that wait to resume."),
 }
+SPECULATIVE_GAUGES = {
+    "accept_length": ("spec_accept_length", "Tokens of a request in one decode step, since the start."),
+    "accept_rate": ("spec_accept_rate", "Share of guessed tokens that were right, since the start."),
+}
 STAT_GAUGES = {
     "compiles_after_ready": ("compiles_after_ready", "Programs compiled after readiness; stays 0."),
     "retractions": ("num_retractions", "Times a request was taken off the running batch, in all."),
@@ -150,6 +154,11 @@ class Metrics:
                 (load.get("dp_rank", i), load.get("queues") or {}) for i, load in enumerate(self._loads)
             ]
             yield self._gauge(name, help, [(rank, lengths.get(key)) for rank, lengths in queues])
+        drafting = [(i, load) for i, load in enumerate(self._loads) if load.get("speculative")]
+        for key, (name, help) in SPECULATIVE_GAUGES.items():
+            values = [(load.get("dp_rank", i), load["speculative"].get(key)) for i, load in drafting]
+            if values:
+                yield self._gauge(name, help, values)
         for key, (name, help) in STAT_GAUGES.items():
             yield self._gauge(name, help, [(0, self._stats.get(key))])
         if experts := self._stats.get("experts"):

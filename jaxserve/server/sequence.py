@@ -61,6 +61,9 @@ class Sequence:
         self.cached_tokens = 0
         self.dp_rank = 0
         self.num_retractions = 0
+        self.spec_steps = 0
+        self.spec_drafted = 0
+        self.spec_accepted = 0
         self.started_s = 0.0
         self.e2e_latency_s = 0.0
         self.closed = False  # the engine's stream is closed and the times are taken
@@ -123,6 +126,9 @@ class Sequence:
         self.cached_tokens = output.cached_tokens or self.cached_tokens
         self.dp_rank = output.dp_rank
         self.num_retractions = output.num_retractions or self.num_retractions
+        if output.spec_steps:
+            self.spec_steps = output.spec_steps
+            self.spec_drafted, self.spec_accepted = output.spec_drafted, output.spec_accepted
         if output.prompt_logprobs is not None:
             self._take_prompt_logprobs(output.prompt_logprobs)
         finish = output.finish

@@ -37,9 +37,12 @@ class Device:
                 self._carry_states(r, rank)
             writes, rows = [], []
             for request in rank.decode:
-                sequence = self.last[r, request.slot]
-                writes.append((request.slot, len(sequence) - 1, sequence))
-                rows.append((request.slot, sequence))
+                sequence = request.tokens if request.pending == 1 else self.last[r, request.slot]
+                drafts = rank.drafts.get(request, [])
+                for count in range(len(drafts) + 1):
+                    guessed = [*sequence, *drafts[:count]]
+                    writes.append((request.slot, len(guessed) - 1, guessed))
+                    rows.append((request.slot, guessed))
             for chunk in rank.chunks:
                 tokens = chunk.request.tokens[: chunk.start + chunk.length]
                 writes += [(chunk.request.slot, p, tokens[: p + 1]) for p in range(chunk.start, len(tokens))]
@@ -127,6 +130,48 @@ def test_any_mix_of_requests_ends_with_its_own_tokens_and_no_page_lost(
     serve(mix, num_pages, num_slots, num_ranks, share, num_checkpoints)
 
 
+class Guesses:
+    """Drafts that are right for a while: 0 to 5 tokens of the model's own, then wrong ones."""
+
+    max_drafts, max_rows, rests = 4, 7, True
+
+    def propose(self, request, count):
+        assert request.pending == 1 and count > 0
+        tokens, right = list(request.tokens), sum(request.tokens) % 6
+        for number in range(min(count, sum(tokens) % 5)):
+            tokens.append(next_token(tokens) if number < right else 49 - next_token(tokens))
+        return tokens[len(request.tokens) :]
+
+
+@settings(max_examples=100, deadline=None)
+@given(requests, st.integers(10, 24), st.integers(1, 5), st.integers(1, 2), st.booleans())
+def test_drafts_right_or_wrong_change_no_token_and_lose_no_page(mix, num_pages, num_slots, num_ranks, share):
+    serve(mix, num_pages, num_slots, num_ranks, share, drafter=Guesses())
+
+
+def test_crowds_with_drafts_are_retracted_stop_and_are_aborted_on_the_way():
+    draw = random.Random(1)
+    paths = {"retracted": 0, "shared": 0, "stopped": 0, "aborted": 0, "accepted": 0, "wrong": 0}
+    for _ in range(40):
+        mix = [
+            (
+                draw.randrange(4), draw.randint(1, 24), draw.randint(1, 24), draw.random() < 0.5,
+                draw.randrange(60) if draw.random() < 0.2 else -1, draw.randrange(3),
+                draw.choice(["", "a"]), draw.randrange(40),
+            )
+            for _ in range(40)
+        ]  # fmt: skip
+        sizes = draw.randint(12, 20), draw.randint(3, 8), draw.randint(1, 2)
+        for request in serve(mix, *sizes, True, drafter=Guesses()):
+            paths["retracted"] += request.num_retractions > 0
+            paths["shared"] += request.cached_tokens > 0
+            paths["stopped"] += request.finish.type == "stop"
+            paths["aborted"] += request.finish.type == "abort"
+            paths["accepted"] += request.num_accepted
+            paths["wrong"] += request.num_drafted > request.num_accepted
+    assert min(paths.values()) > 20, paths
+
+
 @pytest.mark.parametrize("num_checkpoints", [None, 4], ids=["kv", "states"])
 def test_crowds_share_are_retracted_stop_and_are_aborted_on_the_way(num_checkpoints):
     """Large mixes, so that what hypothesis rarely draws happens often."""
@@ -150,10 +195,11 @@ def test_crowds_share_are_retracted_stop_and_are_aborted_on_the_way(num_checkpoi
     assert min(paths.values()) > 20, paths
 
 
-def serve(mix, num_pages, num_slots, num_ranks, share, num_checkpoints=None):
+def serve(mix, num_pages, num_slots, num_ranks, share, num_checkpoints=None, drafter=None):
     """Run a mix to its end, auditing after every action; returns the requests."""
     limits = Limits(num_pages, 4, num_slots, 8, 3, max_req_len=num_pages * 4, num_checkpoints=num_checkpoints)
-    scheduler = Scheduler(limits, num_ranks, share, clock=lambda: 0.0, seeds=random.Random(1))
+    seeds = random.Random(1)
+    scheduler = Scheduler(limits, num_ranks, share, clock=lambda: 0.0, seeds=seeds, drafter=drafter)
     device = Device(scheduler, limits)
     specs, aborts, arrivals = {}, {}, {}
     for i, (family, length, new, stops, abort, priority, salt, arrival) in enumerate(mix):
@@ -170,8 +216,14 @@ def serve(mix, num_pages, num_slots, num_ranks, share, num_checkpoints=None):
         for rid in aborts.pop(step, ()):
             if scheduler.abort(rid, Finish("abort", message="test")):
                 aborted.add(rid)
+        if in_flight and (in_flight[0].has_drafts or scheduler.drafts_next):
+            scheduler.retire(*in_flight)
+            scheduler.check()
+            in_flight = None
         plan = scheduler.plan()
         scheduler.check()
+        if plan and drafter:
+            assert all(rank.num_rows <= max(num_slots, drafter.max_rows) for rank in plan.ranks)
         sampled = device.launch(plan) if plan else None
         if in_flight:
             scheduler.retire(*in_flight)
@@ -307,3 +359,31 @@ def test_request_goes_to_the_rank_that_holds_its_prefix():
     run(scheduler, device)
     again = scheduler.submit(ask("again", [9] * 12 + [1]))
     assert (other.rank, again.rank) == (1, 1)
+
+
+class Silence:
+    """Never a draft."""
+
+    max_drafts, max_rows, rests = 3, 8, True
+
+    def propose(self, request, count):
+        return []
+
+
+def test_request_that_drafts_do_not_help_goes_ahead_of_the_device_and_tries_again():
+    limits = Limits(32, 4, 4, 16, 4, 128)
+    scheduler = Scheduler(limits, clock=lambda: 0.0, drafter=Silence())
+    device = Device(scheduler, limits)
+    scheduler.submit(ask("a", [1], new=60))
+    waits, in_flight = "", None
+    while scheduler.has_work:
+        waits += "w" if scheduler.drafts_next else "."
+        if in_flight and (in_flight[0].has_drafts or scheduler.drafts_next):
+            scheduler.retire(*in_flight)
+            in_flight = None
+        plan = scheduler.plan()
+        sampled = device.launch(plan) if plan else None
+        if in_flight:
+            scheduler.retire(*in_flight)
+        in_flight = (plan, sampled) if plan else None
+    assert waits[:42] == ".wwwww" + 16 * "." + "ww" + 16 * "." + "ww"

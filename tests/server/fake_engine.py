@@ -55,6 +55,7 @@ LOAD = {
     "cache_hit_rate": 0.5,
     "utilization": 0.25,
     "memory": {"weight_gb": 1.0},
+    "speculative": {"accept_length": 2.5, "accept_rate": 0.5},
     "queues": {"waiting": 2, "retracted": 1},
 }
 EXPERTS = {"balancedness": [0.5, 0.75], "device_tokens": [10, 30], "rebalances": 2, "moved": 7}

@@ -105,6 +105,8 @@ def test_gauges_come_from_the_engine(server):
     assert sample(server, "num_queue_reqs") == 2
     assert sample(server, "token_usage") == 0.25
     assert sample(server, "num_retracted_reqs", 1) == 1
+    assert sample(server, "spec_accept_length", 1) == 2.5
+    assert sample(server, "spec_accept_rate", 1) == 0.5
     assert sample(server, "compiles_after_ready") == 0
     assert sample(server, "num_retractions") == 3
     assert sample(server, "engine_startup_time") == 2
