@@ -149,7 +149,7 @@ def test_locked_pages_outlive_a_clear_and_the_events_say_so():
 def test_unwatched_tree_computes_no_hashes():
     tree = RadixTree(PAGE, PagePool(8))
     insert(tree, [1, 1, 2, 2])
-    assert [node.hashes for node in tree._nodes()] == [[], []]
+    assert [node.hashes for node in tree.nodes()] == [[], []]
 
 
 def test_watch_started_twice_reports_once():
