@@ -161,7 +161,10 @@ class EngineLoop:
     def _answer(self, call: Call) -> Reply:
         match call.method:
             case "flush_cache":
-                if self._in_flight is not None or self.scheduler.has_work:
+                if self._in_flight is not None and not self.scheduler.has_work:
+                    self._publish(self._in_flight)  # it ran ahead of its requests' end
+                    self._in_flight = None
+                if self.scheduler.has_work:
                     running = len(self.scheduler.requests)
                     return Reply(call.call_id, False, message=f"not flushed: {running} requests are pending")
                 pages = self.scheduler.flush()

@@ -117,3 +117,10 @@ def test_prompt_under_another_salt_is_not_shared(engine):
         for salt in ("a", "a", "b")
     ]
     assert cached == [0, 32, 0]
+
+
+def test_cache_is_flushed_right_after_an_answer_though_a_step_ran_ahead(engine):
+    small = engine()
+    for _ in range(20):
+        small.generate(input_ids=[5, 6, 7], sampling_params={"max_new_tokens": 2, "ignore_eos": True})
+        small.flush_cache()

@@ -58,6 +58,17 @@ def test_host_0_in_trouble_ends_every_follower_by_name(tmp_path: Path, compile_c
             assert "jaxserve: host 0 (127.0.0.1" in made.log(rank)
 
 
+def test_host_0_without_its_launcher_ends_every_follower_by_name(tmp_path: Path, compile_cache: str):
+    with instance(tmp_path, GOLDEN / "llama", 2, compile_cache_dir=compile_cache, **TINY) as made:
+        waiting = Client(made, ENDLESS)
+        made.processes()
+        made.launchers[0].send_signal(signal.SIGKILL)
+        assert made.wait_ended() == [-signal.SIGKILL, 1]
+        waiting.join()
+        assert waiting.error is not None
+        assert "host 0: its launcher died" in made.log(1)
+
+
 def test_follower_told_to_stop_lets_requests_finish_and_ends_all(tmp_path: Path, compile_cache: str):
     health = free_port()
     options = {**TINY, "compile_cache_dir": compile_cache, "follower_health_port": health}

@@ -1,6 +1,11 @@
-"""Whole engines on virtual devices: greedy tokens of every family with experts, layout and backend
-are the recorded ones of one device, and every token's choice of experts is counted."""
+"""Whole engines on virtual devices, every family on every layout with every backend: greedy tokens are
+the recorded ones, answers with penalties, seeds, stops and logprobs those of one device, and every
+token's choice of experts is counted.
 
+All of it: scripts/test tests/parallel/test_engine_layouts.py --slow (docs/layouts.md has the last run).
+"""
+
+import contextlib
 import json
 
 import numpy as np
@@ -10,7 +15,8 @@ from jax.sharding import AbstractMesh
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.blueprint import draw
 from jaxserve.parallel.dispatch import choose_backend
-from tests.models.tiny import HYBRID_FAMILIES, MOE_FAMILIES, Golden, read_config
+from tests.engine.asking import Row, ask, check_greedy
+from tests.models.tiny import FAMILIES, HYBRID_FAMILIES, MOE_FAMILIES, Golden, read_config
 
 GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
 
@@ -38,26 +44,29 @@ LAYOUTS = {
 BACKENDS = ("allgather", "all_to_all", None)
 
 
-def cells():
-    """Every family on every layout, with every backend where there is more than one."""
-    for family in MOE_FAMILIES:
-        for layout, options in LAYOUTS.items():
-            for backend in BACKENDS if options.get("ep", 1) > 1 else (None,):
-                yield family, layout, backend
+def has_ep(layout):
+    return LAYOUTS[layout].get("ep", 1) > 1
 
 
-def sample(all_cells, every):
-    """A fixed part; the tests below say what comes up in it."""
-    return [cell for number, cell in enumerate(all_cells) if number % every == 0]
+def cells(families):
+    """A list for each family: every layout that it can have, with every backend where there are several."""
+    for family in families:
+        layouts = [name for name in LAYOUTS if family in MOE_FAMILIES or not has_ep(name)]
+        yield [(family, name, b) for name in layouts for b in (BACKENDS if has_ep(name) else (None,))]
 
 
-ALL = list(cells())
-FAST = sample(ALL, 11)
-BALANCED = [cell for cell in ALL if LAYOUTS[cell[1]].get("ep", 1) > 1]
-FAST_BALANCED = sample(BALANCED, 59)
+def sample(by_family, every):
+    """A fixed part: of each family one cell in `every`, from another one on, so that layouts take turns."""
+    return [cell for number, cells in enumerate(by_family) for cell in cells[number % every :: every]]
+
+
+ALL = [cell for family in cells((*FAMILIES, *MOE_FAMILIES)) for cell in family]
+FAST = [*sample(cells(FAMILIES), 3), *sample(cells(MOE_FAMILIES), 6)]
+BALANCED = [cell for cell in ALL if has_ep(cell[1])]
+FAST_BALANCED = BALANCED[::59]
 # Steps of a model with recurrent states cannot be halved; test_check.py sees that refused.
 HALVED = [cell for cell in ALL if LAYOUTS[cell[1]].get("tp", 1) > 1 and cell[0] not in HYBRID_FAMILIES]
-FAST_HALVED = sample(HALVED, 86)
+FAST_HALVED = HALVED[::86]
 
 
 def name(cell):
@@ -68,10 +77,14 @@ def marked(cell, fast=FAST):
     return pytest.param(*cell, id=name(cell), marks=() if cell in fast else pytest.mark.slow)
 
 
-def test_sample_covers_every_family_layout_and_backend():
-    assert {family for family, _, _ in FAST} == set(MOE_FAMILIES)
+def test_sample_of_sixty_cells_covers_every_family_layout_and_backend():
+    assert len(set(FAST)) == len(FAST) >= 60
+    assert {family for family, _, _ in FAST} == {*FAMILIES, *MOE_FAMILIES}
     assert {layout for _, layout, _ in FAST} == set(LAYOUTS)
-    assert {backend for _, _, backend in FAST} == set(BACKENDS)
+    assert {(has_ep(layout), backend) for _, layout, backend in FAST} == {
+        (False, None),
+        *((True, backend) for backend in BACKENDS),
+    }
 
 
 def test_sample_of_cells_in_two_halves_covers_every_backend():
@@ -89,22 +102,77 @@ def num_choices(family):
 
 
 @pytest.mark.parametrize("family, layout, backend", [marked(cell) for cell in ALL])
-def test_greedy_tokens_are_those_of_one_device_and_all_choices_are_counted(engine, family, layout, backend):
+def test_answers_are_those_of_one_device_and_all_choices_of_experts_are_counted(
+    engine, family, layout, backend
+):
     golden = Golden.read(family)
     served = engine(family, **LAYOUTS[layout], **({"moe_a2a_backend": backend} if backend else {}))
+    with counted_choices(served, family) as computed:
+        for _ in range(2):  # the second time from the cache
+            replies = served.generate(input_ids=[p.tolist() for p in golden.prompts], sampling_params=GREEDY)
+            check_greedy(golden, replies)
+            computed += replies
+    compare(ask(served, mixed(golden), **SCORED), of_one_device(engine, family))
+    served.flush_cache()
+
+
+@contextlib.contextmanager
+def counted_choices(served, family):
+    """Takes replies, of 24 tokens each: their tokens' choices are what the load counters grow by."""
+    replies: list[dict] = []
+    if family not in MOE_FAMILIES:
+        yield replies
+        return
     runner = served._engine.runner
     before = runner.expert_load().copy()
-    prompts = [prompt.tolist() for prompt in golden.prompts]
-    replies = served.generate(input_ids=prompts, sampling_params=GREEDY)
-    assert [list(reply["output_ids"]) for reply in replies] == golden.greedy.tolist()
-
+    yield replies
+    facts = [reply["meta_info"] for reply in replies]
     # The last sampled token of a request is never computed.
-    computed = sum(len(p) + 23 - r["meta_info"]["cached_tokens"] for p, r in zip(prompts, replies))
+    computed = sum(f["prompt_tokens"] + 23 - f["cached_tokens"] for f in facts)
     per_layer = (runner.expert_load() - before).sum(axis=1)
     # A step already launched when a request ended computes one token more of it.
     assert (per_layer >= computed * num_choices(family)).all()
-    assert (per_layer <= (computed + len(prompts)) * num_choices(family)).all()
-    served.flush_cache()
+    assert (per_layer <= (computed + len(replies)) * num_choices(family)).all()
+
+
+SCORED = {"return_logprob": True, "top_logprobs_num": 3}
+ONE_DEVICE: dict[str, list] = {}  # the family's answers, computed once
+
+
+def of_one_device(engine, family):
+    if family not in ONE_DEVICE:
+        ONE_DEVICE[family] = ask(engine(family), mixed(Golden.read(family)), **SCORED)
+    return ONE_DEVICE[family]
+
+
+def mixed(golden):
+    """Rows that each need another part of the sample programs, two samples of each."""
+    stop = int(golden.greedy[1][7])
+    spices = [
+        {"temperature": 0, "repetition_penalty": 1.4},
+        {"temperature": 0, "frequency_penalty": 0.7, "presence_penalty": 0.3, "logit_bias": {"7": 3.0}},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "sampling_seed": 6},
+        {"temperature": 1.0, "sampling_seed": 5},
+        {"temperature": 0, "stop_token_ids": [stop]},
+    ]
+    prompt = golden.prompts[1].tolist()
+    return [Row(prompt, {"max_new_tokens": 12, "ignore_eos": True, "n": 2, **spice}) for spice in spices]
+
+
+def compare(replies, wanted):
+    """Tokens are equal; logprobs up to sums of float32 in another order (see tests/models)."""
+    assert [reply["output_ids"] for reply in replies] == [want["output_ids"] for want in wanted]
+    for reply, want in zip(replies, wanted):
+        got, want = reply["meta_info"], want["meta_info"]
+        assert got["finish_reason"] == want["finish_reason"]
+        for name in ("output_token_logprobs", "output_top_logprobs"):
+            got_values, want_values = (np.array(flatten(facts[name]), np.float64) for facts in (got, want))
+            np.testing.assert_allclose(got_values, want_values, rtol=0, atol=1e-4)
+
+
+def flatten(entries):
+    """The logprobs of [logprob, token id, text] entries, or of lists of such."""
+    return [x for e in entries for x in ([e[0]] if not isinstance(e[0], list | tuple) else flatten(e))]
 
 
 @pytest.mark.parametrize("family, layout, backend", [marked(cell, FAST_BALANCED) for cell in BALANCED])
