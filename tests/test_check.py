@@ -148,6 +148,13 @@ def test_recurrent_states_cannot_be_cut_into_two_halves_of_a_step():
         draw_on_paper(config, find_hf_config(config))
 
 
+def test_recurrent_states_cannot_take_back_a_guess():
+    with pytest.raises(
+        ConfigError, match="speculative_algorithm=NGRAM: this model's recurrent state cannot take"
+    ):
+        check(shape("minimax-text-01", tp=8, speculative_algorithm="NGRAM"), "h200")
+
+
 def test_report_needs_no_gpu_and_no_weights(tmp_path):
     """A process of its own, in which no backend is ever asked for devices."""
     (tmp_path / "config.json").write_text((GOLDEN / "qwen3" / "config.json").read_text())

@@ -68,8 +68,6 @@ class ScaledBlock(nnx.Module):
 class MiniMaxText01ForCausalLM(nnx.Module):
     """As published: `attn_type_list`, `layernorm_*`, `rotary_dim`."""
 
-    rewindable = False  # a recurrent state cannot take back a token
-
     def __init__(self, hf_config: dict[str, Any], dtype: DTypeLike):
         config = {**DEFAULTS, **hf_config}
         size = Dimensions.read(config)
