@@ -37,9 +37,9 @@ def test_unknown_architecture_is_refused_with_the_known_ones():
     assert str(error.value) == (
         "config.json: architectures=['BertModel'] is unknown; known: DeepseekV2ForCausalLM, "
         "DeepseekV3ForCausalLM, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Glm4MoeForCausalLM, "
-        "GptOssForCausalLM, LlamaForCausalLM, MiniMaxForCausalLM, MiniMaxM1ForCausalLM, MiniMaxM2ForCausalLM, "
-        "MiniMaxText01ForCausalLM, MistralForCausalLM, MixtralForCausalLM, Qwen2ForCausalLM, "
-        "Qwen2MoeForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"
+        "GptOssForCausalLM, LlamaForCausalLM, MiniMaxForCausalLM, MiniMaxM1ForCausalLM, "
+        "MiniMaxM2ForCausalLM, MiniMaxText01ForCausalLM, MistralForCausalLM, MixtralForCausalLM, "
+        "Qwen2ForCausalLM, Qwen2MoeForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"
     )
 
 
