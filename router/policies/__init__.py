@@ -1,5 +1,6 @@
 """How a worker is chosen: one file a policy, found by name."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib import import_module
 from random import Random  # the name `random` here is the policy of that name
@@ -10,7 +11,7 @@ from router.config import RouterConfig
 from router.workers import Worker
 
 
-class Policy:
+class Policy(ABC):
     """Chooses among usable workers. Runs on the event loop; no I/O, no waiting.
 
     For each attempt the proxy calls `choose`, then `placed`; `learned` when the worker said how many
@@ -24,9 +25,9 @@ class Policy:
         self.config = config
         self.rng = rng
 
+    @abstractmethod
     def choose(self, call: Call, workers: Sequence[Worker]) -> Worker:
         """One of `workers`, which is not empty. Sets `call.decision`, maybe `call.predicted_tokens`."""
-        raise NotImplementedError
 
     def placed(self, call: Call, worker: Worker) -> None:
         """The request is being sent to `worker`."""

@@ -120,11 +120,10 @@ def test_whole_engine_on_a_mesh_gives_the_tokens_of_one_device(checkpoints, engi
     assert tokens(tp=4, dp_size=2, ep=4, enable_dp_attention=True) == one
 
 
+@pytest.mark.parametrize("checkpoints", ["deepseek_v3"], indirect=True)
 def test_dense_blocks_may_lie_on_several_devices(checkpoints, engine):
     """Of 8 devices each has 2 rows of a feed-forward of 16, a quarter of a block, and a head of 20 rows."""
     family, stored, _ = checkpoints
-    if family != "deepseek_v3":
-        pytest.skip("the others' layers are the same")
     prompts = [prompt.tolist() for prompt in Golden.read(family).prompts]
     greedy = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
     one, split = (
