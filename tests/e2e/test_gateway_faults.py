@@ -16,7 +16,7 @@ import pytest
 from router.replicas import free_ports
 from tests.e2e.gateway import Gateway, Launch, Load, right_answers, serving
 from tests.e2e.process import Server, until
-from tests.router.broken_requests import broken
+from tests.router.broken_requests import broken, send
 
 # A frozen worker is noticed within two seconds; a busy machine is not taken for one.
 QUICK = ("--policy", "cache_aware", "--health-check-interval-secs", "0.5", "--health-check-timeout-secs", "1")
@@ -202,21 +202,9 @@ def test_ten_thousand_broken_requests_cause_no_500_and_leave_nothing_behind(gate
     statuses: Counter[int] = Counter()
     chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
 
-    async def one(raw: bytes) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
-        try:
-            writer.write(raw)
-            async with asyncio.timeout(0.1):
-                line = await reader.readline()
-            statuses[int(line.split()[1]) if line.startswith(b"HTTP/1.1 ") else 0] += 1
-        except (TimeoutError, ConnectionError):
-            statuses[0] += 1  # still waiting for the rest, or hung up on
-        finally:
-            writer.transport.abort()
-
     async def all_of_them() -> None:
         for _ in range(50):
-            await asyncio.gather(*(one(broken(rng, chat)) for _ in range(200)))
+            await asyncio.gather(*(send(gateway.port, broken(rng, chat), statuses, 0.1) for _ in range(200)))
 
     asyncio.run(all_of_them())
     print(dict(statuses))

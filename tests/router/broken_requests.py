@@ -1,7 +1,9 @@
-"""Requests with something wrong in them, as bytes."""
+"""Requests with something wrong in them, as bytes, and what comes back."""
 
+import asyncio
 import json
 import random
+from collections import Counter
 from typing import Any
 
 WHOLE = (
@@ -34,3 +36,17 @@ def broken(rng: random.Random, value: dict[str, Any]) -> bytes:
         )  # fmt: skip
         return line + b"\r\nhost: g\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n"
     return bytes(raw)
+
+
+async def send(port: int, raw: bytes, statuses: Counter[int], patience_s: float) -> None:
+    """Sends bytes and counts the status of what comes back; 0: nothing, or the connection was closed."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(raw)
+        async with asyncio.timeout(patience_s):
+            line = await reader.readline()
+        statuses[int(line.split()[1]) if line.startswith(b"HTTP/1.1 ") else 0] += 1
+    except (TimeoutError, ConnectionError):
+        statuses[0] += 1  # still waiting for the rest, or hung up on
+    finally:
+        writer.transport.abort()
