@@ -13,6 +13,7 @@ import uvicorn
 from router.app import build_app
 from router.config import RouterConfig
 from router.control import METRICS_TYPE
+from router.full_disk import forget_unwritten_output
 from router.http_server import ClientConnection, GatewayServer
 
 KEEP_ALIVE_S = 75  # of an idle client connection; above the 60 s of common load balancers
@@ -122,6 +123,7 @@ class JsonLines(logging.Formatter):
 
 
 def set_up_logging(config: RouterConfig) -> None:
+    forget_unwritten_output()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         JsonLines()

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import pytest
 
+os.environ.pop("PYTHONUNBUFFERED", None)  # processes that tests start buffer what they write, as a user's do
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `tests.models.tiny` and its like
 
 jax.config.update("jax_num_cpu_devices", 8)
