@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import yaml
 
+from jaxserve import speculation
+
 
 class ConfigError(ValueError):
     """The operator's mistake: the message names the key, the value and the valid choices."""
@@ -221,38 +223,8 @@ class ServerConfig:
                 "which decides whom the extra slots go to"
             )
 
-        self._check_speculation()
-
-    def _check_speculation(self) -> None:
-        given = [
-            f.name
-            for f in dataclasses.fields(self)
-            if f.name.startswith("speculative_") and getattr(self, f.name) is not None
-        ]
-        if given and self.speculative_algorithm is None:
-            raise ConfigError(
-                f"{given[0]}={getattr(self, given[0])} needs speculative_algorithm; use 'NGRAM'"
-            )
-        shortest, longest = self.ngram_window
-        if shortest > longest:
-            raise ConfigError(
-                f"speculative_ngram_min_match_window_size={shortest} exceeds "
-                f"speculative_ngram_max_match_window_size={longest}"
-            )
-
-    @property
-    def ngram_window(self) -> tuple[int, int]:
-        """(least, most) tokens that NGRAM matches."""
-        shortest = self.speculative_ngram_min_match_window_size
-        longest = self.speculative_ngram_max_match_window_size
-        return shortest or min(2, longest or 2), longest or max(12, shortest or 12)
-
-    @property
-    def num_drafts(self) -> int:
-        """Guesses of one request and step at most; 0 without speculative decoding."""
-        if self.speculative_algorithm is None:
-            return 0
-        return (self.speculative_num_draft_tokens or 8) - 1
+        if refusal := speculation.refusal(self):
+            raise ConfigError(refusal)
 
     @property
     def attention_dp(self) -> int:

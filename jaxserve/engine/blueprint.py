@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from jaxserve import mesh as meshes
+from jaxserve import speculation
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.batch import Bucket
 from jaxserve.engine.drafting import Drafter, NgramDrafter
@@ -164,7 +165,9 @@ class Blueprint:
         """Who makes guesses; None without speculative decoding."""
         if not self.draft_rows:
             return None
-        return NgramDrafter(self.config.num_drafts, self.draft_rows, *self.config.ngram_window)
+        return NgramDrafter(
+            speculation.num_drafts(self.config), self.draft_rows, *speculation.ngram_window(self.config)
+        )
 
 
 def draw(
@@ -248,7 +251,7 @@ def _draft_rows(config: ServerConfig, model: Any, num_slots: int) -> int:
             f"speculative_algorithm={config.speculative_algorithm}: this model's recurrent state cannot "
             "take back a wrong guess; leave speculative_algorithm out"
         )
-    return min(config.speculative_max_rows or DRAFT_ROWS, num_slots * (1 + config.num_drafts))
+    return min(config.speculative_max_rows or DRAFT_ROWS, num_slots * (1 + speculation.num_drafts(config)))
 
 
 def _tell_of_dp_attention(config: ServerConfig, layout: Layout, kv: KVSpec | LatentSpec) -> None:
