@@ -99,11 +99,20 @@ class ServerConfig:
     )
 
     # Speculative decoding
-    speculative_algorithm: Literal["NGRAM"] | None = key(
-        None, "who guesses the next tokens, which one step then checks. NGRAM: the request's own text"
+    speculative_algorithm: Literal["NGRAM", "NEXTN", "EAGLE"] | None = key(
+        None,
+        "who guesses the next tokens, which one step then checks. NGRAM: the request's own text; NEXTN, also "
+        "called EAGLE: the model's own layer for multi-token prediction (DeepSeek V3)",
     )
     speculative_num_draft_tokens: int | None = key(
-        None, "tokens of a request in one step, its last one and the guesses; default 8", least=2
+        None, "tokens of a request in one step, its last one and the guesses; default 8, NEXTN 2", least=2
+    )
+    speculative_num_steps: int | None = key(
+        None, "guesses that NEXTN makes one after the other: one less than the draft tokens", least=1
+    )
+    speculative_eagle_topk: int | None = key(None, "guesses of one position; only 1 is served", least=1)
+    speculative_draft_model_path: str | None = key(
+        None, "only the model path is served, where NEXTN's layer is"
     )
     speculative_ngram_min_match_window_size: int | None = key(
         None, "tokens that must have come before for NGRAM to guess; default 2", least=1

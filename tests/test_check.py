@@ -155,6 +155,15 @@ def test_recurrent_states_cannot_take_back_a_guess():
         check(shape("minimax-text-01", tp=8, speculative_algorithm="NGRAM"), "h200")
 
 
+def test_layer_that_guesses_is_counted_only_where_it_is_used():
+    plain, guessing = (
+        check(shape("deepseek-v3", tp=16, nnodes=2, dist_init_addr="h:1", ep=16, **flags), "h200").blueprint
+        for flags in ({}, {"speculative_algorithm": "NEXTN"})
+    )
+    assert guessing.page_bytes / plain.page_bytes == 62 / 61
+    assert guessing.weight_bytes_of_device > plain.weight_bytes_of_device
+
+
 def test_report_needs_no_gpu_and_no_weights(tmp_path):
     """A process of its own, in which no backend is ever asked for devices."""
     (tmp_path / "config.json").write_text((GOLDEN / "qwen3" / "config.json").read_text())

@@ -152,12 +152,44 @@ def test_dp_size_counts_as_attention_groups_only_with_the_flag():
         ({"tp": 4, "ep": 3}, "ep=3 does not divide tp=4; use ep 1, 2, 4"),
         ({"tp": 2, "tp_size": 4}, "tp is given twice (once as 'tp_size')"),
         (
-            {"speculative_algorithm": "EAGLE"},
-            "speculative_algorithm='EAGLE' is not valid; use one of 'NGRAM'",
+            {"speculative_algorithm": "EAGLE3"},
+            "speculative_algorithm='EAGLE3' is not valid; use one of 'NGRAM', 'NEXTN', 'EAGLE'",
+        ),
+        (
+            {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": "other"},
+            "speculative_draft_model_path=other: a draft model of its own is not served; EAGLE reads the "
+            "layer in model_path; leave it out",
+        ),
+        (
+            {"speculative_algorithm": "NEXTN", "speculative_eagle_topk": 4},
+            "speculative_eagle_topk=4 is not served: drafts are a chain, not a tree; use 1",
+        ),
+        (
+            {
+                "speculative_algorithm": "NEXTN",
+                "speculative_num_steps": 3,
+                "speculative_num_draft_tokens": 8,
+            },
+            "speculative_num_draft_tokens=8 must be speculative_num_steps + 1 = 4: the last token and a "
+            "guess a step",
+        ),
+        (
+            {"speculative_algorithm": "NGRAM", "speculative_num_steps": 3},
+            "speculative_num_steps=3 does not go with speculative_algorithm=NGRAM; leave it out",
+        ),
+        (
+            {"speculative_algorithm": "NEXTN", "speculative_ngram_min_match_window_size": 3},
+            "speculative_ngram_min_match_window_size=3 does not go with speculative_algorithm=NEXTN; "
+            "leave it out",
+        ),
+        (
+            {"speculative_algorithm": "NEXTN", "tp": 2, "ep": 2, "enable_eplb": True},
+            "enable_eplb does not go with speculative_algorithm=NEXTN, whose layer's experts stay where they "
+            "are; leave one of them out",
         ),
         (
             {"speculative_num_draft_tokens": 4},
-            "speculative_num_draft_tokens=4 needs speculative_algorithm; use 'NGRAM'",
+            "speculative_num_draft_tokens=4 needs speculative_algorithm; use 'NGRAM' or 'NEXTN'",
         ),
         (
             {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 1},

@@ -107,18 +107,13 @@ def pack_forward(bucket: Bucket, packing: Packing, plans: Sequence[RankPlan]) ->
             rows = [row for r in plan.decode for row in _decode_rows(r, plan.drafts.get(r, []))]
             f["row_slot"][:n], f["row_len"][:n], f["row_token"][:n] = np.array(rows).T
         f["sample_index"][:n] = np.arange(n)
-        at, block, sample = 0, 0, n
+        set_blocks(f, bucket, plan)
+        at, sample = 0, n
         for chunk in plan.chunks:
             end, slot = at + chunk.length, chunk.request.slot
             f["token"][at:end] = chunk.request.tokens[chunk.start : chunk.start + chunk.length]
             f["position"][at:end] = np.arange(chunk.start, chunk.start + chunk.length)
             f["token_slot"][at:end] = slot
-            for offset in range(0, chunk.length, bucket.block_size):
-                f["block_slot"][block] = slot
-                f["block_start"][block] = at + offset
-                f["block_len"][block] = min(bucket.block_size, chunk.length - offset)
-                f["block_pos"][block] = chunk.start + offset
-                block += 1
             if chunk.samples:
                 f["sample_index"][sample] = bucket.rows + end - 1
                 sample += 1
@@ -130,6 +125,20 @@ def pack_forward(bucket: Bucket, packing: Packing, plans: Sequence[RankPlan]) ->
             m = len(updates)
             f["update_slot"][:m], f["update_index"][:m], f["update_page"][:m] = np.array(updates).T
     return packed
+
+
+def set_blocks(fields: dict[str, np.ndarray], bucket: Bucket, plan: RankPlan) -> None:
+    """The query blocks of the prefill tokens; none for a request that has left."""
+    at, block = 0, 0
+    for chunk in plan.chunks:
+        here = range(0, chunk.length, bucket.block_size) if chunk.request.slot >= 0 else ()
+        for offset in here:
+            fields["block_slot"][block] = chunk.request.slot
+            fields["block_start"][block] = at + offset
+            fields["block_len"][block] = min(bucket.block_size, chunk.length - offset)
+            fields["block_pos"][block] = chunk.start + offset
+            block += 1
+        at += chunk.length
 
 
 def _fill_states(bucket: Bucket, f: dict[str, np.ndarray], plan: RankPlan) -> None:

@@ -19,7 +19,7 @@ from jaxserve import mesh as meshes
 from jaxserve import speculation
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.batch import Bucket
-from jaxserve.engine.drafting import Drafter, NgramDrafter
+from jaxserve.engine.drafting import Drafter, NextnDrafter, NgramDrafter
 from jaxserve.engine.quantization import declare_model, kv_dtype
 from jaxserve.layers.kv import KVSpec, LatentSpec, PoolLayout, StateSpec, pool_layouts, state_layout
 from jaxserve.layers.moe import ExpertSpec
@@ -161,10 +161,17 @@ class Blueprint:
         limit = self.max_req_len(num_pages)
         return choose_buckets(self.config, self.num_slots, limit, self.on_cpu, self.draft_rows)
 
+    @property
+    def num_nextn(self) -> int:
+        """Guesses that the model's own layer makes for a request after each step."""
+        return speculation.num_drafts(self.config) if speculation.uses_nextn(self.config) else 0
+
     def drafter(self) -> Drafter | None:
         """Who makes guesses; None without speculative decoding."""
         if not self.draft_rows:
             return None
+        if self.num_nextn:
+            return NextnDrafter(self.num_nextn, self.draft_rows)
         return NgramDrafter(
             speculation.num_drafts(self.config), self.draft_rows, *speculation.ngram_window(self.config)
         )

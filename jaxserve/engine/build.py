@@ -141,6 +141,7 @@ def build(
         buckets,
         _expert_state(blueprint, leaves),
         _make_states(blueprint),
+        blueprint.num_nextn,
     )
     if hosts is not None:
         programs = {"sizes": repr(sizes), "buckets": repr(runner.buckets)}

@@ -37,8 +37,8 @@ def compiler_options(program: Any, has_int8: bool = False) -> dict[str, Any]:
     if jax.default_backend() != "gpu":
         return {}
     match program:
-        case Bucket():
-            rows = program.rows + program.prefill_tokens
+        case (Bucket() as bucket) | ("nextn", Bucket() as bucket):
+            rows = bucket.rows + bucket.prefill_tokens
         case ("score", _):
             rows = programs.SCORE_ROWS
         case (int(num_samples), Variant()):

@@ -21,7 +21,8 @@ class Drafter(Protocol):
     """Guesses tokens.
 
     `max_drafts` are those of one request and step, `max_rows` the rows of a step and rank, drafts
-    included, beyond which there are none. `rests`: requests that it does not help may go without.
+    included, beyond which there are none. `rests`: requests that it does not help may go without, ahead
+    of the device; else drafts are made of every step's results, so each step waits for the one before.
     """
 
     @property
@@ -52,6 +53,18 @@ class NgramDrafter:
         if request.ngrams is None:
             request.ngrams = Ngrams(self.shortest, self.longest)
         return request.ngrams.propose(request.tokens, count)
+
+
+@dataclass(frozen=True)
+class NextnDrafter:
+    """Hands out what the model's own layer guessed after the last step; see `jaxserve.engine.nextn`."""
+
+    max_drafts: int
+    max_rows: int
+    rests: bool = False
+
+    def propose(self, request: Request, count: int) -> list[int]:
+        return request.guesses[:count]
 
 
 def num_right(drafts: Sequence[int], sampled: Sequence[int]) -> int:

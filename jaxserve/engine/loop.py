@@ -222,6 +222,7 @@ class EngineLoop:
 
     def _publish(self, step: Step) -> None:
         result = self.runner.read(step)
+        drafts = self.runner.start_drafts(step, result)
         self._keep_prompt_logprobs(step, result)
         rows = {
             request: (rank, row)
@@ -242,6 +243,8 @@ class EngineLoop:
         if outputs:
             self._tell_cache_events()
             self._endpoint.send(Outputs(outputs, self._due_loads()))
+        if drafts is not None and self.runner.nextn is not None:
+            self.runner.nextn.give(step.bucket, step.plan, drafts)
 
     def _tell_cache_events(self) -> None:
         if events := self._cache_watch.take():

@@ -59,7 +59,11 @@ class ModelFunction:
         self, leaves: Sequence[jax.ShapeDtypeStruct], hidden_RD: jax.ShapeDtypeStruct
     ) -> "ModelFunction":
         """The same model, given only what makes logits of hidden states."""
-        traced = jax.make_jaxpr(lambda leaves, hidden: self.call(leaves).logits(hidden))(leaves, hidden_RD)
+        return self.part(lambda leaves, hidden: self.call(leaves).logits(hidden), leaves, hidden_RD)
+
+    def part(self, function: Callable, leaves: Sequence[jax.ShapeDtypeStruct], *args: Any) -> "ModelFunction":
+        """The same model, given only the leaves that `function(leaves, *args)` reads."""
+        traced = jax.make_jaxpr(function)(leaves, *args)
         used = {id(variable) for eqn in traced.jaxpr.eqns for variable in eqn.invars}
         kept = tuple(i for i in range(len(leaves)) if id(traced.jaxpr.invars[i]) in used)
         return replace(self, kept=kept)

@@ -6,9 +6,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxserve import speculation
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.layers.channel_quant import ChannelQuant, quantise_model, read_stored
-from jaxserve.models import resolve
+from jaxserve.models import declare
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def declare_model(config: ServerConfig, hf_config: dict[str, Any], dtype: Any) -
         hf_config = {key: value for key, value in hf_config.items() if key != "quantization_config"}
     if config.dequantize_weights and given:
         hf_config = {**hf_config, "quantization_config": {**given, "dequantize": True}}
-    model = resolve(hf_config)(hf_config, dtype)
+    model = declare(hf_config, dtype, with_nextn=speculation.uses_nextn(config))
     if stored is not None:
         quantise_model(model, stored)
     elif asked and given.get("weight_block_size"):

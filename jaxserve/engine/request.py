@@ -37,6 +37,7 @@ class Request:
     admitted_s: float | None = None
     first_output_sent: bool = False
     ngrams: Ngrams | None = None  # made when drafts are first looked up
+    guesses: list[int] = field(default_factory=list)  # the model's own, of what follows `tokens`
     num_verified: int = 0  # decode steps read back while drafts may be made
     num_drafted: int = 0
     num_accepted: int = 0  # drafts that turned out right

@@ -21,6 +21,7 @@ from jaxserve.engine import batch, programs
 from jaxserve.engine.batch import Bucket
 from jaxserve.engine.compiler import OVERLAP_OPTIONS, compile_program, compiler_options
 from jaxserve.engine.expert_state import ExpertState
+from jaxserve.engine.nextn import NextnLayer
 from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.programs import FULL, GREEDY, LOGPROBS, RANDOM, VARIANTS, ModelFunction, Variant
 from jaxserve.engine.request import Request
@@ -59,6 +60,7 @@ class Launched:
 
     sampled: dict[str, jax.Array] = field(default_factory=dict)
     scored: dict[str, jax.Array] | None = None
+    drafts: jax.Array | None = None  # [ranks * requests, drafts]
     last: jax.Array | None = None  # of the forward program, and never donated: something to wait for
 
 
@@ -88,6 +90,7 @@ class Runner:
         states: (state pool,) of a model with recurrent layers, see `jaxserve.layers.kv.state_layout`.
         mesh: of shape (dp, ep, tp); its arrays' placement is fixed here.
         experts: what is kept of them, when the model has any.
+        num_nextn: guesses that the model's own layer makes for a request after each step.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class Runner:
         buckets: Sequence[Bucket],
         experts: ExpertState | None = None,
         states: tuple[jax.Array, ...] = (),
+        num_nextn: int = 0,
     ):
         self.sizes = sizes
         self.buckets = sorted(buckets, key=lambda b: (b.prefill_tokens, b.rows))
@@ -131,6 +135,10 @@ class Runner:
             for b in self.buckets
             for v in VARIANTS
         }
+        self.nextn: NextnLayer | None = None
+        if num_nextn:
+            pages = (sizes.num_pages, sizes.page_size)
+            self.nextn = NextnLayer(num_nextn, sizes.num_slots, pages, self._map_mesh, self.buckets)
         self._programs: dict[Any, Callable] = {}
         self.program_keys: tuple[Any, ...] = ()  # in the same order on every host; set by compile_all
 
@@ -188,6 +196,15 @@ class Runner:
                     made.last = self.experts.carry_out(program, launch.packed, self._leaves, packed)
                 case Bucket():
                     made.last, *prefill = self._forward(program, packed)
+                    if self.nextn is not None:
+                        self.nextn.hidden = (made.last, *prefill)
+                case ("nextn", _):
+                    assert self.nextn is not None
+                    pools = self._key_pages, self._value_pages
+                    self._key_pages, self._value_pages, made.drafts = self.nextn.carry_out(
+                        program, self._leaves, pools, self._table, packed
+                    )
+                    made.last = made.drafts
                 case ("score", _):
                     made.scored = program(self._head_leaves, *prefill, packed)
                 case (_, Variant(filters=filters)):
@@ -237,6 +254,17 @@ class Runner:
             sampled=[{name: a[r * n : (r + 1) * n] for name, a in sampled.items()} for r in ranks],
             scored=scored,
         )
+
+    def start_drafts(self, step: Step, result: StepResult) -> jax.Array | None:
+        """Let the model's own layer, if it is used, guess on from the step just read, which is the last
+        launched and not yet retired."""
+        if self.nextn is None:
+            return None
+        packed = self.nextn.pack(step.bucket, step.plan, result.tokens)
+        drafts = self.start([Launch(("nextn", step.bucket), packed)]).drafts
+        assert drafts is not None
+        drafts.copy_to_host_async()
+        return drafts
 
     def expert_load(self) -> np.ndarray:
         """Tokens that chose each expert since the start, uint64 [layers with experts, E].
@@ -344,6 +372,9 @@ class Runner:
             state = slots if variant.filters else {}
             args = (head_leaves, hidden(num_samples), last, state, packed(packing))
             tasks[key] = (function, args, (2, 3), (rank, rank, self._readable))
+        if self.nextn is not None:
+            arrays = (keys, values, table)
+            tasks |= self.nextn.tasks(self._model, leaves, arrays, hidden, packed, self._readable)
         tasks["update_table"] = (
             partial(programs.update_table, self._map_mesh),
             (table, packed(batch.UPDATE_PACKING)),

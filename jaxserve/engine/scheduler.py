@@ -282,6 +282,8 @@ class Rank:
         """Whether the next step may have drafts, which need every sampled token known."""
         if self.drafter is None:
             return False
+        if not self.drafter.rests:
+            return True
         decoding = [r for r in self.running if not r.in_prefill]
         return len(decoding) < self.drafter.max_rows and any(r.may_draft for r in decoding)
 

@@ -7,10 +7,18 @@ A family is a module here with `ARCHITECTURES`, a tuple of names, each the name 
         kv: KVSpec | LatentSpec
         states: StateSpec                                 # only if some layers keep a state, not KV
         experts: ExpertSpec                               # only if some layers have experts
+        nextn_key: str                                    # only if it may have `nextn`, see below
         unserved: tuple[str, ...]                         # only if some prefixes are left out
         vocab_size: int; num_q_heads: int; max_position: int
         def __call__(self, token_T, step: StepContext) -> hidden_TD   # after the final norm
         def logits(self, hidden_RD) -> logits_RV                      # float32
+
+A class with `nextn_key` takes a keyword `with_nextn`: to read, too, the layer that guesses the token
+after next, of which config.json has the number of layers under that key. It then has
+
+        def next_token(self, token_T, hidden_TD, step) -> hidden_TD   # of the guess
+
+and a layer more in `kv`.
 """
 
 import functools
@@ -18,6 +26,8 @@ import importlib
 import pkgutil
 from types import ModuleType
 from typing import Any
+
+from flax import nnx
 
 from jaxserve.config import ConfigError
 
@@ -48,6 +58,28 @@ def resolve(hf_config: dict[str, Any]) -> type:
     known = ", ".join(sorted(families))
     given = f"architectures={wanted!r} is unknown" if wanted else "architectures is missing"
     raise UnknownArchitectureError(f"config.json: {given}; known: {known}")
+
+
+def declare(hf_config: dict[str, Any], dtype: Any, *, with_nextn: bool = False) -> nnx.Module:
+    """The abstract model of a config.json.
+
+    Raises: as `resolve`; ConfigError when there is no layer for multi-token prediction to read.
+    """
+    family = resolve(hf_config)
+    if not with_nextn:
+        return family(hf_config, dtype)
+    key = getattr(family, "nextn_key", None)
+    if key is None:
+        raise ConfigError(
+            f"speculative_algorithm=NEXTN: no layer for multi-token prediction is served of "
+            f"{family.__name__}, only of DeepseekV3ForCausalLM; use 'NGRAM'"
+        )
+    if not hf_config.get(key):
+        raise ConfigError(
+            f"speculative_algorithm=NEXTN: config.json: {key}={hf_config.get(key)} says that this checkpoint "
+            "has no layer for multi-token prediction; use 'NGRAM'"
+        )
+    return family(hf_config, dtype, with_nextn=True)
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 Latent attention; the first layers dense, the others with experts chosen within groups of experts
 and a shared expert. V2 scores experts by softmax, V3 by sigmoid with a bias on the choice.
-Layers for multi-token prediction, which checkpoints put after the last one, are not served.
+The layer for multi-token prediction, which checkpoints put after the last one, is read when it is to
+make drafts.
 """
 
 from dataclasses import replace
@@ -18,6 +19,7 @@ from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.mla import LatentAttention, LatentSizes
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.moe import Experts, ExpertSpec, MoE, Routing
+from jaxserve.layers.nextn import NextToken
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.overlap import run_blocks
 from jaxserve.layers.quant import BlockFP8
@@ -37,7 +39,9 @@ QUANTIZATIONS = ("fp8",)
 
 
 class DeepseekV3ForCausalLM(nnx.Module):
-    def __init__(self, hf_config: dict[str, Any], dtype: DTypeLike):
+    nextn_key = "num_nextn_predict_layers"
+
+    def __init__(self, hf_config: dict[str, Any], dtype: DTypeLike, *, with_nextn: bool = False):
         config = hf_config
         sizes = LatentSizes(
             num_heads=need(config, "num_attention_heads"),
@@ -59,13 +63,13 @@ class DeepseekV3ForCausalLM(nnx.Module):
         tied = config.get("tie_word_embeddings", False)
         quant = BlockFP8.read(config)
 
-        self.kv = LatentSpec(size.num_layers, sizes.latent, sizes.rope)
+        self.kv = LatentSpec(size.num_layers + with_nextn, sizes.latent, sizes.rope)
         self.experts = ExpertSpec(len(sparse), routing.num_experts)
         self.num_q_heads, self.vocab_size = sizes.num_heads, size.V
         self.unserved = extra_layers(config)
 
         def feed(layer: int, name: str) -> Sublayer:
-            if layer not in sparse:
+            if layer < size.num_layers and layer not in sparse:
                 return GatedMLP(name, size.D, size.F, activation=activation, dtype=dtype, quant=quant)
             ffn = need(config, "moe_intermediate_size")
             experts = Experts(
@@ -87,7 +91,7 @@ class DeepseekV3ForCausalLM(nnx.Module):
                     quant=quant,
                 )
             return MoE(
-                sparse.index(layer),
+                sparse.index(layer) if layer in sparse else len(sparse),  # the layer after the last one
                 routing,
                 experts,
                 hidden=size.D,
@@ -115,9 +119,15 @@ class DeepseekV3ForCausalLM(nnx.Module):
                 name, attention, feed(layer, f"{name}.mlp"), hidden=size.D, eps=size.eps, dtype=dtype
             )
 
+        def next_token_layer(layer: int) -> NextToken:
+            return NextToken(f"model.layers.{layer}", block(layer), size.D, eps=size.eps, dtype=dtype)
+
         self.vocabulary = Vocabulary("model.", size.V, size.D, tied=tied, dtype=dtype)
         self.blocks = nnx.List([block(layer) for layer in range(size.num_layers)])
         self.norm = RMSNorm("model.norm", size.D, eps=size.eps, dtype=dtype)
+        self.nextn = next_token_layer(size.num_layers) if with_nextn else None
+        if self.nextn is not None:
+            self.unserved = (*self.nextn.unserved, *self.unserved[1:])
 
     @staticmethod
     def routing(config: dict[str, Any]) -> Routing:
@@ -136,6 +146,11 @@ class DeepseekV3ForCausalLM(nnx.Module):
     def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
         hidden_TD = self.vocabulary.embed(token_T)
         return self.norm(run_blocks(self.blocks, hidden_TD, step))
+
+    def next_token(self, token_T: jax.Array, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
+        """Hidden states whose logits are of the token after `token_T`, which follows that of `hidden_TD`."""
+        assert self.nextn is not None, "the layer for multi-token prediction was not read"
+        return self.nextn(self.vocabulary.embed(token_T), hidden_TD, step)
 
     def logits(self, hidden_RD: jax.Array) -> jax.Array:
         return self.vocabulary.logits(hidden_RD)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxserve.engine.drafting import NextnDrafter
 from jaxserve.engine.scheduler import Limits, Scheduler
 from jaxserve.messages import Finish, Generate, Sampling
 
@@ -387,3 +388,12 @@ def test_request_that_drafts_do_not_help_goes_ahead_of_the_device_and_tries_agai
             scheduler.retire(*in_flight)
         in_flight = (plan, sampled) if plan else None
     assert waits[:42] == ".wwwww" + 16 * "." + "ww" + 16 * "." + "ww"
+
+
+def test_step_waits_for_one_whose_states_the_model_guesses_from_though_nobody_runs():
+    """A step may outlive its requests, and the next one's states must not take the place of its own."""
+    scheduler = Scheduler(Limits(32, 4, 4, 16, 4, 128), clock=lambda: 0.0, drafter=NextnDrafter(1, 8))
+    scheduler.submit(ask("a", [1]))
+    assert scheduler.plan() is not None
+    scheduler.abort("a", Finish("abort"))
+    assert scheduler.drafts_next

@@ -147,8 +147,12 @@ class TinyEngine:
             state_blocks=state_blocks,
             **arrays,
         )
-        logits_TV = model.logits(model(token_T, step))
+        logits_TV = self.logits(model, token_T, step)
         return logits_TV, [step.key_pages, step.value_pages], step.states
+
+    def logits(self, model, token_T, step):
+        """What a step gives."""
+        return model.logits(model(token_T, step))
 
     def _pack(self, decode: list[Chunk], prefill: list[Chunk], R: int, P: int) -> dict[str, np.ndarray]:
         B = P // self.block_size + self.num_slots
