@@ -74,8 +74,8 @@ def test_tokens_and_logprobs_are_those_without_speculation(engine, family, layou
 
 @pytest.mark.parametrize(
     "layout",
-    [{}, {**DP_AND_EP, "max_total_tokens": 192, "speculative_num_steps": 3}],
-    ids=["one device", "dp attention and experts over 2, three guesses, few pages"],
+    [{}, {**DP_AND_EP, "max_total_tokens": 192, "speculative_num_steps": 2}],
+    ids=["one device", "dp attention and experts over 2, two guesses, few pages"],
 )
 def test_tokens_and_logprobs_are_those_without_the_layer_for_multi_token_prediction(engine, layout):
     places = ((0, 40), (500, 120), (900, 80), (1500, 40))
