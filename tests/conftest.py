@@ -14,8 +14,11 @@ from typing import Any
 import jax
 import pytest
 
-os.environ.pop("PYTHONUNBUFFERED", None)  # processes that tests start buffer what they write, as a user's do
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `tests.models.tiny` and its like
+
+from tests.compiling import QUICK_COMPILE
+
+os.environ.pop("PYTHONUNBUFFERED", None)  # processes that tests start buffer what they write, as a user's do
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # a mixed dtype is a mistake in the making
@@ -41,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not on_gpu(config):
         os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that tests start
         jax.config.update("jax_platforms", "cpu")
+        os.environ["XLA_FLAGS"] = QUICK_COMPILE
     # Programs of an earlier run are read back, which more than halves the time of the next one.
     jax.config.update("jax_compilation_cache_dir", compile_cache_dir(config))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -58,7 +62,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the backend before a test that runs an engine here asks for another number of devices."""
     if not on_gpu(session.config):  # there the engine sets memory limits first
-        jax.devices()
+        jax.jit(lambda x: x + 1)(1)
+        os.environ.pop("XLA_FLAGS")  # read by now; processes that tests start compile as a user's do
 
 
 def on_gpu(config: pytest.Config) -> bool:

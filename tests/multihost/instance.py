@@ -15,11 +15,10 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.compiling import QUICK_COMPILE
 from tests.engine.asking import Row
 
 READY_S = 240.0  # compiling on a busy machine
-# Followers compile at every start. At level 0 that takes about half the time; the answers keep their margin.
-QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ENDED_S = 20.0  # the promise: so long after a failure no process is left
 
 
@@ -58,7 +57,7 @@ class Instance:
                     "jaxserve.launch_server",
                     *flags(**{**self.options, "node_rank": rank, **(own or {})}),
                 ],
-                env={**os.environ, "XLA_FLAGS": QUICK_COMPILE},
+                env={**os.environ, "XLA_FLAGS": QUICK_COMPILE},  # followers compile at every start
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
