@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxserve.engine.batch import Bucket, Packing, set_blocks
 from jaxserve.engine.drafting import num_right
 from jaxserve.engine.plan import RankPlan, StepPlan
-from jaxserve.engine.programs import ModelFunction, per_rank
+from jaxserve.engine.programs import ModelFunction, per_rank, step_context
 from jaxserve.engine.request import Request
 from jaxserve.layers.attention import StepContext
 from jaxserve.ops import sampling
@@ -194,7 +194,12 @@ def make_drafts(
     def context(slot_T: jax.Array, position_T: jax.Array, rows: int) -> StepContext:
         num_ranks = packed_RM.shape[0]
         row_len_R = jnp.where(slot_T >= 0, position_T + 1, 0).reshape(num_ranks, -1)[:, :rows].reshape(-1)
-        return StepContext(
+        return step_context(
+            model,
+            bucket,
+            sizes,
+            mesh,
+            f,
             key_pages=key_pages,
             value_pages=value_pages,
             page_table_SN=table_SN,
@@ -202,15 +207,6 @@ def make_drafts(
             slot_T=slot_T,
             R=rows,
             context_len_R=row_len_R,
-            block_slot_B=f["block_slot"],
-            block_start_B=f["block_start"],
-            block_len_B=f["block_len"],
-            block_pos_B=f["block_pos"],
-            block_size=bucket.block_size,
-            num_pages=sizes[0],
-            page_size=sizes[1],
-            mesh=mesh,
-            expert_backend=model.expert_backend,
         )
 
     hidden_TD = per_rank(mesh, lambda *parts: jnp.concatenate([parts[0][: bucket.rows], *parts[1:]]), *hidden)

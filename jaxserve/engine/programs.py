@@ -4,7 +4,7 @@ Arrays of all dp ranks are joined on axis 0. What is indexed by a rank's own slo
 under `shard_map`; the rest is partitioned by XLA.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -80,6 +80,29 @@ def per_rank(mesh: Mesh | None, function: Callable, *args: Any) -> Any:
 # ---- forward ----
 
 
+def step_context(
+    model: ModelFunction,
+    bucket: Bucket,
+    sizes: tuple[int, int],  # pages a layer, tokens a page
+    mesh: Mesh | None,
+    fields: Mapping[str, jax.Array],  # unpacked, with the query blocks
+    **own: Any,
+) -> StepContext:
+    """What a step of the bucket is computed in; `own`: the arguments that its packing does not settle."""
+    return StepContext(
+        block_slot_B=fields["block_slot"],
+        block_start_B=fields["block_start"],
+        block_len_B=fields["block_len"],
+        block_pos_B=fields["block_pos"],
+        block_size=bucket.block_size,
+        num_pages=sizes[0],
+        page_size=sizes[1],
+        mesh=mesh,
+        expert_backend=model.expert_backend,
+        **own,
+    )
+
+
 def forward(
     model: ModelFunction,
     bucket: Bucket,
@@ -115,7 +138,12 @@ def forward(
         return per_rank(mesh, lambda row, token: jnp.concatenate([row, token]), row_R, token_P)
 
     token_T = join(last_R, f["token"])
-    step = StepContext(
+    step = step_context(
+        model,
+        bucket,
+        sizes,
+        mesh,
+        f,
         key_pages=key_pages,
         value_pages=value_pages,
         page_table_SN=table_SN,
@@ -123,15 +151,6 @@ def forward(
         slot_T=join(f["row_slot"], f["token_slot"]),
         R=bucket.rows,
         context_len_R=f["row_len"],
-        block_slot_B=f["block_slot"],
-        block_start_B=f["block_start"],
-        block_len_B=f["block_len"],
-        block_pos_B=f["block_pos"],
-        block_size=bucket.block_size,
-        num_pages=sizes[0],
-        page_size=sizes[1],
-        mesh=mesh,
-        expert_backend=model.expert_backend,
         expert_slots=expert_slots,
         states=states[0] if states else None,
         state_blocks=StateBlocks(f["state_from"], f["state_end"], f["state_kept"]) if states else None,
