@@ -99,14 +99,14 @@ class Logprobs(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one step added to one request. The last one carries `finish`; an aborted request has one too."""
+    """What a step added to one request. The last one carries `finish`; an aborted request has one too."""
 
     rid: str
     token_ids: list[int] = []  # new tokens only; a matched stop token is included
     finish: Finish | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
-    dp_rank: int = 0
+    dp_rank: int = -1  # -1: as told before
     num_retractions: int = 0
     logprobs: Logprobs | None = None  # of token_ids
     prompt_logprobs: Logprobs | None = None  # with the first output; from logprob_start_len on
@@ -126,7 +126,10 @@ class RankLoad(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """What a step made. Most requests get tokens and nothing else is to be said of them."""
+
     items: list[Output]
+    tokens: dict[str, list[int]] = {}  # rid -> new tokens, of requests that are not in `items`
     loads: list[RankLoad] = []  # by dp rank; now and then, and with the last output before idleness
 
 
@@ -212,10 +215,12 @@ class EngineClient(Protocol):
         """Every dp rank's load as the engine last told it."""
         ...
 
-    def generate(self, request: Generate) -> AsyncIterator[Output]:
-        """Submit at once; yield the request's outputs up to and with the one that has `finish`.
+    def generate(self, request: Generate, take: Callable[[Output], bool]) -> AsyncIterator[None]:
+        """Submit at once; hand each output to `take` when it comes, up to and with the one that has `finish`.
 
-        Closing the iterator early aborts the request. Raises EngineDeadError when the engine is gone,
+        The iterator yields when `take` has said True since the last time, and ends after the finish: one
+        that waits is not woken for every token. What `take` raises, the iterator raises. Closing it early
+        aborts the request; nothing is taken afterwards. Raises EngineDeadError when the engine is gone,
         EngineRefusal when the rid is in use by a running request.
         """
         ...

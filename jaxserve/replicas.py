@@ -52,10 +52,13 @@ class Replicas(EngineClient):
     def loads(self) -> list[RankLoad]:
         return [load for client in self._clients for load in client.loads]
 
-    def generate(self, request: Generate) -> AsyncIterator[Output]:
+    def generate(self, request: Generate, take: Callable[[Output], bool]) -> AsyncIterator[None]:
         number = next(self._turn) % len(self._clients) if request.dp_rank is None else request.dp_rank
-        stream = self._clients[number].generate(msgspec.structs.replace(request, dp_rank=None))
-        return _Numbered(stream, number)
+
+        def numbered(output: Output) -> bool:
+            return take(msgspec.structs.replace(output, dp_rank=number))
+
+        return self._clients[number].generate(msgspec.structs.replace(request, dp_rank=None), numbered)
 
     async def abort(self, rids: list[str], all: bool = False) -> None:
         await asyncio.gather(*(client.abort(rids, all) for client in self._clients))
@@ -74,17 +77,3 @@ class Replicas(EngineClient):
             return lambda events: take([msgspec.structs.replace(e, rank=number) for e in events])
 
         await asyncio.gather(*(c.watch_cache(numbered(i)) for i, c in enumerate(self._clients)))
-
-
-class _Numbered(AsyncIterator[Output]):
-    """A replica's outputs under its number."""
-
-    def __init__(self, stream: Any, number: int):
-        self._stream = stream
-        self._number = number
-
-    async def __anext__(self) -> Output:
-        return msgspec.structs.replace(await anext(self._stream), dp_rank=self._number)
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()

@@ -135,12 +135,12 @@ class Connection:
         """Whether the engine owes an answer."""
         return bool(self._streams or self._calls)
 
-    def generate(self, request: Generate) -> AsyncIterator[Output]:
+    def generate(self, request: Generate, take: Callable[[Output], bool]) -> AsyncIterator[None]:
         if self.closed:
             raise self.closed
         if request.rid in self._streams:
             raise EngineRefusal(f"rid {request.rid!r} is in use by a running request")
-        stream = self._streams[request.rid] = OutputStream(self, request.rid)
+        stream = self._streams[request.rid] = OutputStream(self, request.rid, take)
         self.send(request)
         return stream
 
@@ -168,11 +168,13 @@ class Connection:
         """Take one message from the engine; call it in the connection's loop."""
         self.last_heard_s = time.monotonic()
         match message:
-            case Outputs(items, loads):
+            case Outputs(items, tokens, loads):
                 if loads:
                     self._loads = loads
                 for output in items:
                     self._deliver_output(output)
+                for rid, token_ids in tokens.items():
+                    self._deliver_output(Output(rid, token_ids))
             case CacheEvents(changes):
                 if self._take_cache_events:
                     self._take_cache_events(changes)
@@ -213,7 +215,7 @@ class Connection:
                 future.set_exception(EngineDeadError(reason))
         self._ready.exception()  # seen: nobody may be waiting for it
         for stream in self._streams.values():
-            stream.put(EngineDeadError(reason))
+            stream.fail(EngineDeadError(reason))
         self._streams.clear()
 
     def forget(self, stream: "OutputStream") -> None:
@@ -225,27 +227,47 @@ class Connection:
             self.send(Abort([rid]))
 
 
-class OutputStream(AsyncIterator[Output]):
-    """The outputs of one request, in order; ends after the one with `finish`."""
+class OutputStream(AsyncIterator[None]):
+    """The outputs of one request on their way to `take`; see `EngineClient.generate`."""
 
-    def __init__(self, connection: Connection, rid: str):
+    def __init__(self, connection: Connection, rid: str, take: Callable[[Output], bool]):
         self._connection = connection
         self.rid = rid
-        self._items: asyncio.Queue[Output | EngineDeadError] = asyncio.Queue()
+        self._take = take
+        self._due = False  # somebody should look
         self._ended = False
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, item: Output | EngineDeadError) -> None:
-        self._items.put_nowait(item)
-
-    async def __anext__(self) -> Output:
-        if self._ended:
-            raise StopAsyncIteration
-        item = await self._items.get()
-        if isinstance(item, EngineDeadError):
+    def put(self, output: Output) -> None:
+        try:
+            due = self._take(output)
+        except Exception as error:  # of this request alone
+            return self.fail(error)
+        if output.finish is not None:
             self._ended = True
-            raise item
-        self._ended = item.finish is not None
-        return item
+        if due or self._ended:
+            self._due = self._due or due
+            self._wake()
+
+    def fail(self, error: Exception) -> None:
+        self._error, self._due = error, True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def __anext__(self) -> None:
+        while not self._due:
+            if self._ended:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        self._due = False
+        if self._error is not None:
+            self._ended = True
+            raise self._error
 
     async def aclose(self) -> None:
         self._ended = True

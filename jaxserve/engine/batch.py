@@ -6,7 +6,7 @@ transfer however many fields it has. `Packing` names the fields once, for both s
 Fields are rank-local: slots, pages and token indices count within their rank. -1 is padding.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -104,8 +104,7 @@ def pack_forward(bucket: Bucket, packing: Packing, plans: Sequence[RankPlan]) ->
             f[name].fill(-1)
         n = plan.num_rows
         if n:
-            rows = [row for r in plan.decode for row in _decode_rows(r, plan.drafts.get(r, []))]
-            f["row_slot"][:n], f["row_len"][:n], f["row_token"][:n] = np.array(rows).T
+            f["row_slot"][:n], f["row_len"][:n], f["row_token"][:n] = _decode_rows(plan)
         f["sample_index"][:n] = np.arange(n)
         set_blocks(f, bucket, plan)
         at, sample = 0, n
@@ -153,12 +152,18 @@ def _fill_states(bucket: Bucket, f: dict[str, np.ndarray], plan: RankPlan) -> No
             f["state_end"][block - 1] = chunk.request.slot
 
 
-def _decode_rows(request: Request, drafts: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(slot, context length, token) of a request's rows."""
-    known = request.pending == 1  # the one that this step samples
-    yield request.slot, request.computed, request.tokens[-1] if known else -1
-    for number, token in enumerate(drafts, 1):
-        yield request.slot, request.computed + number, token
+def _decode_rows(plan: RankPlan) -> tuple[list[int], list[int], list[int]]:
+    """Slots, context lengths and tokens of the decode rows; a token still on the device is -1."""
+    slots, lens, tokens = [], [], []
+    for request in plan.decode:
+        slots.append(request.slot)
+        lens.append(request.computed)
+        tokens.append(request.tokens[-1] if request.pending == 1 else -1)  # 1: what this step samples
+        for number, token in enumerate(plan.drafts.get(request, ()), 1):
+            slots.append(request.slot)
+            lens.append(request.computed + number)
+            tokens.append(token)
+    return slots, lens, tokens
 
 
 UPDATE_CHUNK = 1024
@@ -185,9 +190,11 @@ def pack_overflow(plans: Sequence[RankPlan], room: int) -> list[np.ndarray]:
     return buffers
 
 
-def sample_packing(num_samples: int, with_filters: bool, with_logprobs: bool) -> Packing:
+def sample_packing(num_samples: int, random: bool, with_filters: bool, with_logprobs: bool) -> Packing:
     n, i, f = num_samples, np.int32, np.float32
-    fields: dict[str, tuple[int, type]] = dict(slot=(n, i), position=(n, i), seed=(n, i), temperature=(n, f))
+    fields: dict[str, tuple[int, type]] = dict(slot=(n, i))
+    if random:
+        fields |= dict(position=(n, i), seed=(n, i), temperature=(n, f))
     if with_filters:
         fields |= dict(
             top_k=(n, i), top_p=(n, f), min_p=(n, f), frequency=(n, f), presence=(n, f), repetition=(n, f),
@@ -209,11 +216,12 @@ def pack_sample(num_samples: int, packing: Packing, plans: Sequence[RankPlan]) -
         if not n:
             continue
         requests = [request for request, _ in rows]
-        params = [r.spec.sampling for r in requests]
         f["slot"][:n] = [r.slot for r in requests]
-        f["position"][:n] = [len(r.tokens) + r.pending - 1 + number for r, number in rows]
-        f["seed"][:n] = [r.seed for r in requests]
-        f["temperature"][:n] = [s.temperature for s in params]
+        if "seed" in f:
+            params = [r.spec.sampling for r in requests]
+            f["position"][:n] = [len(r.tokens) + r.pending - 1 + number for r, number in rows]
+            f["seed"][:n] = [r.seed for r in requests]
+            f["temperature"][:n] = [s.temperature for s in params]
         if "top_k" in f:
             f["top_p"].fill(1)
             f["repetition"].fill(1)
@@ -235,7 +243,7 @@ def pack_sample(num_samples: int, packing: Packing, plans: Sequence[RankPlan]) -
 def first_bias(request: Request, number: int) -> int:
     """Where a row's bias entries start, `number` drafts on: past stop tokens once it may stop; -1: none."""
     sampling = request.spec.sampling
-    if not needs_bias(request):
+    if not request.needs_bias:
         return -1
     return 0 if request.num_outputs + number <= sampling.min_new_tokens else len(sampling.stop_token_ids)
 
@@ -249,26 +257,6 @@ def bias_table(request: Request) -> tuple[np.ndarray, np.ndarray]:
     for i, (token, bias) in enumerate(entries):
         ids[i], values[i] = token, bias
     return ids, values
-
-
-def needs_filters(request: Request) -> bool:
-    """Whether a row needs more than a temperature."""
-    s = request.spec.sampling
-    return bool(
-        (s.temperature > 0 and (s.top_p < 1 or s.top_k > 0 or s.min_p > 0)) or needs_slot_state(request)
-    )
-
-
-def needs_slot_state(request: Request) -> bool:
-    """Whether sampling reads what was counted or set for the slot: penalties and biases."""
-    s = request.spec.sampling
-    return bool(s.frequency_penalty or s.presence_penalty or s.repetition_penalty != 1 or needs_bias(request))
-
-
-def needs_bias(request: Request) -> bool:
-    """Whether the slot's bias table is this request's; otherwise an earlier one's may still be there."""
-    s = request.spec.sampling
-    return bool(s.logit_bias or (s.min_new_tokens and s.stop_token_ids))
 
 
 def score_packing(bucket: Bucket) -> Packing:

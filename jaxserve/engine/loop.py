@@ -154,7 +154,7 @@ class EngineLoop:
         self.stats.aborted += len(ended)
         if ended:
             self._tell_cache_events()
-            self._endpoint.send(Outputs([self._output(r, []) for r in ended], self._due_loads()))
+            self._endpoint.send(Outputs([self._output(r, []) for r in ended], loads=self._due_loads()))
         for request in ended:
             self._prompt_logprobs.pop(request.spec.rid, None)
 
@@ -224,25 +224,24 @@ class EngineLoop:
         result = self.runner.read(step)
         drafts = self.runner.start_drafts(step, result)
         self._keep_prompt_logprobs(step, result)
-        rows = {
-            request: (rank, row)
-            for rank, plan in enumerate(step.plan.ranks)
-            for row, (request, number) in enumerate(plan.sample_rows())
-            if number == 0
-        }
-        outputs = []
+        rows = _rows_with_logprobs(step) if any(result.sampled) else {}
+        new_tokens = [0] * len(self.scheduler.ranks)
+        outputs, plain = [], {}
         for request, tokens in self.scheduler.retire(step.plan, result.tokens):
-            rank, row = rows[request]
-            logprobs = None
-            if request.spec.return_logprob:
+            new_tokens[request.rank] += len(tokens)
+            if request in rows:
+                rank, row = rows[request]
                 part = slice(row, row + len(tokens))
                 sampled = {name: array[part] for name, array in result.sampled[rank].items()}
-                logprobs = _logprobs(request.spec, sampled)
-            outputs.append(self._output(request, tokens, logprobs))
-        self.stats.record_step(step.plan, outputs, self._clock())
-        if outputs:
+                outputs.append(self._output(request, tokens, _logprobs(request.spec, sampled)))
+            elif request.finish is None and request.first_output_sent and not request.num_verified:
+                plain[request.spec.rid] = tokens
+            else:
+                outputs.append(self._output(request, tokens))
+        self.stats.record_step(new_tokens, outputs, self._clock())
+        if outputs or plain:
             self._tell_cache_events()
-            self._endpoint.send(Outputs(outputs, self._due_loads()))
+            self._endpoint.send(Outputs(outputs, plain, self._due_loads()))
         if drafts is not None and self.runner.nextn is not None:
             self.runner.nextn.give(step.bucket, step.plan, drafts)
 
@@ -318,6 +317,16 @@ class EngineLoop:
             top=[t for part in parts for t in part.top],
             ids=[i for part in parts for i in part.ids],
         )
+
+
+def _rows_with_logprobs(step: Step) -> dict[Request, tuple[int, int]]:
+    """(rank, first row) of the requests that want logprobs."""
+    return {
+        request: (rank, row)
+        for rank, plan in enumerate(step.plan.ranks)
+        for row, (request, number) in enumerate(plan.sample_rows())
+        if number == 0 and request.spec.return_logprob
+    }
 
 
 def _logprobs(spec: Generate, rows: dict[str, np.ndarray]) -> Logprobs:

@@ -42,6 +42,10 @@ class RankPlan:
         return len(self.decode) + sum(map(len, self.drafts.values()))
 
     @property
+    def num_samples(self) -> int:
+        return self.num_rows + sum(chunk.samples for chunk in self.chunks)
+
+    @property
     def num_prefill_tokens(self) -> int:
         return sum(chunk.length for chunk in self.chunks)
 

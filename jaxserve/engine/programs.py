@@ -195,7 +195,7 @@ GREEDY = Variant("greedy", random=False, filters=False, logprobs=False)
 RANDOM = Variant("random", random=True, filters=False, logprobs=False)
 FULL = Variant("full", random=True, filters=True, logprobs=False)
 LOGPROBS = Variant("logprobs", random=True, filters=True, logprobs=True)
-VARIANTS = (GREEDY, RANDOM, FULL, LOGPROBS)
+VARIANTS = (GREEDY, RANDOM, FULL, LOGPROBS)  # by `SamplingWork`
 
 SlotState = dict[str, jax.Array]
 """What sampling keeps of each slot: `output_count` and `in_prompt` [S, V], `bias_id` and `bias_value`

@@ -1,10 +1,20 @@
 """One request inside the engine: its tokens, its place in the pool, and how far it has come."""
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 from jaxserve.engine.ngrams import Ngrams
 from jaxserve.engine.radix import Node
 from jaxserve.messages import Finish, Generate
+
+
+class SamplingWork(IntEnum):
+    """What choosing a row's token takes; each includes those before it."""
+
+    GREEDY = 0
+    RANDOM = 1
+    FILTERS = 2  # top-k, top-p, min-p, penalties, biases
+    LOGPROBS = 3
 
 
 @dataclass(eq=False, slots=True)
@@ -43,6 +53,24 @@ class Request:
     num_accepted: int = 0  # drafts that turned out right
     misses: int = 0  # steps in a row that drafts did not help
     rests_until: int = 0  # no drafts before it has so many tokens
+    max_len: int = field(init=False)  # tokens that it ends with at the latest
+    needs_bias: bool = field(init=False)  # else the slot's bias table may be an earlier request's
+    needs_slot_state: bool = field(init=False)  # sampling reads what was counted or set for the slot
+    sampling_work: SamplingWork = field(init=False)
+
+    def __post_init__(self) -> None:
+        s = self.spec.sampling
+        self.max_len = len(self.spec.input_ids) + s.max_new_tokens
+        self.needs_bias = bool(s.logit_bias or (s.min_new_tokens and s.stop_token_ids))
+        has_penalty = s.frequency_penalty or s.presence_penalty or s.repetition_penalty != 1
+        self.needs_slot_state = bool(has_penalty or self.needs_bias)
+        narrows = s.top_p < 1 or s.top_k > 0 or s.min_p > 0
+        if self.spec.return_logprob:
+            self.sampling_work = SamplingWork.LOGPROBS
+        elif self.needs_slot_state or (s.temperature > 0 and narrows):
+            self.sampling_work = SamplingWork.FILTERS
+        else:
+            self.sampling_work = SamplingWork.RANDOM if s.temperature > 0 else SamplingWork.GREEDY
 
     @property
     def order(self) -> tuple[int, int]:
@@ -61,7 +89,7 @@ class Request:
     @property
     def wants_decode(self) -> bool:
         """Whether a further token may be sampled; False while the last one allowed is on its way."""
-        return not self.in_prefill and self.num_outputs < self.spec.sampling.max_new_tokens
+        return not self.in_prefill and len(self.tokens) + self.pending < self.max_len
 
     @property
     def may_draft(self) -> bool:

@@ -12,9 +12,11 @@ first in order always goes on, and no request may be longer than the pool.
 import heapq
 import random
 import time
+from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import attrgetter
 
 from jaxserve.engine.drafting import Drafter, Drafting, num_right, rest_if_useless
 from jaxserve.engine.pages import PagePool
@@ -55,7 +57,7 @@ class Rank:
         drop_state = self.checkpoints and self.checkpoints.forget
         self.tree = RadixTree(limits.page_size, self.pool, share_prefixes, drop_state)
         self.waiting: list[tuple[tuple[int, int], Request]] = []  # a heap by order
-        self.running: list[Request] = []
+        self.running: list[Request] = []  # by order
         self.free_slots = list(range(limits.num_slots - 1, -1, -1))
         self.updates: list[tuple[int, int, int]] = []
 
@@ -63,18 +65,28 @@ class Rank:
 
     def plan(self, now_s: float) -> RankPlan:
         plan = RankPlan()
-        for request in sorted(self.running, key=lambda r: r.order):
-            if request.slot >= 0 and request.wants_decode and self._grow(request):
+        page_size = self.limits.page_size
+        for request in self.running[:]:  # a row's growth may retract a later one
+            if (
+                request.slot >= 0
+                and request.wants_decode
+                and (request.computed < len(request.pages) * page_size or self._grow(request))
+            ):
                 plan.decode.append(request)
         budget = self.limits.prefill_tokens
-        for request in sorted((r for r in self.running if r.in_prefill), key=lambda r: r.order):
-            budget -= self._add_chunks(plan, request, budget)
+        for request in self.running:
+            if request.in_prefill:
+                budget -= self._add_chunks(plan, request, budget)
+        headroom = sum(map(self._growth, self.running)) if self.waiting else 0
         while (
-            budget > 0 and len(plan.chunks) < self.limits.prefill_chunks and (request := self._admit(now_s))
+            budget > 0
+            and len(plan.chunks) < self.limits.prefill_chunks
+            and (request := self._admit(now_s, headroom))
         ):
             plan.admitted.append(request)
             budget -= self._add_chunks(plan, request, budget)
-        plan.decode = [r for r in plan.decode if r.slot >= 0]  # a later row's growth may have retracted one
+            headroom += self._growth(request)
+        plan.decode = [r for r in plan.decode if r.slot >= 0]
         for request in plan.decode:
             request.computed += 1
             request.pending += 1
@@ -158,8 +170,11 @@ class Rank:
         size = self.limits.page_size
         return request.num_known, (len(request.tokens) - 1) // size * size
 
-    def _admit(self, now_s: float) -> Request | None:
-        """Give the first waiting request a slot and pages for all its tokens, or leave it waiting."""
+    def _admit(self, now_s: float, headroom: int) -> Request | None:
+        """Give the first waiting request a slot and pages for all its tokens, or leave it waiting.
+
+        `headroom`: pages that the running ones will want soon.
+        """
         if not self.waiting or not self.free_slots:
             return None
         request = self.waiting[0][1]
@@ -169,7 +184,6 @@ class Rank:
         self.tree.lock(node)
         needed = self._pages_for(len(request.tokens)) - len(shared)
         room = self.pool.num_free + self.tree.num_evictable
-        headroom = sum(self._growth(r) for r in self.running)
         if needed + headroom > room:
             self.tree.unlock(node)
             return None
@@ -183,7 +197,7 @@ class Rank:
             request.cached_tokens = min(request.computed, request.prompt_len)
             request.admitted_s = now_s
         self.updates.extend((request.slot, i, page) for i, page in enumerate(request.pages))
-        self.running.append(request)
+        insort(self.running, request, key=attrgetter("order"))
         return request
 
     def _match(self, request: Request) -> tuple[Node, list[int]]:
@@ -203,11 +217,9 @@ class Rank:
         return len(find(tokens, salt)[1]) * self.limits.page_size
 
     def _grow(self, request: Request) -> bool:
-        """Make sure that the next position has a page; False when the request itself had to go."""
-        if request.computed < len(request.pages) * self.limits.page_size:
-            return True
+        """Add a page for the next position; False when the request itself had to go."""
         while self.pool.num_free + self.tree.num_evictable < 1:
-            victim = max(self.running, key=lambda r: r.order)
+            victim = self.running[-1]
             self._retract(victim)
             if victim is request:
                 return False
@@ -226,8 +238,7 @@ class Rank:
 
     def _growth(self, request: Request) -> int:
         """Pages that a running request will want soon."""
-        remaining = request.spec.sampling.max_new_tokens - request.num_outputs
-        length = len(request.tokens) + request.pending + min(remaining, GROWTH_TOKENS)
+        length = min(request.max_len, len(request.tokens) + request.pending + GROWTH_TOKENS)
         return max(0, self._pages_for(length) - len(request.pages))
 
     def _retract(self, request: Request) -> None:
@@ -379,6 +390,14 @@ class Scheduler:
         """
         taken = []
         for rank, rank_plan, rank_tokens in zip(self.ranks, plan.ranks, tokens):
+            if rank.drafter is None:
+                for request, token in zip(rank_plan.sampled, rank_tokens):
+                    request.pending -= 1
+                    if request.finish is None:
+                        request.tokens.append(token)
+                        self._finish_if_done(request, token)
+                        taken.append((request, [token]))
+                continue
             rows = iter(rank_tokens)
             for row, request in enumerate(rank_plan.sampled):
                 drafts = rank_plan.drafts.get(request, [])
@@ -387,7 +406,7 @@ class Scheduler:
                 request.pending -= 1
                 if request.finish is None:
                     taken.append((request, self._take(request, sampled[: right + 1])))
-                    if rank.drafter is not None and row < len(rank_plan.decode):
+                    if row < len(rank_plan.decode):
                         rank.drafting.count(request, len(drafts), right)
                         if rank.drafter.rests and request in rank_plan.drafts:
                             rest_if_useless(request, right)
@@ -396,7 +415,7 @@ class Scheduler:
     def _take(self, request: Request, tokens: Sequence[int]) -> list[int]:
         """Append tokens up to one that ends the request; returns those."""
         taken = []
-        for token in map(int, tokens):
+        for token in tokens:
             request.computed += bool(taken)  # the draft before it was right, and so is its KV
             request.tokens.append(token)
             taken.append(token)
@@ -421,12 +440,10 @@ class Scheduler:
             rank.check()
 
     def _finish_if_done(self, request: Request, token: int) -> None:
-        sampling = request.spec.sampling
-        outputs = len(request.tokens) - request.prompt_len
-        if token in sampling.stop_token_ids:
+        if token in request.spec.sampling.stop_token_ids:
             self._end(request, Finish("stop", matched=token))
-        elif outputs >= sampling.max_new_tokens:
-            self._end(request, Finish("length", length=outputs))
+        elif len(request.tokens) >= request.max_len:
+            self._end(request, Finish("length", length=len(request.tokens) - request.prompt_len))
 
     def _end(self, request: Request, finish: Finish) -> None:
         request.finish = finish

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxserve.engine.drafting import Drafting
-from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.messages import Info, Output, RankLoad
 
@@ -28,11 +27,10 @@ class Stats:
         self._recent: deque[tuple[float, list[int]]] = deque()
         self._now_s = 0.0
 
-    def record_step(self, plan: StepPlan, outputs: Sequence[Output], now_s: float) -> None:
+    def record_step(self, new: list[int], outputs: Sequence[Output], now_s: float) -> None:
+        """`new`: tokens of each rank; `outputs`: of requests that began, ended, or have more to tell."""
         self.steps += 1
-        new = [0] * len(self.generation_tokens)
         for output in outputs:
-            new[output.dp_rank] += len(output.token_ids)
             if output.finish is not None:
                 self.finished[output.dp_rank] += 1
                 self.retractions += output.num_retractions

@@ -113,10 +113,16 @@ class Metrics:
         self._registry.register(self)  # type: ignore[arg-type]  # `collect` below is all it needs
 
     def output(
-        self, output: Output, before: int, after: int, since_start_s: float, since_last_s: float
+        self,
+        dp_rank: int,
+        output: Output,
+        before: int,
+        after: int,
+        since_start_s: float,
+        since_last_s: float,
     ) -> None:
         """One Output of a request that had `before` tokens and now has `after`."""
-        rank = self._rank(output.dp_rank)
+        rank = self._rank(dp_rank)
         if output.queue_time_s is not None:
             rank.queue(output.queue_time_s)
         if after > before:

@@ -124,7 +124,8 @@ class Sequence:
     def feed(self, output: Output) -> None:
         """Take one Output; after it `finish` may be set, by the engine or by a stop string."""
         self.cached_tokens = output.cached_tokens or self.cached_tokens
-        self.dp_rank = output.dp_rank
+        if output.dp_rank >= 0:
+            self.dp_rank = output.dp_rank
         self.num_retractions = output.num_retractions or self.num_retractions
         if output.spec_steps:
             self.spec_steps = output.spec_steps

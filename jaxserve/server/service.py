@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from typing import Any
 
 from jaxserve.config import ServerConfig
-from jaxserve.messages import EngineClient, EngineDeadError
+from jaxserve.messages import EngineClient, EngineDeadError, Output
 from jaxserve.server.errors import RequestError, unavailable
 from jaxserve.server.metrics import Metrics
 from jaxserve.server.sequence import Sequence
@@ -132,24 +132,36 @@ class Service:
         interval = sequence.rules.stream_interval
         sequence.started_s = last_s = clock()
         told = len(sequence.token_ids)  # at the last event
+
+        def take(output: Output) -> bool:
+            """Feed the sequence; whether an event is due."""
+            nonlocal last_s, told
+            if sequence.finish is not None:  # by a stop string; the engine is about to hear of it
+                return False
+            self.num_outputs += 1
+            before = len(sequence.token_ids)
+            sequence.feed(output)
+            count = len(sequence.token_ids)
+            if metrics is not None:
+                now_s = clock()
+                since_s = now_s - sequence.started_s, now_s - last_s
+                metrics.output(sequence.dp_rank, output, before, count, *since_s)
+                last_s = now_s
+            if sequence.finish is not None:
+                return True
+            due = every_event and count > before and (told == 0 or count - told >= interval)
+            if due:
+                told = count
+            return due
+
         try:
             with self.engine_errors():
-                stream = self.client.generate(sequence.request)
+                stream = self.client.generate(sequence.request, take)
                 async with contextlib.aclosing(stream):  # type: ignore[type-var]
-                    async for output in stream:
-                        self.num_outputs += 1
-                        before = len(sequence.token_ids)
-                        sequence.feed(output)
-                        count = len(sequence.token_ids)
-                        if metrics is not None:
-                            now_s = clock()
-                            metrics.output(output, before, count, now_s - sequence.started_s, now_s - last_s)
-                            last_s = now_s
+                    async for _ in stream:
                         if sequence.finish is not None:
                             break
-                        if every_event and count > before and (told == 0 or count - told >= interval):
-                            told = count
-                            yield sequence
+                        yield sequence
                     else:
                         raise EngineDeadError("the engine ended a stream without a finish")
         finally:

@@ -1,6 +1,7 @@
 """How the tests of the whole engine ask it, and how they judge its tokens."""
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,18 @@ from tests.models.tiny import HYBRID_FAMILIES, Golden
 
 FAMILIES = (*DENSE_FAMILIES, *HYBRID_FAMILIES)
 
-__all__ = ["FAMILIES", "NOISE", "Golden", "Row", "ask", "check_greedy", "golden_rows", "greedy", "raw"]
+__all__ = [
+    "FAMILIES",
+    "NOISE",
+    "Followed",
+    "Golden",
+    "Row",
+    "ask",
+    "check_greedy",
+    "golden_rows",
+    "greedy",
+    "raw",
+]
 
 # Logits of the engine and of the reference agree to 1e-4 (see test_families.py), so two of them may
 # move towards each other by 2e-4. Where the reference's first and second choice are closer than
@@ -58,11 +70,34 @@ def check_greedy(golden: Golden, replies: list[dict[str, Any]]) -> None:
         assert sure > NUM_GREEDY // 2, "the recording proves too little"
 
 
+class Followed:
+    """A request submitted to an EngineClient, as an iterator over its outputs."""
+
+    def __init__(self, client: Any, request: Generate):
+        self._came: deque[Output] = deque()
+        self._stream = client.generate(request, self._take)
+
+    def _take(self, output: Output) -> bool:
+        self._came.append(output)
+        return True
+
+    def __aiter__(self) -> "Followed":
+        return self
+
+    async def __anext__(self) -> Output:
+        while not self._came:
+            await anext(self._stream)
+        return self._came.popleft()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
 def raw(engine: Any, *requests: Generate) -> list[list[Output]]:
     """Send requests past the checks of the HTTP layer; every output of each, in order."""
 
     async def follow(request: Generate) -> list[Output]:
-        return [output async for output in engine._connection.generate(request)]
+        return [output async for output in Followed(engine._connection, request)]
 
     async def follow_all() -> list[list[Output]]:
         return await asyncio.gather(*map(follow, requests))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxserve.messages import Generate, Sampling
-from tests.engine.asking import ask, greedy, tokens
+from tests.engine.asking import Followed, ask, greedy, tokens
 
 FAMILY = "minimax_text"
 
@@ -60,12 +60,12 @@ def test_request_left_between_its_chunks_spoils_nothing(kept, bare):
     connection = kept._connection
 
     async def leave():
-        stream = connection.generate(left)
+        stream = Followed(connection, left)
         await connection.call("loads")  # answered between two steps
         await stream.aclose()
 
     async def leave_after_some_tokens():
-        stream = connection.generate(left)
+        stream = Followed(connection, left)
         for _ in range(5):
             await anext(stream)
         await stream.aclose()

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 
 from jaxserve.messages import EngineRefusal, Generate, Sampling
+from tests.engine.asking import Followed
 
 LONG = Sampling(max_new_tokens=480, temperature=0.0)
 
@@ -29,12 +30,12 @@ def test_rid_can_be_used_again_right_after_its_stream_was_left(engine):
     short = Sampling(max_new_tokens=5, temperature=0.0)
 
     async def main():
-        want = await tokens_of(connection.generate(request("once", short)))
+        want = await tokens_of(Followed(connection, request("once", short)))
         for _ in range(20):
-            first = connection.generate(request("name"))
+            first = Followed(connection, request("name"))
             await anext(first)
             await first.aclose()
-            again = [output async for output in connection.generate(request("name", short))]
+            again = [output async for output in Followed(connection, request("name", short))]
             assert [output.finish.type for output in again if output.finish] == ["length"]
             assert [t for output in again for t in output.token_ids] == want
         await idle(connection)
@@ -46,9 +47,9 @@ def test_rid_in_use_is_refused_and_the_running_request_is_not_disturbed(engine):
     connection = engine()._connection
 
     async def main():
-        stream = connection.generate(request("twin"))
+        stream = Followed(connection, request("twin"))
         with pytest.raises(EngineRefusal, match="rid 'twin' is in use by a running request"):
-            connection.generate(request("twin"))
+            Followed(connection, request("twin"))
         assert len(await tokens_of(stream)) == 480
 
     engine()._run(main())
@@ -58,7 +59,7 @@ def test_abort_ends_running_and_waiting_requests_with_a_finish(engine):
     connection = engine()._connection
 
     async def main():
-        streams = [connection.generate(request(f"r{i}")) for i in range(8)]  # four of them wait
+        streams = [Followed(connection, request(f"r{i}")) for i in range(8)]  # four of them wait
         await anext(streams[0])
         await connection.abort(["r0", "r7", "nobody"])
         for i in (0, 7):
@@ -76,7 +77,7 @@ def test_cache_is_not_flushed_while_requests_run(engine):
     connection = engine()._connection
 
     async def main():
-        stream = connection.generate(request("busy"))
+        stream = Followed(connection, request("busy"))
         await anext(stream)
         with pytest.raises(EngineRefusal, match="not flushed: 1 requests are pending"):
             await connection.call("flush_cache")

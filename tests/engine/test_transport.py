@@ -20,6 +20,7 @@ from jaxserve.messages import (
     Sampling,
 )
 from jaxserve.transport import ZmqCarrier, ZmqEndpoint
+from tests.engine.asking import Followed
 
 PATIENCE_S = 30
 
@@ -55,11 +56,61 @@ def run(work, address):
     asyncio.run(main())
 
 
+def test_what_fails_to_take_its_outputs_ends_alone(address):
+    """The wire goes on for the others, and the engine is told to stop the one."""
+
+    def take(output: Output) -> bool:
+        raise ValueError("cannot be shown")
+
+    async def work(carrier, endpoint):
+        connection = carrier.connection
+        bad, good = connection.generate(request("bad"), take), Followed(connection, request("good"))
+        endpoint.receive(PATIENCE_S)
+        endpoint.send(Outputs([], {"bad": [5], "good": [6]}))
+        with pytest.raises(ValueError, match="cannot be shown"):
+            await anext(bad)
+        with pytest.raises(StopAsyncIteration):
+            await anext(bad)
+        await bad.aclose()
+        assert await asyncio.to_thread(endpoint.receive, PATIENCE_S) == [Abort(["bad"])]
+        assert await anext(good) == Output("good", [6])
+
+    run(work, address)
+
+
+def test_reader_is_woken_for_what_is_due_and_for_the_end(address):
+    taken: list[int] = []
+    second = asyncio.Event()
+
+    def take(output: Output) -> bool:
+        taken.extend(output.token_ids)
+        if len(taken) == 2:
+            second.set()
+        return len(taken) == 3
+
+    async def work(carrier, endpoint):
+        stream = carrier.connection.generate(request("a"), take)
+        reader = asyncio.ensure_future(anext(stream))
+        for token in (1, 2):
+            endpoint.send(Outputs([], {"a": [token]}))
+        await second.wait()
+        await asyncio.sleep(0)  # a reader that was woken would run now
+        assert not reader.done()
+        endpoint.send(Outputs([], {"a": [3]}))
+        await reader
+        endpoint.send(answer("a", 4))
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        assert taken == [1, 2, 3, 4]
+
+    run(work, address)
+
+
 def test_message_that_has_come_before_a_send_is_not_slept_through(address):
     """A send may take the wake-up of a message that is already there: ZeroMQ signals an edge once."""
 
     async def work(carrier, endpoint):
-        first, second = carrier.connection.generate(request("a")), carrier.connection.generate(request("b"))
+        first, second = (Followed(carrier.connection, request(rid)) for rid in "ab")
         assert [m.rid for m in await asyncio.to_thread(receive, endpoint, 2)] == ["a", "b"]
         for i in range(20):
             endpoint.send(Outputs([Output("a", [i])]))
@@ -94,7 +145,7 @@ def test_every_answer_comes_while_both_ends_talk_at_once(address):
                     endpoint.send(Reply(call_id, True, call_id))
 
     async def ask(connection, i):
-        tokens = [t async for output in connection.generate(request(str(i))) for t in output.token_ids]
+        tokens = [t async for output in Followed(connection, request(str(i))) for t in output.token_ids]
         assert tokens == [0, 1, 2, 3, 4, 5]
 
     async def work(carrier, endpoint):
@@ -127,14 +178,14 @@ def test_sending_to_an_engine_that_is_gone_raises_engine_dead(address):
         endpoint.close()
         stream = call = None
         while not connection.closed:  # ZeroMQ sees the other end go a moment later
-            stream = connection.generate(request(f"r{time.monotonic_ns()}"))
+            stream = Followed(connection, request(f"r{time.monotonic_ns()}"))
             await asyncio.sleep(0.01)
         with pytest.raises(EngineDeadError, match="the engine process is gone"):
             await anext(stream)
         with pytest.raises(EngineDeadError):
             call = await connection.call("loads")
         with pytest.raises(EngineDeadError):
-            connection.generate(request("late"))
+            Followed(connection, request("late"))
         assert call is None
 
     run(work, address)

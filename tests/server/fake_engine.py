@@ -81,11 +81,11 @@ class FakeEngine:
         self.calls: list[str] = []
         self.has_experts = True
 
-    def generate(self, request: Generate) -> AsyncIterator[Output]:
+    def generate(self, request: Generate, take: Callable[[Output], bool]) -> AsyncIterator[None]:
         if self.dead:
             raise EngineDeadError("fake engine is dead")
         self.requests.append(request)
-        stream = self.running[request.rid] = _Stream(self, request)
+        stream = self.running[request.rid] = _Stream(self, request, take)
         return stream
 
     async def abort(self, rids: list[str], all: bool = False) -> None:
@@ -123,8 +123,8 @@ class FakeEngine:
 
 
 class _Stream:
-    def __init__(self, engine: FakeEngine, request: Generate):
-        self._engine, self._request = engine, request
+    def __init__(self, engine: FakeEngine, request: Generate, take: Callable[[Output], bool]):
+        self._engine, self._request, self._take = engine, request, take
         self._left = engine.script(request)[len(request.output_ids) :]
         self._made = len(request.output_ids)
         self._first = True
@@ -145,7 +145,11 @@ class _Stream:
         if self._engine.close_delay_s:
             await asyncio.sleep(self._engine.close_delay_s)
 
-    async def __anext__(self) -> Output:
+    async def __anext__(self) -> None:
+        while not self._take(await self._next()):
+            pass
+
+    async def _next(self) -> Output:
         if self._over:
             raise StopAsyncIteration
         if self._engine.dead:

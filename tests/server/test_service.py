@@ -119,8 +119,9 @@ def test_first_error_of_a_batch_is_raised_as_itself(engine, tokenizer):
 
 
 def test_stream_that_ends_without_a_finish_is_an_engine_error(engine, tokenizer):
-    async def cut(request):
-        yield Output(rid=request.rid, token_ids=[5])
+    async def cut(request, take):
+        if take(Output(rid=request.rid, token_ids=[5])):
+            yield
 
     engine.generate = cut
     with pytest.raises(EngineDeadError, match="without a finish"):
