@@ -127,6 +127,12 @@ class ServerConfig:
     )
 
     # Memory and batches
+    num_continuous_decode_steps: int | None = key(
+        None,
+        "decode steps of one launch while nothing else is to do: less host time a token, tokens in bursts; "
+        "default 1, more for small models on a GPU",
+        least=1,
+    )
     mem_fraction_static: float | None = key(
         None, "share of device memory for weights and KV; default 0.88 on GPU, 0.25 of the host's on CPU"
     )

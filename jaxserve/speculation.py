@@ -24,6 +24,11 @@ def refusal(config: "ServerConfig") -> str | None:
             return None
         name = next(iter(given))
         return f"{name}={given[name]} needs speculative_algorithm; use 'NGRAM' or 'NEXTN'"
+    if (steps := config.num_continuous_decode_steps or 1) > 1:
+        return (
+            f"num_continuous_decode_steps={steps} does not go with speculative_algorithm={algorithm}: "
+            "guesses are checked step by step; leave one of them out"
+        )
     for name in OF_NGRAM if uses_nextn(config) else OF_NEXTN:
         if name in given:
             return f"{name}={given[name]} does not go with speculative_algorithm={algorithm}; leave it out"

@@ -174,6 +174,11 @@ def test_dp_size_counts_as_attention_groups_only_with_the_flag():
             "guess a step",
         ),
         (
+            {"speculative_algorithm": "NGRAM", "num_continuous_decode_steps": 4},
+            "num_continuous_decode_steps=4 does not go with speculative_algorithm=NGRAM: guesses are checked "
+            "step by step; leave one of them out",
+        ),
+        (
             {"speculative_algorithm": "NGRAM", "speculative_num_steps": 3},
             "speculative_num_steps=3 does not go with speculative_algorithm=NGRAM; leave it out",
         ),

@@ -119,10 +119,7 @@ def pack_forward(bucket: Bucket, packing: Packing, plans: Sequence[RankPlan]) ->
             at = end
         if "state_from" in f:
             _fill_states(bucket, f, plan)
-        updates = plan.table_updates
-        if updates:
-            m = len(updates)
-            f["update_slot"][:m], f["update_index"][:m], f["update_page"][:m] = np.array(updates).T
+        _pack_updates(f, plan)
     return packed
 
 
@@ -164,6 +161,50 @@ def _decode_rows(plan: RankPlan) -> tuple[list[int], list[int], list[int]]:
             lens.append(request.computed + number)
             tokens.append(token)
     return slots, lens, tokens
+
+
+def decode_packing(bucket: Bucket) -> Packing:
+    """For several decode steps in one program."""
+    r, u, i = bucket.rows, bucket.num_updates, np.int32
+    return Packing(
+        row_slot=(r, i),
+        row_token=(r, i),  # -1: the last that was sampled for the slot
+        row_len=(r, i),  # context length with the first new token; 0 is padding
+        row_count=(r, i),  # steps in which the row takes part
+        position=(r, i),  # of the first token that is sampled
+        seed=(r, i),
+        temperature=(r, np.float32),
+        update_slot=(u, i),
+        update_index=(u, i),
+        update_page=(u, i),
+    )
+
+
+def pack_decode(packing: Packing, plans: Sequence[RankPlan]) -> np.ndarray:
+    """[ranks, packing.length] for the program of several decode steps."""
+    packed = np.zeros((len(plans), packing.length), np.int32)
+    for row, plan in zip(packed, plans):
+        f = packing.views(row)
+        for name in ("row_slot", "row_token", "update_slot"):
+            f[name].fill(-1)
+        n, rows = len(plan.decode), list(zip(plan.decode, plan.counts))
+        f["row_slot"][:n] = [r.slot for r in plan.decode]
+        f["row_token"][:n] = [r.tokens[-1] if r.pending == count else -1 for r, count in rows]
+        f["row_len"][:n] = [r.computed - count + 1 for r, count in rows]
+        f["row_count"][:n] = plan.counts
+        f["position"][:n] = [len(r.tokens) + r.pending - count for r, count in rows]
+        f["seed"][:n] = [r.seed for r in plan.decode]
+        f["temperature"][:n] = [r.spec.sampling.temperature for r in plan.decode]
+        _pack_updates(f, plan)
+    return packed
+
+
+def _pack_updates(fields: dict[str, np.ndarray], plan: RankPlan) -> None:
+    if plan.table_updates:
+        m = len(plan.table_updates)
+        names = ("update_slot", "update_index", "update_page")
+        for name, column in zip(names, np.array(plan.table_updates, np.int32).T):
+            fields[name][:m] = column
 
 
 UPDATE_CHUNK = 1024

@@ -32,6 +32,8 @@ from jaxserve.weights import CheckpointError
 logger = logging.getLogger(__name__)
 
 CPU_POOL_TOKENS = 65536  # KV capacity on CPU unless memory or a flag says otherwise
+STEPS_S, MOST_STEPS = 2e-3, 8  # of decode in one launch: how much reading of weights, and how many
+READ_BYTES_PER_S = 3e12  # of a GPU's memory
 DRAFT_ROWS = 64  # up to which a step of an 8B model on an H100 takes little longer than one of 8 rows
 CPU_FRACTION, GPU_FRACTION = 0.25, 0.88
 
@@ -165,6 +167,29 @@ class Blueprint:
     def num_nextn(self) -> int:
         """Guesses that the model's own layer makes for a request after each step."""
         return speculation.num_drafts(self.config) if speculation.uses_nextn(self.config) else 0
+
+    @property
+    def decode_steps(self) -> int:
+        """Decode steps of one launch, while there is nothing else to do.
+
+        What a launch costs the host is then shared by them; what they cost are tokens that come in bursts.
+        By default as many as read a GPU's weights in STEPS_S, which gives 1 where the host keeps up anyway.
+        """
+        asked = self.config.num_continuous_decode_steps
+        if self.draft_rows or self.states is not None:
+            if asked is not None and asked > 1:
+                logger.info(
+                    "num_continuous_decode_steps=%d is off: the host has to see every step of a model with "
+                    "recurrent states",
+                    asked,
+                )
+            return 1
+        if asked is not None:
+            return asked
+        if self.on_cpu:
+            return 1
+        read_s = self.weight_bytes_of_device / READ_BYTES_PER_S
+        return max(1, min(MOST_STEPS, int(STEPS_S / read_s)))
 
     def drafter(self) -> Drafter | None:
         """Who makes guesses; None without speculative decoding."""

@@ -142,6 +142,7 @@ def build(
         _expert_state(blueprint, leaves),
         _make_states(blueprint),
         blueprint.num_nextn,
+        blueprint.decode_steps,
     )
     if hosts is not None:
         programs = {"sizes": repr(sizes), "buckets": repr(runner.buckets)}
@@ -167,6 +168,7 @@ def build(
         prefill_chunks=max(b.chunks for b in buckets),
         max_req_len=max_req_len,
         num_checkpoints=blueprint.num_checkpoints,
+        decode_steps=blueprint.decode_steps,
     )
     stats = Stats(layout.dp)
     _count_compiles(stats)

@@ -37,7 +37,7 @@ def compiler_options(program: Any, has_int8: bool = False) -> dict[str, Any]:
     if jax.default_backend() != "gpu":
         return {}
     match program:
-        case (Bucket() as bucket) | ("nextn", Bucket() as bucket):
+        case (Bucket() as bucket) | ("nextn" | "decode", Bucket() as bucket):
             rows = bucket.rows + bucket.prefill_tokens
         case ("score", _):
             rows = programs.SCORE_ROWS

@@ -238,7 +238,7 @@ class EngineLoop:
                 plain[request.spec.rid] = tokens
             else:
                 outputs.append(self._output(request, tokens))
-        self.stats.record_step(new_tokens, outputs, self._clock())
+        self.stats.record(step.plan.num_steps, new_tokens, outputs, self._clock())
         if outputs or plain:
             self._tell_cache_events()
             self._endpoint.send(Outputs(outputs, plain, self._due_loads()))

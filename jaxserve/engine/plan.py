@@ -32,6 +32,7 @@ class RankPlan:
     """
 
     decode: list[Request] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)  # tokens that each of `decode` makes; empty: one each
     drafts: dict[Request, list[int]] = field(default_factory=dict)  # of those in `decode` that were tried
     chunks: list[Chunk] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)  # their slot's sampling state must be set first
@@ -43,7 +44,7 @@ class RankPlan:
 
     @property
     def num_samples(self) -> int:
-        return self.num_rows + sum(chunk.samples for chunk in self.chunks)
+        return sum(self.counts) or self.num_rows + sum(chunk.samples for chunk in self.chunks)
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -67,8 +68,11 @@ class RankPlan:
 
 @dataclass(slots=True)
 class StepPlan:
+    """One launch: a step, or `num_steps` of decode in one program, each row in its first `counts`."""
+
     number: int
     ranks: list[RankPlan]
+    num_steps: int = 1
 
     @property
     def has_drafts(self) -> bool:

@@ -168,6 +168,79 @@ def forward(
     return *out, per_rank(mesh, lambda hidden: hidden[bucket.rows :], hidden_TD)
 
 
+def decode(
+    model: ModelFunction,
+    num_steps: int,
+    bucket: Bucket,
+    packing: Packing,
+    sizes: tuple[int, int],  # pages a layer, tokens a page
+    mesh: Mesh | None,
+    leaves: list[jax.Array],
+    key_pages: jax.Array,
+    value_pages: jax.Array,
+    table_SN: jax.Array,
+    expert_load: tuple[jax.Array, ...],
+    expert_slots: SlotTable | None,
+    last_token_S: jax.Array,
+    packed_RM: jax.Array,
+) -> tuple[Any, ...]:
+    """Several steps of decode alone, sampling included, as `forward` and `sample` do them one by one.
+
+    A row takes part in its first `row_count` steps. Returns the pools, the page table, the experts' load,
+    last_token, and the tokens [rows, num_steps], of which a row's first `row_count` count.
+    """
+    f = packing.unpack(packed_RM)
+    table_SN = per_rank(mesh, _set_entries, table_SN, f["update_slot"], f["update_index"], f["update_page"])
+    last_R = per_rank(mesh, lambda last, slot: last[jnp.maximum(slot, 0)], last_token_S, f["row_slot"])
+    last_R = jnp.where(f["row_token"] < 0, last_R, f["row_token"])
+    no_block = jnp.zeros((packed_RM.shape[0] * bucket.num_blocks,), jnp.int32)
+    blocks = {
+        "block_slot": no_block - 1,
+        "block_start": no_block,
+        "block_len": no_block,
+        "block_pos": no_block,
+    }
+    module = model.call(leaves)
+
+    def step(i: jax.Array, carry: Any) -> Any:
+        key_pages, value_pages, expert_load, token_R, out_NR = carry
+        taking_part_R = i < f["row_count"]
+        len_R = jnp.where(taking_part_R, f["row_len"] + i, 0)
+        context = step_context(
+            model,
+            bucket,
+            sizes,
+            mesh,
+            blocks,
+            key_pages=key_pages,
+            value_pages=value_pages,
+            page_table_SN=table_SN,
+            position_T=jnp.maximum(len_R - 1, 0),
+            slot_T=jnp.where(taking_part_R, f["row_slot"], -1),
+            R=bucket.rows,
+            context_len_R=len_R,
+            expert_slots=expert_slots,
+            states=None,
+            state_blocks=None,
+            two_batches=model.two_batches,
+        )
+        logits_RV = module.logits(module(token_R, context))
+        drawing = {"seed": f["seed"], "position": f["position"] + i, "temperature": f["temperature"]}
+        new_R = per_rank(mesh, partial(_draw, RANDOM), logits_RV, {}, drawing)
+        token_R = jnp.where(taking_part_R, new_R, token_R)
+        if model.experts is not None:
+            (load_LE,) = expert_load
+            expert_load = (load_LE + context.expert_load(model.experts.num_experts),)
+        out_NR = jax.lax.dynamic_update_index_in_dim(out_NR, token_R, i, 0)
+        return context.key_pages, context.value_pages, expert_load, token_R, out_NR
+
+    out_NR = jnp.zeros((num_steps, *last_R.shape), last_R.dtype)
+    carry = (key_pages, value_pages, expert_load, last_R, out_NR)
+    key_pages, value_pages, expert_load, token_R, out_NR = jax.lax.fori_loop(0, num_steps, step, carry)
+    last_token_S = per_rank(mesh, _set_rows, last_token_S, f["row_slot"], token_R)
+    return key_pages, value_pages, table_SN, expert_load, last_token_S, out_NR.T
+
+
 def _set_entries(table_SN: jax.Array, slot_U: jax.Array, index_U: jax.Array, page_U: jax.Array) -> jax.Array:
     slot_U = jnp.where(slot_U < 0, table_SN.shape[0], slot_U)
     return table_SN.at[slot_U, index_U].set(page_U, mode="drop")

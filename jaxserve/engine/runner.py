@@ -91,6 +91,7 @@ class Runner:
         mesh: of shape (dp, ep, tp); its arrays' placement is fixed here.
         experts: what is kept of them, when the model has any.
         num_nextn: guesses that the model's own layer makes for a request after each step.
+        decode_steps: of one launch that has nothing but decode to do.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Runner:
         experts: ExpertState | None = None,
         states: tuple[jax.Array, ...] = (),
         num_nextn: int = 0,
+        decode_steps: int = 1,
     ):
         self.sizes = sizes
         self.buckets = sorted(buckets, key=lambda b: (b.prefill_tokens, b.rows))
@@ -135,6 +137,10 @@ class Runner:
             for b in self.buckets
             for v in VARIANTS
         }
+        self._decode_steps = decode_steps
+        self._decode_packing = {
+            b: batch.decode_packing(b) for b in self.buckets if decode_steps > 1 and not b.prefill_tokens
+        }
         self.nextn: NextnLayer | None = None
         if num_nextn:
             pages = (sizes.num_pages, sizes.page_size)
@@ -162,6 +168,9 @@ class Runner:
         """The programs of a step in their order; empties what table updates overflow."""
         overflow = batch.pack_overflow(plan.ranks, bucket.num_updates)
         launches = [Launch("update_table", packed) for packed in overflow]
+        if plan.num_steps > 1:
+            packed = batch.pack_decode(self._decode_packing[bucket], plan.ranks)
+            return [*launches, Launch(("decode", bucket), packed)]
         for rank in plan.ranks:
             for request in rank.admitted:
                 if request.needs_slot_state:
@@ -198,6 +207,23 @@ class Runner:
                     made.last, *prefill = self._forward(program, packed)
                     if self.nextn is not None:
                         self.nextn.hidden = (made.last, *prefill)
+                case ("decode", _):
+                    load, slots = self._expert_arrays
+                    self._key_pages, self._value_pages, self._table, load, self._last_token, made.last = (
+                        program(
+                            self._leaves,
+                            self._key_pages,
+                            self._value_pages,
+                            self._table,
+                            load,
+                            slots,
+                            self._last_token,
+                            packed,
+                        )
+                    )
+                    self._keep_load(load)
+                    assert made.last is not None
+                    made.sampled = {"token": made.last}
                 case ("nextn", _):
                     assert self.nextn is not None
                     pools = self._key_pages, self._value_pages
@@ -229,9 +255,12 @@ class Runner:
             self._last_token,
             packed,
         )
+        self._keep_load(load)
+        return hidden
+
+    def _keep_load(self, load: tuple[jax.Array, ...]) -> None:
         if self.experts is not None:
             (self.experts.load,) = load
-        return hidden
 
     @property
     def _expert_arrays(self) -> tuple[tuple[jax.Array, ...], SlotTable | None]:
@@ -242,8 +271,15 @@ class Runner:
         jax.block_until_ready(step.results.last)  # a step that samples nothing is waited for too
         sampled = {name: np.asarray(array) for name, array in step.results.sampled.items()}
         token = sampled.pop("token", np.zeros(0, np.int32))
-        n, p = step.bucket.num_samples, step.bucket.prefill_tokens
         ranks = range(self.sizes.num_ranks)
+        if step.plan.num_steps > 1:
+            by_rank = token.reshape(len(ranks), step.bucket.rows, -1).tolist()
+            tokens = [
+                [token for row, count in zip(rows, plan.counts) for token in row[:count]]
+                for rows, plan in zip(by_rank, step.plan.ranks)
+            ]
+            return StepResult(tokens, [{} for _ in ranks], None)
+        n, p = step.bucket.num_samples, step.bucket.prefill_tokens
         counts = [rank.num_samples for rank in step.plan.ranks]
         scored = None
         if step.results.scored is not None:
@@ -365,6 +401,14 @@ class Runner:
             shardings = (keys.sharding, values.sharding, rank, rank, of_states, *hidden_parts)
             tasks[b] = (function, args, (1, 2, 3, 4, 6), shardings)
             width = width or jax.eval_shape(function, *args)[5]
+        for b, packing in self._decode_packing.items():
+            pages = (self.sizes.num_pages, self.sizes.page_size)
+            function = partial(
+                programs.decode, self._model, self._decode_steps, b, packing, pages, self._map_mesh
+            )
+            args = (leaves, keys, values, table, load, expert_slots, last, packed(packing))
+            shardings = (keys.sharding, values.sharding, rank, rank, rank, self._readable)
+            tasks["decode", b] = (function, args, (1, 2, 3, 4, 6), shardings)
         head = self._model.head(leaves, hidden(1))
         assert head.kept is not None
         self._head_leaves = [self._leaves[i] for i in head.kept]

@@ -15,14 +15,14 @@ import time
 from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from operator import attrgetter
 
 from jaxserve.engine.drafting import Drafter, Drafting, num_right, rest_if_useless
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.plan import Chunk, RankPlan, StepPlan
 from jaxserve.engine.radix import Node, RadixTree
-from jaxserve.engine.request import Request
+from jaxserve.engine.request import Request, SamplingWork
 from jaxserve.engine.states import Checkpoints
 from jaxserve.messages import Finish, Generate
 
@@ -40,6 +40,7 @@ class Limits:
     prefill_chunks: int  # different prompts in one step
     max_req_len: int  # prompt and output together
     num_checkpoints: int | None = None  # states that can be kept; None: the model has no recurrent state
+    decode_steps: int = 1  # in one launch, while there is nothing but decode to do
 
 
 class Rank:
@@ -63,7 +64,24 @@ class Rank:
 
     # ---- a step ----
 
-    def plan(self, now_s: float) -> RankPlan:
+    def tokens_without_host(self, most: int) -> int:
+        """Decode steps, up to `most`, in which some row has a token to make and none needs the host between.
+
+        0 when nobody decodes; 1 when somebody waits who can be let in, a prompt is to be computed, a token
+        needs more than a temperature, or pages are short.
+        """
+        longest, needed = 0, 0
+        for request in self.running:
+            if request.in_prefill or request.sampling_work > SamplingWork.RANDOM:
+                return 1
+            count = min(most, request.max_len - len(request.tokens) - request.pending)
+            longest = max(longest, count)
+            needed += max(0, self._pages_for(request.computed + count) - len(request.pages))
+        admits = self.waiting and self.free_slots
+        return 1 if admits or needed > self.pool.num_free + self.tree.num_evictable else longest
+
+    def plan(self, now_s: float, num_steps: int = 1) -> RankPlan:
+        """This rank's part of a launch; more than one step only as `tokens_without_host` allows."""
         plan = RankPlan()
         page_size = self.limits.page_size
         for request in self.running[:]:  # a row's growth may retract a later one
@@ -87,9 +105,13 @@ class Rank:
             budget -= self._add_chunks(plan, request, budget)
             headroom += self._growth(request)
         plan.decode = [r for r in plan.decode if r.slot >= 0]
-        for request in plan.decode:
-            request.computed += 1
-            request.pending += 1
+        if num_steps > 1:
+            plan.counts = [min(num_steps, r.max_len - len(r.tokens) - r.pending) for r in plan.decode]
+        for request, count in zip(plan.decode, plan.counts or repeat(1)):
+            request.computed += count
+            request.pending += count
+            for _ in range(self._pages_for(request.computed) - len(request.pages)):
+                self._add_page(request)
         if self.checkpoints is not None:
             for chunk in plan.chunks:
                 chunk.request.state_from = chunk.request.slot
@@ -375,12 +397,21 @@ class Scheduler:
     def plan(self) -> StepPlan | None:
         """The next step, or None when no rank has anything to compute."""
         now_s = self._clock()
-        ranks = [rank.plan(now_s) for rank in self.ranks]
+        num_steps = self._num_steps()
+        ranks = [rank.plan(now_s, num_steps) for rank in self.ranks]
         if not any(plan.decode or plan.chunks for plan in ranks):
             assert not any(plan.table_updates for plan in ranks), "pages were given to nobody"
             return None
         self._steps += 1
-        return StepPlan(self._steps, ranks)
+        return StepPlan(self._steps, ranks, num_steps)
+
+    def _num_steps(self) -> int:
+        """Decode steps of the next launch: all that are allowed, if some row needs them all; else one."""
+        most = self.limits.decode_steps
+        if most == 1:
+            return 1
+        allowed = [rank.tokens_without_host(most) for rank in self.ranks]
+        return most if max(allowed) == most and 1 not in allowed else 1
 
     def retire(self, plan: StepPlan, tokens: Sequence[Sequence[int]]) -> list[tuple[Request, list[int]]]:
         """Take in a step's sampled tokens, one list a rank in the order of `RankPlan.sample_rows`.
@@ -390,33 +421,33 @@ class Scheduler:
         """
         taken = []
         for rank, rank_plan, rank_tokens in zip(self.ranks, plan.ranks, tokens):
-            if rank.drafter is None:
-                for request, token in zip(rank_plan.sampled, rank_tokens):
-                    request.pending -= 1
-                    if request.finish is None:
-                        request.tokens.append(token)
-                        self._finish_if_done(request, token)
-                        taken.append((request, [token]))
-                continue
             rows = iter(rank_tokens)
+            if rank.drafter is None:
+                for request, count in zip(rank_plan.sampled, rank_plan.counts or repeat(1)):
+                    sampled = list(islice(rows, count))
+                    request.pending -= count
+                    if request.finish is None:
+                        taken.append((request, self._take(request, sampled)))
+                continue
             for row, request in enumerate(rank_plan.sampled):
                 drafts = rank_plan.drafts.get(request, [])
                 sampled = list(islice(rows, 1 + len(drafts)))
                 right = num_right(drafts, sampled)
                 request.pending -= 1
                 if request.finish is None:
-                    taken.append((request, self._take(request, sampled[: right + 1])))
+                    taken.append((request, self._take(request, sampled[: right + 1], drafted=True)))
                     if row < len(rank_plan.decode):
                         rank.drafting.count(request, len(drafts), right)
                         if rank.drafter.rests and request in rank_plan.drafts:
                             rest_if_useless(request, right)
         return taken
 
-    def _take(self, request: Request, tokens: Sequence[int]) -> list[int]:
+    def _take(self, request: Request, tokens: Sequence[int], drafted: bool = False) -> list[int]:
         """Append tokens up to one that ends the request; returns those."""
         taken = []
         for token in tokens:
-            request.computed += bool(taken)  # the draft before it was right, and so is its KV
+            if drafted and taken:
+                request.computed += 1  # the draft before it was right, and so is its KV
             request.tokens.append(token)
             taken.append(token)
             self._finish_if_done(request, token)

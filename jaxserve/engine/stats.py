@@ -27,9 +27,10 @@ class Stats:
         self._recent: deque[tuple[float, list[int]]] = deque()
         self._now_s = 0.0
 
-    def record_step(self, new: list[int], outputs: Sequence[Output], now_s: float) -> None:
-        """`new`: tokens of each rank; `outputs`: of requests that began, ended, or have more to tell."""
-        self.steps += 1
+    def record(self, num_steps: int, new: list[int], outputs: Sequence[Output], now_s: float) -> None:
+        """A launch is over. `new`: tokens of each rank; `outputs`: of requests that began, ended, or have
+        more to tell than tokens."""
+        self.steps += num_steps
         for output in outputs:
             if output.finish is not None:
                 self.finished[output.dp_rank] += 1
