@@ -157,6 +157,8 @@ def build(
     else:
         compile_alike(runner, hosts, repr((config_facts(config), facts, programs)), compiled)
     compile_s = time.monotonic() - compile_s
+    if not on_cpu:
+        runner.warm_up(lambda done, total: report(Progress("warming up", done, total)))
     if hosts is not None:
         hosts.agree("ready", {"programs": repr(runner.program_keys)})
 

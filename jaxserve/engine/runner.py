@@ -22,7 +22,7 @@ from jaxserve.engine.batch import Bucket
 from jaxserve.engine.compiler import OVERLAP_OPTIONS, compile_program, compiler_options
 from jaxserve.engine.expert_state import ExpertState
 from jaxserve.engine.nextn import NextnLayer
-from jaxserve.engine.plan import StepPlan
+from jaxserve.engine.plan import RankPlan, StepPlan
 from jaxserve.engine.programs import VARIANTS, ModelFunction, Variant
 from jaxserve.engine.request import Request
 from jaxserve.parallel.slots import SlotTable
@@ -363,6 +363,44 @@ class Runner:
             for done, future in enumerate(as_completed(futures), 1):
                 self._programs[futures[future]] = future.result()
                 progress(done, len(tasks))
+
+    def warm_up(self, progress: Progress) -> None:
+        """Run every step program once, on padding; `progress(done, total)` counts programs.
+
+        The first run of a program on a GPU loads its kernels and records its graphs: 0.2 s for an 8B
+        model, which the first requests would wait. Every host does it alike, before any of them.
+        """
+        programs = self._padding()
+        for done, launch in enumerate(programs):
+            progress(done, len(programs))
+            made = self.carry_out(launch)
+            jax.block_until_ready((made.last, made.sampled, made.scored))
+        progress(len(programs), len(programs))
+
+    def _padding(self) -> list[list[Launch]]:
+        """For each program of a step the launches of one in which no rank does anything."""
+        ranks = self.sizes.num_ranks
+        plan = StepPlan(0, [RankPlan() for _ in range(ranks)])
+        out: list[list[Launch]] = []
+        for bucket in self.buckets:
+            forward = Launch(bucket, batch.pack_forward(bucket, self._forward_packing[bucket], plan.ranks))
+            out.append([forward])
+            for key, packing in self._sample_packing.items():
+                if key[0] == bucket.num_samples and not any(last.program == key for *_, last in out):
+                    packed = batch.pack_sample(bucket.num_samples, packing, plan.ranks)
+                    out.append([forward, Launch(key, packed)])
+            if bucket in self._score_packing:
+                packed = batch.pack_score(bucket, self._score_packing[bucket], plan.ranks)
+                out.append([forward, Launch(("score", bucket), packed)])
+            if bucket in self._decode_packing:
+                packed = batch.pack_decode(self._decode_packing[bucket], plan.ranks)
+                out.append([Launch(("decode", bucket), packed)])
+            if self.nextn is not None:
+                packed = self.nextn.pack(bucket, plan, [()] * ranks)
+                out.append([forward, Launch(("nextn", bucket), packed)])
+        for key, packing in (("update_table", batch.UPDATE_PACKING), ("prepare_slot", batch.PREPARE_PACKING)):
+            out.append([Launch(key, np.full((ranks, packing.length), -1, np.int32))])
+        return out
 
     def _tasks(self) -> dict[Any, tuple[Callable, tuple[Any, ...], tuple[int, ...], Any]]:
         """Program -> (function, abstract arguments, donated arguments, output shardings)."""
