@@ -17,8 +17,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
+from jaxserve import __version__
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.plan_stream import (
     Chain,
@@ -51,14 +52,25 @@ OWN_KEYS = frozenset(
         *("node_rank", "dist_init_addr", "dist_timeout", "follower_health_port"),
     )
 )
-SAME_PACKAGES = ("jaxserve", "jax", "jaxlib", "flax")
+SAME_PACKAGES = ("jax", "jaxlib", "flax")
 
 
 def config_facts(config: ServerConfig) -> dict[str, str]:
-    """What of a configuration and its software must be the same on every host."""
+    """What of a configuration and its software must be the same on every host.
+
+    May take more than a second where packages lie on a slow disk.
+    """
     facts = {name: repr(value) for name, value in config.to_dict().items() if name not in OWN_KEYS}
     facts["python"] = ".".join(map(str, sys.version_info[:2]))
-    return facts | {name: version(name) for name in SAME_PACKAGES}
+    facts["jaxserve"] = __version__  # of the code that runs, which need not be installed
+    return facts | {name: _version(name) for name in SAME_PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -258,12 +270,13 @@ class Follower:
         """Find host 0 and compare configurations. Raises ConfigError."""
         assert config.dist_init_addr is not None
         host, port = split_address(config.dist_init_addr)
+        facts = config_facts(config)  # before connecting: host 0 waits HELLO_S for it, and no longer
         until_s = time.monotonic() + config.dist_timeout
         sock = _connect(host, port + 1, until_s, config)
         peer = self._peer = Peer(sock, f"host 0 ({host}:{port + 1})", SILENCE_S)
+        self._send(Hello(self.rank, facts))  # before the first beat: who begins otherwise is a stranger
         threading.Thread(target=self._read, args=(peer,), daemon=True).start()
         _watch({0: peer}, self._lose)
-        self._send(Hello(self.rank, config_facts(config)))
         progress(1, config.nnodes)
         self._verdict("start")
         progress(config.nnodes, config.nnodes)

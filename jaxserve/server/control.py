@@ -2,7 +2,6 @@
 
 import asyncio
 import datetime
-import importlib.metadata
 import time
 import uuid
 from typing import Any
@@ -11,6 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from jaxserve import __version__
 from jaxserve.messages import EngineDeadError, EngineRefusal, Generate, Sampling
 from jaxserve.server.errors import RequestError, unavailable
 from jaxserve.server.generate import WEIGHT_VERSION
@@ -34,15 +34,8 @@ LOAD_SECTIONS = {
 }
 
 
-def version() -> str:
-    try:
-        return importlib.metadata.version("jaxserve")
-    except importlib.metadata.PackageNotFoundError:
-        return "0"
-
-
 async def root(request: Request) -> Response:
-    return json_response({"name": "jaxserve", "version": version()})
+    return json_response({"name": "jaxserve", "version": __version__})
 
 
 # ---- health ----
@@ -120,7 +113,7 @@ async def server_info(request: Request) -> Response:
             "protocol": PROTOCOL,
             "status": "ready" if request.app.state.ready else "starting",
             "draining": bool(request.app.state.draining),
-            "version": version(),
+            "version": __version__,
             "internal_states": await service.call("loads"),
         }
     )
@@ -146,7 +139,7 @@ async def loads(request: Request) -> Response:
     return json_response(
         {
             "timestamp": datetime.datetime.now(datetime.UTC).isoformat(),
-            "version": version(),
+            "version": __version__,
             "accelerator": info.device_kind,
             "num_accelerators": info.num_devices,
             "loads": [{k: v for k, v in row.items() if k not in HIDDEN or k in sections} for row in rows],

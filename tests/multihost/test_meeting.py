@@ -5,14 +5,16 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 import pytest
 
+import jaxserve
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine import multihost
 from jaxserve.engine.multihost import Follower, Leader, split_address
-from jaxserve.engine.plan_stream import Chain, Facts, Hello, Launch, Peer, Plan, Program
+from jaxserve.engine.plan_stream import Beat, Chain, Facts, Hello, Launch, Peer, Plan, Program, Verdict
 from tests.multihost.instance import free_port
 
 
@@ -111,6 +113,44 @@ def test_another_version_of_jax_is_refused(monkeypatch):
     )
     for error in meeting.meet():
         assert "host 1 has jax=0.1, host 0 has jax=0.2" in str(error)
+
+
+def test_first_that_a_host_says_is_its_hello_even_if_its_facts_take_longer_than_a_beat(monkeypatch):
+    meeting, facts = Meeting(2), multihost.config_facts
+
+    def slow_facts(config: ServerConfig) -> dict[str, str]:
+        time.sleep(5 * multihost.BEAT_S)
+        return facts(config)
+
+    monkeypatch.setattr(multihost, "config_facts", slow_facts)
+    config = meeting.config(1)
+    host, port = split_address(meeting.options["dist_init_addr"])
+    follower = threading.Thread(target=meeting.followers[0].meet, args=(config, lambda *_: None), daemon=True)
+    with socket.create_server((host, port + 1)) as listener:
+        follower.start()
+        leader = Peer(listener.accept()[0], "host 1", 1.0)
+    assert leader.receive() == Hello(1, facts(config))
+    assert leader.receive() == Beat()
+    leader.send(Verdict("start"))
+    follower.join(5)
+    assert not follower.is_alive()
+    leader.close()
+
+
+def test_source_tree_that_is_not_installed_has_a_version_and_missing_packages_say_so(monkeypatch):
+    def not_installed(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    meeting = Meeting(2)
+    monkeypatch.setattr(multihost, "version", not_installed)
+    facts = multihost.config_facts(meeting.config(0))
+    assert {name: facts[name] for name in ("jaxserve", "jax", "jaxlib", "flax")} == {
+        "jaxserve": jaxserve.__version__,
+        "jax": "missing",
+        "jaxlib": "missing",
+        "flax": "missing",
+    }
+    assert meeting.meet() == [None, None]
 
 
 def test_agreement_returns_the_least_of_every_host():

@@ -3,9 +3,11 @@
 import pytest
 from fake_engine import LOAD
 
+import jaxserve
+
 
 def test_root_says_what_runs(server):
-    assert server.http.get("/").json()["name"] == "jaxserve"
+    assert server.http.get("/").json() == {"name": "jaxserve", "version": jaxserve.__version__}
 
 
 @pytest.mark.parametrize("path", ["/model_info", "/get_model_info"])
