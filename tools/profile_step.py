@@ -1,7 +1,9 @@
-"""`python -m tools.profile_step --model-path M --batch B`: where a decode step's time goes on the device.
+"""`python -m tools.profile_step --model-path M --batch B`: where a step's time goes on the device.
 
 Runs B requests until all of them decode, traces a while with jax's profiler, and prints, a step: the
 time from step to step, the time the device was busy, and the kernels that took most, with their counts.
+`--prompts 4x4096,256x128` does the same for the steps of prompts, one token out: N prompts of L tokens.
+Times from step to step are longer than without the profiler, under which XLA records no CUDA graphs.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ import jax
 
 from jaxserve.config import ServerConfig, add_flags
 from jaxserve.offline import Engine
-from tools.bench_offline import make_decode
+from tools.bench_offline import Request, make_decode, make_prefill
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,26 +34,59 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--batch", default="1,64", help="batch sizes (default %(default)s)")
+    parser.add_argument("--prompts", default="", help="prompts at once, such as 4x4096 (default: none)")
     parser.add_argument("--seconds", type=float, default=0.4, help="to trace (default %(default)s)")
     parser.add_argument("--top", type=int, default=16, help="kernels to print (default %(default)s)")
     add_flags(parser, ServerConfig)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    batches = [int(b) for b in given.pop("batch").split(",")]
+    batches = [int(b) for b in given.pop("batch").split(",") if b]
+    prompts = [tuple(map(int, p.split("x"))) for p in given.pop("prompts").split(",") if p]
     seconds, top = given.pop("seconds"), given.pop("top")
     with Engine(**given, skip_tokenizer_init=True) as engine:
         for batch in batches:
-            with tempfile.TemporaryDirectory() as folder:
-                with decoding(engine, batch):
-                    jax.profiler.start_trace(folder, create_perfetto_trace=True)
-                    steps, begin_s = -engine.stats()["steps"], time.perf_counter()
-                    time.sleep(seconds)
-                # The profiler must not be taken away from a working GPU: that can kill the context.
-                steps += engine.stats()["steps"]
-                traced_s = time.perf_counter() - begin_s
-                jax.profiler.stop_trace()
-                kernels = read_kernels(Path(folder))
-            report(f"batch {batch}", kernels, steps, traced_s, top)
+            with decoding(engine, batch), traced(engine) as trace:
+                time.sleep(seconds)
+            report(f"batch {batch}", trace, top)
+        for count, length in prompts:
+            computing = make_prefill(count, length)
+            compute(engine, computing)
+            with traced(engine) as trace:
+                compute(engine, computing)
+            report(f"{count} prompts of {length}", trace, top)
     return 0
+
+
+@dataclass
+class Trace:
+    """What ran on the devices in some steps."""
+
+    kernels: list[tuple[str, float, float]] = field(default_factory=list)  # (name, start us, duration us)
+    steps: int = 0
+    seconds: float = 0.0
+
+
+@contextmanager
+def traced(engine: Engine) -> Iterator[Trace]:
+    """Filled when the block ends and the engine, where it still works, is told to stop."""
+    trace = Trace()
+    with tempfile.TemporaryDirectory() as folder:
+        jax.profiler.start_trace(folder, create_perfetto_trace=True)
+        steps, begin_s = engine.stats()["steps"], time.perf_counter()
+        try:
+            yield trace
+        finally:
+            # The profiler must not be taken away from a working GPU: that can kill the context.
+            engine.abort()
+            trace.steps = engine.stats()["steps"] - steps
+            trace.seconds = time.perf_counter() - begin_s
+            jax.profiler.stop_trace()
+        trace.kernels = read_kernels(Path(folder))
+
+
+def compute(engine: Engine, requests: list[Request]) -> None:
+    engine.flush_cache()
+    params = {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}
+    engine.generate(input_ids=[prompt for prompt, _ in requests], sampling_params=params)
 
 
 @contextmanager
@@ -97,7 +133,8 @@ def read_kernels(folder: Path) -> list[tuple[str, float, float]]:
     )
 
 
-def report(title: str, kernels: list[tuple[str, float, float]], steps: int, seconds: float, top: int) -> None:
+def report(title: str, trace: Trace, top: int) -> None:
+    kernels, steps, seconds = trace.kernels, max(trace.steps, 1), trace.seconds
     total: dict[str, float] = collections.defaultdict(float)
     count: dict[str, int] = collections.Counter()
     for name, _, duration in kernels:
