@@ -8,7 +8,9 @@ Runs the rows that engines are compared by, each on the same seeded token ids ev
 - shared: 128 requests over 8 prefixes of 1,024 tokens, with the prefix cache on and off.
 
 Every run starts from an empty prefix cache. Weights may be random (`--load-format dummy`): speed does
-not depend on them, except for the routing of experts.
+not depend on them, except for the routing of experts. Random routers spread tokens over all experts, as
+trained ones do; `--same-experts` sends every token to the same ones, which is what random weights do in
+an engine whose softmax over small scores ends in ties, and reads a fraction of the bytes.
 """
 
 import argparse
@@ -19,9 +21,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxserve.config import ServerConfig, add_flags
+from jaxserve.layers.moe import MoE
 from jaxserve.offline import Engine
 
 LOWEST_ID, HIGHEST_ID = 1000, 30000  # valid in every vocabulary that is benchmarked
@@ -39,13 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--batches", default="1,8,32,64,128,256", help="batch sizes of decode (default %(default)s)"
     )
+    parser.add_argument("--same-experts", action="store_true", help="all tokens choose the same experts")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     add_flags(parser, ServerConfig)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     rows, batches = given.pop("rows").split(","), [int(b) for b in given.pop("batches").split(",")]
-    target = given.pop("json", None)
+    target, same_experts = given.pop("json", None), given.pop("same_experts")
     begin_s = time.monotonic()
     with Engine(**given, skip_tokenizer_init=True) as engine:
+        if same_experts:
+            level_routers(engine)
         bench = Bench(engine)
         info = engine.info
         bench.note(
@@ -76,6 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if target:
         target.write_text(json.dumps(bench.figures, indent=1))
     return 0
+
+
+def level_routers(engine: Engine) -> None:
+    """Make every expert's score the same for every token: ties go to those of the lowest numbers."""
+    runner = engine._engine.runner
+    model = runner._model.call(runner._leaves)
+    routers = {id(node.router.get_raw_value()) for _, node in nnx.iter_graph(model) if isinstance(node, MoE)}
+    assert routers, "the model has no experts"
+    runner._leaves[:] = [jnp.zeros_like(leaf) if id(leaf) in routers else leaf for leaf in runner._leaves]
 
 
 class Bench:
