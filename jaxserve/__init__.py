@@ -6,10 +6,11 @@ configuration can import this package without loading jax.
 
 from typing import TYPE_CHECKING, Any
 
+from jaxserve.version import __version__
+
 if TYPE_CHECKING:
     from jaxserve.offline import Engine
 
-__version__ = "0.1.0"
 __all__ = ["Engine", "__version__"]
 
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from jaxserve import __version__
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.plan_stream import (
     Chain,
@@ -35,6 +34,7 @@ from jaxserve.engine.plan_stream import (
     StreamError,
     Verdict,
 )
+from jaxserve.version import __version__
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from jaxserve import __version__
 from jaxserve.messages import EngineDeadError, EngineRefusal, Generate, Sampling
 from jaxserve.server.errors import RequestError, unavailable
 from jaxserve.server.generate import WEIGHT_VERSION
@@ -20,6 +19,7 @@ from jaxserve.server.schema import out_of_range, show
 from jaxserve.server.sequence import Sequence
 from jaxserve.server.service import Service
 from jaxserve.server.stream import json_response
+from jaxserve.version import __version__
 
 HEALTH_TIMEOUT_S = 20.0
 PROTOCOL = ("kv_events/1", "resume/1", "input_ids/1")  # what of PROTOCOL.md is implemented
