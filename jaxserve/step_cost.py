@@ -2,7 +2,7 @@
 
 Shapes, logical axes and sharding rules are the engine's own, so a new family needs nothing here.
 The collectives are those the engine runs: sums after projections whose input is split, and what
-expert dispatch sends.
+expert dispatch sends. `tools.collectives` compares them with compiled programs.
 """
 
 import math
@@ -15,6 +15,8 @@ from flax import nnx
 from jaxserve.engine.blueprint import Blueprint
 from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.kv import LatentSpec
+from jaxserve.layers.lightning import LightningAttention
+from jaxserve.layers.moe import MoE
 from jaxserve.mesh import AXES, GROUP, weight_sharding
 from jaxserve.ops.quantized_gemm import takes_float8
 from jaxserve.parallel.dispatch import Exchange
@@ -220,7 +222,19 @@ class StepCost:
         """Norms over all heads of a layer, which lie on the devices of a group."""
         nodes = [node for _, node in nnx.iter_graph(self.blueprint.model)]
         layers = sum(getattr(n, "norm_over", None) == "layer" and n.q_norm is not None for n in nodes)
-        return layers * (2 if self.blueprint.table["kv_heads"] else 1)
+        lightning = sum(isinstance(n, LightningAttention) for n in nodes)
+        return layers * (2 if self.blueprint.table["kv_heads"] else 1) + lightning
+
+    def _joined_sums(self) -> int:
+        """Layers in which one all-reduce sums the experts' results and the shared expert's.
+
+        On a GPU, where the two are just added: XLA's AllReduceReassociate adds first and sums then. It
+        does not go past a gate, a gather or the end of a branch, and is no part of XLA for CPUs.
+        """
+        if self.blueprint.on_cpu:
+            return 0
+        nodes = (node for _, node in nnx.iter_graph(self.blueprint.model) if isinstance(node, MoE))
+        return sum(node.shared is not None and node.shared_gate is None for node in nodes)
 
     def _dispatch(self, layers: int, tokens: float, row: float) -> list[Collective]:
         layout = self.layout
@@ -231,14 +245,16 @@ class StepCost:
         if backend == "all_to_all" or (backend == "auto" and exchange.is_worth_it):
             e, tp = exchange.num_destinations, sizes["tp"]
             sent = e * exchange.capacity
+            has_fallback = exchange.capacity < exchange.share
             out = [
                 Collective("tokens to experts", "all_to_all", layers, e, tp, sent * (row + routing)),
                 Collective("results back", "all_to_all", layers, e, tp, sent * row),
             ]
-            if exchange.capacity < exchange.share:
+            if has_fallback:
                 out.append(Collective("is there room", "all_reduce", layers, layout.num_devices, 1, 4))
-            if tp > 1:
-                out.append(Collective("sums over tp", "all_reduce", layers, tp, 1, exchange.share * row))
+            joined = 0 if has_fallback or sizes["ep"] > 1 else self._joined_sums()
+            if tp > 1 and (sums := layers - joined):
+                out.append(Collective("sums over tp", "all_reduce", sums, tp, 1, exchange.share * row))
             if sizes["ep"] > 1:
                 out.append(
                     Collective(
@@ -260,8 +276,8 @@ class StepCost:
                 ),
                 Collective("results back", "reduce_scatter", layers, layout.dp, layout.group, every * row),
             ]
-        if layout.group > 1:
-            out.append(Collective("sums of experts", "all_reduce", layers, layout.group, 1, tokens * row))
+        if layout.group > 1 and (sums := layers - self._joined_sums()):
+            out.append(Collective("sums of experts", "all_reduce", sums, layout.group, 1, tokens * row))
         return out
 
     @property

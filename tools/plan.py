@@ -218,7 +218,7 @@ def gains(base: Row, row: Row) -> Iterator[str]:
         f"{base.cost.weight_bytes_of_device / GIB:.1f} GiB a device go to weights"
     )
     yield f"  decode tokens/s    {total:5.2f}x, {row.max_batch} against {base.max_batch} sequences, of which"
-    yield f"                     {same:5.2f}x at the same batch of {base.max_batch}: less to read and send"
+    yield f"                     {same:5.2f}x at the same batch of {base.max_batch}, by what is read and sent"
     yield f"                     {grown:5.2f}x from the larger batch that the KV capacity allows"
     yield f"  prefill tokens/s   {row.prefill_tokens_per_s / base.prefill_tokens_per_s:5.2f}x"
 

@@ -38,9 +38,9 @@ def only(name, given, layout):
     return row
 
 
-def cost(family, **options):
+def cost(family, on_cpu=False, **options):
     config = ServerConfig.from_keywords(model_path=family, **options)
-    return StepCost(draw_on_paper(config, read_config(family)))
+    return StepCost(draw_on_paper(config, read_config(family), on_cpu))
 
 
 # ---- against measurements on one H100 (Llama-3.1-8B, bfloat16) ----
@@ -96,8 +96,8 @@ def test_report_says_what_part_of_the_claimed_speed_up_is_explained():
     text = "\n".join(report("m", rows("deepseek-v3", given, "tp", "dpa", "dpa+ep"), given))
     assert "8.00x for each GiB of KV (a token's KV is kept tp 8 times, dpa+ep 1 times)" in text
     assert "5.15x in all: 95.1 instead of 79.6 GiB a device go to weights" in text
-    assert '"Up to 5x"' in text and "explain 2.34x in decode for dpa, 34% of the gain" in text
-    assert "4.55x, 89% of the gain, with MLA kernels at 0.66" in text
+    assert '"Up to 5x"' in text and "explain 2.26x in decode for dpa, 31% of the gain" in text
+    assert "4.38x, 85% of the gain, with MLA kernels at 0.66" in text
     for name in ("bandwidth_fraction", "latent_attention_fraction", "link_latency_s", "nothing overlaps"):
         assert name in text
 
@@ -108,7 +108,7 @@ def test_causes_of_the_speed_up_multiply_to_all_of_it():
     larger = dpa.tokens_per_s(dpa.max_batch) / dpa.tokens_per_s(tp.max_batch)
     total = dpa.tokens_per_s(dpa.max_batch) / tp.tokens_per_s(tp.max_batch)
     assert same_batch * larger == pytest.approx(total)
-    assert same_batch > 1 and larger > 2
+    assert same_batch == pytest.approx(0.99, abs=0.01) and larger > 2
 
 
 def test_deepseek_v3_does_not_fit_eight_80_gb_devices():
@@ -181,12 +181,29 @@ def test_expert_parallel_ranks_send_tokens_to_all_or_to_some():
     }
 
 
+MIXED = {"tp": 4, "dp_size": 2, "enable_dp_attention": True, "dtype": "float32"}
+
+
 def test_attention_groups_sum_their_parts_and_the_experts():
-    mixed = cost("deepseek_v3", tp=4, dp_size=2, enable_dp_attention=True, dtype="float32").decode(3, 10)
+    mixed = cost("deepseek_v3", on_cpu=True, **MIXED).decode(3, 10)
     row = 3 * 32 * 4
     # Output projections of two layers, the dense layer, and the shared expert.
     assert sent(mixed)["sums in the group"] == ("all_reduce", 4, 2, row)
     assert sent(mixed)["sums of experts"] == ("all_reduce", 1, 2, row)
+
+
+def test_gpu_sums_a_shared_expert_and_the_others_at_once_unless_a_gate_lies_between():
+    joined = cost("deepseek_v3", **MIXED).decode(3, 10)
+    assert sent(joined)["sums in the group"] == ("all_reduce", 4, 2, 3 * 32 * 4)
+    assert "sums of experts" not in sent(joined)
+    gated = sent(cost("qwen2_moe", **MIXED).decode(3, 10))
+    assert gated["sums of experts"][:3] == ("all_reduce", 2, 2)
+
+
+def test_norm_over_the_heads_of_several_devices_sums_a_number_a_token():
+    """tests/golden/minimax_text: three of four layers have lightning attention, normed over its heads."""
+    step = cost("minimax_text", tp=2, dtype="float32").decode(3, 10)
+    assert sent(step)["norms over heads"] == ("all_reduce", 3, 2, 3 * 4)
 
 
 def test_single_device_sends_nothing():
