@@ -26,8 +26,9 @@ from jaxserve.engine.expert_state import Balancing, ExpertState, expert_leaves
 from jaxserve.engine.follow import compile_alike, model_facts
 from jaxserve.engine.multihost import Hosts, config_facts
 from jaxserve.engine.programs import ModelFunction
+from jaxserve.engine.rank import Limits
 from jaxserve.engine.runner import Runner, Sizes
-from jaxserve.engine.scheduler import Limits, Scheduler
+from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.stats import Stats
 from jaxserve.layers.kv import PoolLayout
 from jaxserve.layers.linear import Projections

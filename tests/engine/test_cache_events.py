@@ -14,7 +14,8 @@ from jaxserve.engine.cache_watch import CacheWatch
 from jaxserve.engine.page_hash import chain_hashes, root_hash
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.radix import RadixTree
-from jaxserve.engine.scheduler import Limits, Scheduler
+from jaxserve.engine.rank import Limits
+from jaxserve.engine.scheduler import Scheduler
 from jaxserve.messages import Generate, Sampling
 
 PAGE = 2

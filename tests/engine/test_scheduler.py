@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.engine.drafting import NextnDrafter
-from jaxserve.engine.scheduler import Limits, Scheduler
+from jaxserve.engine.rank import Limits
+from jaxserve.engine.scheduler import Scheduler
 from jaxserve.messages import Finish, Generate, Sampling
 
 
