@@ -14,9 +14,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine import plan_stream
+from jaxserve.engine.launches import Launch
 from jaxserve.engine.multihost import Follower, Hosts, Leader, split_address
 from jaxserve.engine.plan_stream import Program
-from jaxserve.engine.runner import Launch, Progress, Runner
+from jaxserve.engine.runner import Progress, Runner
 
 logger = logging.getLogger(__name__)
 

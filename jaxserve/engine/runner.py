@@ -21,10 +21,10 @@ from jaxserve.engine import batch, programs
 from jaxserve.engine.batch import Bucket
 from jaxserve.engine.compiler import OVERLAP_OPTIONS, compile_program, compiler_options
 from jaxserve.engine.expert_state import ExpertState
+from jaxserve.engine.launches import Launch, Launches
 from jaxserve.engine.nextn import NextnLayer
-from jaxserve.engine.plan import RankPlan, StepPlan
-from jaxserve.engine.programs import VARIANTS, ModelFunction, Variant
-from jaxserve.engine.request import Request
+from jaxserve.engine.plan import StepPlan
+from jaxserve.engine.programs import ModelFunction, Variant
 from jaxserve.parallel.slots import SlotTable
 
 Progress = Callable[[int, int], None]
@@ -41,17 +41,6 @@ class Sizes:
     num_slots: int
     pages_per_seq: int
     vocab_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """One device program to start: its key, and its packed argument [ranks, length].
-
-    This is all that another host of the instance needs to start the same.
-    """
-
-    program: Any
-    packed: np.ndarray
 
 
 @dataclass(slots=True)
@@ -130,21 +119,12 @@ class Runner:
             "bias_value": self._zeros((rows, batch.NUM_BIASES), np.float32),
         }
         self.experts = experts
-        self._forward_packing = {b: batch.forward_packing(b, bool(states)) for b in self.buckets}
-        self._score_packing = {b: batch.score_packing(b) for b in self.buckets if b.prefill_tokens}
-        self._sample_packing = {
-            (b.num_samples, v): batch.sample_packing(b.num_samples, v.random, v.filters, v.logprobs)
-            for b in self.buckets
-            for v in VARIANTS
-        }
         self._decode_steps = decode_steps
-        self._decode_packing = {
-            b: batch.decode_packing(b) for b in self.buckets if decode_steps > 1 and not b.prefill_tokens
-        }
         self.nextn: NextnLayer | None = None
         if num_nextn:
             pages = (sizes.num_pages, sizes.page_size)
             self.nextn = NextnLayer(num_nextn, sizes.num_slots, pages, self._map_mesh, self.buckets)
+        self.launches = Launches(sizes.num_ranks, self.buckets, bool(states), decode_steps, self.nextn)
         self._programs: dict[Any, Callable] = {}
         self.program_keys: tuple[Any, ...] = ()  # in the same order on every host; set by compile_all
 
@@ -152,8 +132,8 @@ class Runner:
 
     def launch(self, plan: StepPlan) -> Step:
         """Start a step; returns at once. Results come from `read`."""
-        bucket = self._choose_bucket(plan)
-        results = self.start(self._pack(plan, bucket))
+        bucket = self.launches.bucket_of(plan)
+        results = self.start(self.launches.of_step(plan, bucket))
         for array in [*results.sampled.values(), *(results.scored or {}).values()]:
             array.copy_to_host_async()
         return Step(plan, bucket, results)
@@ -163,28 +143,6 @@ class Runner:
         if self.announce is not None:
             self.announce(launches)
         return self.carry_out(launches)
-
-    def _pack(self, plan: StepPlan, bucket: Bucket) -> list[Launch]:
-        """The programs of a step in their order; empties what table updates overflow."""
-        overflow = batch.pack_overflow(plan.ranks, bucket.num_updates)
-        launches = [Launch("update_table", packed) for packed in overflow]
-        if plan.num_steps > 1:
-            packed = batch.pack_decode(self._decode_packing[bucket], plan.ranks)
-            return [*launches, Launch(("decode", bucket), packed)]
-        for rank in plan.ranks:
-            for request in rank.admitted:
-                if request.needs_slot_state:
-                    parts = batch.pack_prepare(self.sizes.num_ranks, request)
-                    launches += [Launch("prepare_slot", packed) for packed in parts]
-        launches.append(Launch(bucket, batch.pack_forward(bucket, self._forward_packing[bucket], plan.ranks)))
-        if requests := [request for rank in plan.ranks for request in rank.sampled]:
-            key = bucket.num_samples, choose_variant(requests)
-            packed = batch.pack_sample(bucket.num_samples, self._sample_packing[key], plan.ranks)
-            launches.append(Launch(key, packed))
-        if any(chunk.request.wants_prompt_logprobs for rank in plan.ranks for chunk in rank.chunks):
-            packed = batch.pack_score(bucket, self._score_packing[bucket], plan.ranks)
-            launches.append(Launch(("score", bucket), packed))
-        return launches
 
     def carry_out(self, launches: Sequence[Launch]) -> Launched:
         """Start programs in order on this host's devices; returns at once."""
@@ -324,15 +282,6 @@ class Runner:
             if len(layers) > MAX_MOVES:
                 jax.block_until_ready(started.last)
 
-    def _choose_bucket(self, plan: StepPlan) -> Bucket:
-        rows = max(rank.num_rows for rank in plan.ranks)
-        tokens = max(rank.num_prefill_tokens for rank in plan.ranks)
-        chunks = max(len(rank.chunks) for rank in plan.ranks)
-        for b in self.buckets:
-            if b.rows >= rows and b.prefill_tokens >= tokens and b.chunks >= chunks:
-                return b
-        raise AssertionError(f"no bucket for {rows} rows, {tokens} prefill tokens in {chunks} chunks")
-
     # ---- arrays and programs ----
 
     def _zeros(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -370,37 +319,12 @@ class Runner:
         The first run of a program on a GPU loads its kernels and records its graphs: 0.2 s for an 8B
         model, which the first requests would wait. Every host does it alike, before any of them.
         """
-        programs = self._padding()
+        programs = self.launches.padding()
         for done, launch in enumerate(programs):
             progress(done, len(programs))
             made = self.carry_out(launch)
             jax.block_until_ready((made.last, made.sampled, made.scored))
         progress(len(programs), len(programs))
-
-    def _padding(self) -> list[list[Launch]]:
-        """For each program of a step the launches of one in which no rank does anything."""
-        ranks = self.sizes.num_ranks
-        plan = StepPlan(0, [RankPlan() for _ in range(ranks)])
-        out: list[list[Launch]] = []
-        for bucket in self.buckets:
-            forward = Launch(bucket, batch.pack_forward(bucket, self._forward_packing[bucket], plan.ranks))
-            out.append([forward])
-            for key, packing in self._sample_packing.items():
-                if key[0] == bucket.num_samples and not any(last.program == key for *_, last in out):
-                    packed = batch.pack_sample(bucket.num_samples, packing, plan.ranks)
-                    out.append([forward, Launch(key, packed)])
-            if bucket in self._score_packing:
-                packed = batch.pack_score(bucket, self._score_packing[bucket], plan.ranks)
-                out.append([forward, Launch(("score", bucket), packed)])
-            if bucket in self._decode_packing:
-                packed = batch.pack_decode(self._decode_packing[bucket], plan.ranks)
-                out.append([Launch(("decode", bucket), packed)])
-            if self.nextn is not None:
-                packed = self.nextn.pack(bucket, plan, [()] * ranks)
-                out.append([forward, Launch(("nextn", bucket), packed)])
-        for key, packing in (("update_table", batch.UPDATE_PACKING), ("prepare_slot", batch.PREPARE_PACKING)):
-            out.append([Launch(key, np.full((ranks, packing.length), -1, np.int32))])
-        return out
 
     def _tasks(self) -> dict[Any, tuple[Callable, tuple[Any, ...], tuple[int, ...], Any]]:
         """Program -> (function, abstract arguments, donated arguments, output shardings)."""
@@ -424,7 +348,7 @@ class Runner:
         tasks: dict[Any, Any] = {}
         width: jax.ShapeDtypeStruct | None = None  # of a hidden state, as the first trace shows it
         for b in reversed(self.buckets):
-            packing = self._forward_packing[b]
+            packing = self.launches.forward[b]
             function = partial(
                 programs.forward,
                 self._model,
@@ -439,7 +363,7 @@ class Runner:
             shardings = (keys.sharding, values.sharding, rank, rank, of_states, *hidden_parts)
             tasks[b] = (function, args, (1, 2, 3, 4, 6), shardings)
             width = width or jax.eval_shape(function, *args)[5]
-        for b, packing in self._decode_packing.items():
+        for b, packing in self.launches.decode.items():
             pages = (self.sizes.num_pages, self.sizes.page_size)
             function = partial(
                 programs.decode, self._model, self._decode_steps, b, packing, pages, self._map_mesh
@@ -451,11 +375,11 @@ class Runner:
         assert head.kept is not None
         self._head_leaves = [self._leaves[i] for i in head.kept]
         head_leaves = [leaves[i] for i in head.kept]
-        for b, packing in self._score_packing.items():
+        for b, packing in self.launches.score.items():
             function = partial(programs.score, head, packing, self._map_mesh)
             args = (head_leaves, hidden(b.prefill_tokens), packed(packing))
             tasks["score", b] = (function, args, (), self._readable)
-        for key, packing in self._sample_packing.items():
+        for key, packing in self.launches.sample.items():
             num_samples, variant = key
             function = partial(programs.sample, head, variant, packing, self._map_mesh)
             state = slots if variant.filters else {}
@@ -494,11 +418,6 @@ class Runner:
         if options and self._model.two_batches:
             options |= OVERLAP_OPTIONS
         return options
-
-
-def choose_variant(requests: Sequence[Request]) -> Variant:
-    """The cheapest sample program that serves every row."""
-    return VARIANTS[max(request.sampling_work for request in requests)]
 
 
 def _abstract(x: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:

@@ -16,7 +16,7 @@ ENGINES = {
 
 
 def programs_of(runner: Runner) -> set:
-    return {launch.program for launches in runner._padding() for launch in launches}
+    return {launch.program for launches in runner.launches.padding() for launch in launches}
 
 
 @pytest.mark.parametrize("family", ENGINES)

@@ -1,0 +1,124 @@
+"""Which programs a step starts, and with what: from a plan to packed arguments, in order.
+
+What a `Launch` says is all that another host of the instance needs to start the same. Nothing here
+touches a device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxserve.engine import batch
+from jaxserve.engine.batch import Bucket
+from jaxserve.engine.nextn import NextnLayer
+from jaxserve.engine.plan import RankPlan, StepPlan
+from jaxserve.engine.programs import VARIANTS, Variant
+from jaxserve.engine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One device program to start: its key, and its packed argument [ranks, length]."""
+
+    program: Any
+    packed: np.ndarray
+
+
+class Launches:
+    """Packs the steps of an instance.
+
+    Args:
+        buckets: in the order in which they are tried.
+        states: whether the model has recurrent layers.
+        decode_steps: of one launch that has nothing but decode to do.
+        nextn: the model's own layer for guesses, when it is used.
+    """
+
+    def __init__(
+        self,
+        num_ranks: int,
+        buckets: Sequence[Bucket],
+        states: bool,
+        decode_steps: int,
+        nextn: NextnLayer | None,
+    ):
+        self._num_ranks, self._buckets, self._nextn = num_ranks, buckets, nextn
+        self.forward = {b: batch.forward_packing(b, states) for b in buckets}
+        self.score = {b: batch.score_packing(b) for b in buckets if b.prefill_tokens}
+        self.sample = {
+            (b.num_samples, v): batch.sample_packing(b.num_samples, v.random, v.filters, v.logprobs)
+            for b in buckets
+            for v in VARIANTS
+        }
+        self.decode = {
+            b: batch.decode_packing(b) for b in buckets if decode_steps > 1 and not b.prefill_tokens
+        }
+
+    def bucket_of(self, plan: StepPlan) -> Bucket:
+        """The first that holds the plan."""
+        rows = max(rank.num_rows for rank in plan.ranks)
+        tokens = max(rank.num_prefill_tokens for rank in plan.ranks)
+        chunks = max(len(rank.chunks) for rank in plan.ranks)
+        for b in self._buckets:
+            if b.rows >= rows and b.prefill_tokens >= tokens and b.chunks >= chunks:
+                return b
+        raise AssertionError(f"no bucket for {rows} rows, {tokens} prefill tokens in {chunks} chunks")
+
+    def of_step(self, plan: StepPlan, bucket: Bucket) -> list[Launch]:
+        """The programs of a step in their order; empties what table updates overflow."""
+        ranks = plan.ranks
+        overflow = batch.pack_overflow(ranks, bucket.num_updates)
+        launches = [Launch("update_table", packed) for packed in overflow]
+        if plan.num_steps > 1:
+            packed = batch.pack_decode(self.decode[bucket], ranks)
+            return [*launches, Launch(("decode", bucket), packed)]
+        for rank in ranks:
+            for request in rank.admitted:
+                if request.needs_slot_state:
+                    parts = batch.pack_prepare(self._num_ranks, request)
+                    launches += [Launch("prepare_slot", packed) for packed in parts]
+        launches.append(self._forward(bucket, ranks))
+        if requests := [request for rank in ranks for request in rank.sampled]:
+            launches.append(self._sample((bucket.num_samples, choose_variant(requests)), ranks))
+        if any(chunk.request.wants_prompt_logprobs for rank in ranks for chunk in rank.chunks):
+            launches.append(self._score(bucket, ranks))
+        return launches
+
+    def padding(self) -> list[list[Launch]]:
+        """For each program of a step the launches of one in which no rank does anything."""
+        plan = StepPlan(0, [RankPlan() for _ in range(self._num_ranks)])
+        ranks = plan.ranks
+        out: list[list[Launch]] = []
+        sampled: set[int] = set()
+        for bucket in self._buckets:
+            forward = self._forward(bucket, ranks)
+            out.append([forward])
+            if bucket.num_samples not in sampled:
+                sampled.add(bucket.num_samples)
+                out += [[forward, self._sample((bucket.num_samples, v), ranks)] for v in VARIANTS]
+            if bucket in self.score:
+                out.append([forward, self._score(bucket, ranks)])
+            if bucket in self.decode:
+                out.append([Launch(("decode", bucket), batch.pack_decode(self.decode[bucket], ranks))])
+            if self._nextn is not None:
+                packed = self._nextn.pack(bucket, plan, [()] * self._num_ranks)
+                out.append([forward, Launch(("nextn", bucket), packed)])
+        for key, packing in (("update_table", batch.UPDATE_PACKING), ("prepare_slot", batch.PREPARE_PACKING)):
+            out.append([Launch(key, np.full((self._num_ranks, packing.length), -1, np.int32))])
+        return out
+
+    def _forward(self, bucket: Bucket, ranks: list[RankPlan]) -> Launch:
+        return Launch(bucket, batch.pack_forward(bucket, self.forward[bucket], ranks))
+
+    def _sample(self, key: tuple[int, Variant], ranks: list[RankPlan]) -> Launch:
+        return Launch(key, batch.pack_sample(key[0], self.sample[key], ranks))
+
+    def _score(self, bucket: Bucket, ranks: list[RankPlan]) -> Launch:
+        return Launch(("score", bucket), batch.pack_score(bucket, self.score[bucket], ranks))
+
+
+def choose_variant(requests: Sequence[Request]) -> Variant:
+    """The cheapest sample program that serves every row."""
+    return VARIANTS[max(request.sampling_work for request in requests)]
