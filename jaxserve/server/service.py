@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from jaxserve.server.metrics import Metrics
 from jaxserve.server.sequence import Sequence
 from jaxserve.text.chat_template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
+
+MOST_BEHIND = 32  # outputs by which a stream's reader may be late before its events are joined
 
 
 class Service:
@@ -133,17 +136,24 @@ class Service:
         sequence.started_s = last_s = clock()
         told = len(sequence.token_ids)  # at the last event
 
+        arrived: deque[tuple[Output, float]] = deque()
+
         def take(output: Output) -> bool:
-            """Feed the sequence; whether an event is due."""
+            """A stream's outputs wait for its reader; others are fed at once, and wake it at the end."""
+            self.num_outputs += 1
+            arrived.append((output, clock()))
+            return every_event or feed()
+
+        def feed() -> bool:
+            """Feed the sequence the next output; whether an event is due."""
             nonlocal last_s, told
+            output, now_s = arrived.popleft()
             if sequence.finish is not None:  # by a stop string; the engine is about to hear of it
                 return False
-            self.num_outputs += 1
             before = len(sequence.token_ids)
             sequence.feed(output)
             count = len(sequence.token_ids)
             if metrics is not None:
-                now_s = clock()
                 since_s = now_s - sequence.started_s, now_s - last_s
                 metrics.output(sequence.dp_rank, output, before, count, *since_s)
                 last_s = now_s
@@ -159,9 +169,11 @@ class Service:
                 stream = self.client.generate(sequence.request, take)
                 async with contextlib.aclosing(stream):  # type: ignore[type-var]
                     async for _ in stream:
+                        while arrived and sequence.finish is None:
+                            if feed() and sequence.finish is None and len(arrived) < MOST_BEHIND:
+                                yield sequence
                         if sequence.finish is not None:
                             break
-                        yield sequence
                     else:
                         raise EngineDeadError("the engine ended a stream without a finish")
         finally:

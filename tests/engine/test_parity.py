@@ -8,7 +8,6 @@ probability meets the drawn number; the seeds here do not.
 import numpy as np
 import pytest
 
-from jaxserve.engine import scheduler
 from jaxserve.messages import Generate, Sampling
 from tests.engine.asking import (
     FAMILIES,
@@ -62,7 +61,7 @@ def retractions(replies) -> int:
 @pytest.fixture
 def no_headroom(monkeypatch):
     """Admission keeps nothing free for growth, so that requests must be taken back."""
-    monkeypatch.setattr(scheduler, "GROWTH_TOKENS", 0)
+    monkeypatch.setattr("jaxserve.engine.rank.GROWTH_TOKENS", 0)
 
 
 def ask_pressed(tight, row: Row, **fields):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from jaxserve.engine import scheduler
 from jaxserve.messages import Generate, Sampling
 from tests.engine.asking import NOISE, Row, ask
 
@@ -126,7 +125,7 @@ def margin(one, row: Row, position: int) -> float:
 @pytest.fixture(autouse=True)
 def no_headroom(monkeypatch):
     """Admission keeps nothing free for growth, so that requests must be taken back."""
-    monkeypatch.setattr(scheduler, "GROWTH_TOKENS", 0)
+    monkeypatch.setattr("jaxserve.engine.rank.GROWTH_TOKENS", 0)
 
 
 def test_thousand_random_requests_on_eight_ranks_answer_as_one_device_and_lose_no_page(engine):

@@ -9,11 +9,11 @@ import pytest
 from fake_engine import FakeEngine
 
 from jaxserve.config import ServerConfig
-from jaxserve.messages import EngineDeadError, Output
+from jaxserve.messages import EngineDeadError, Finish, Output
 from jaxserve.server.errors import RequestError
 from jaxserve.server.generate import reply, stream
 from jaxserve.server.schema import GenerateBody, parse
-from jaxserve.server.service import Service
+from jaxserve.server.service import MOST_BEHIND, Service
 
 
 def body(**fields):
@@ -138,3 +138,25 @@ def test_refused_body_submits_nothing(engine, tokenizer):
 def test_this_layer_imports_neither_http_nor_jax():
     code = "import jaxserve.server.generate, sys; print({'starlette', 'uvicorn', 'jax'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_reader_that_is_late_gets_every_event_until_it_is_far_behind(engine, tokenizer):
+    """Outputs that came while nobody read are events of their own; of many the first ones are joined."""
+
+    def came_at_once(count):
+        async def generate(request, take):
+            for token in range(count):
+                finish = Finish("length", length=count) if token == count - 1 else None
+                take(Output(rid=request.rid, token_ids=[5 + token % 9], finish=finish))
+            yield
+
+        return generate
+
+    async def lengths(service):
+        events = stream(service, body(text="x", stream=True, sampling_params={"max_new_tokens": 100}))
+        return [len(event["output_ids"]) async for event in events]
+
+    engine.generate = came_at_once(20)
+    assert run(engine, tokenizer, lengths) == list(range(1, 21))
+    engine.generate = came_at_once(100)
+    assert run(engine, tokenizer, lengths) == list(range(100 - MOST_BEHIND + 1, 101))
