@@ -240,6 +240,8 @@ class OutputStream(AsyncIterator[None]):
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, output: Output) -> None:
+        if self._error is not None:
+            return
         try:
             due = self._take(output)
         except Exception as error:  # of this request alone
@@ -251,7 +253,7 @@ class OutputStream(AsyncIterator[None]):
             self._wake()
 
     def fail(self, error: Exception) -> None:
-        self._error, self._due = error, True
+        self._error = error
         self._wake()
 
     def _wake(self) -> None:
@@ -259,15 +261,15 @@ class OutputStream(AsyncIterator[None]):
             self._waiter.set_result(None)
 
     async def __anext__(self) -> None:
-        while not self._due:
+        while not self._due:  # what came before an error is looked at first
             if self._ended:
                 raise StopAsyncIteration
+            if self._error is not None:
+                self._ended = True
+                raise self._error
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         self._due = False
-        if self._error is not None:
-            self._ended = True
-            raise self._error
 
     async def aclose(self) -> None:
         self._ended = True

@@ -78,6 +78,20 @@ def test_what_fails_to_take_its_outputs_ends_alone(address):
     run(work, address)
 
 
+def test_what_came_before_the_engine_died_is_looked_at_first(address):
+    async def work(carrier, endpoint):
+        stream = Followed(carrier.connection, request("a"))
+        endpoint.send(Outputs([], {"a": [5]}))
+        endpoint.send(Fatal("internal", "out of memory"))
+        with pytest.raises(EngineDeadError):
+            await carrier.connection.ready()
+        assert await anext(stream) == Output("a", [5])
+        with pytest.raises(EngineDeadError, match="out of memory"):
+            await anext(stream)
+
+    run(work, address)
+
+
 def test_reader_is_woken_for_what_is_due_and_for_the_end(address):
     taken: list[int] = []
     second = asyncio.Event()
