@@ -9,8 +9,8 @@ Runs the rows that engines are compared by, each on the same seeded token ids ev
 
 Every run starts from an empty prefix cache. Weights may be random (`--load-format dummy`): speed does
 not depend on them, except for the routing of experts. Random routers spread tokens over all experts, as
-trained ones do; `--same-experts` sends every token to the same ones, which is what random weights do in
-an engine whose softmax over small scores ends in ties, and reads a fraction of the bytes.
+trained ones do; `--same-experts` sends every token to the same ones, which reads a fraction of the bytes:
+for comparing with an engine whose random weights do that.
 """
 
 import argparse
