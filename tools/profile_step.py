@@ -34,14 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--batch", default="1,64", help="batch sizes (default %(default)s)")
-    parser.add_argument("--prompts", default="", help="prompts at once, such as 4x4096 (default: none)")
+    parser.add_argument(
+        "--prompts", type=prompts_of, default="", help="prompts at once, such as 4x4096 (default: none)"
+    )
     parser.add_argument("--seconds", type=float, default=0.4, help="to trace (default %(default)s)")
     parser.add_argument("--top", type=int, default=16, help="kernels to print (default %(default)s)")
     add_flags(parser, ServerConfig)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     batches = [int(b) for b in given.pop("batch").split(",") if b]
-    prompts = [tuple(map(int, p.split("x"))) for p in given.pop("prompts").split(",") if p]
-    seconds, top = given.pop("seconds"), given.pop("top")
+    prompts, seconds, top = given.pop("prompts"), given.pop("seconds"), given.pop("top")
     with Engine(**given, skip_tokenizer_init=True) as engine:
         for batch in batches:
             with decoding(engine, batch), traced(engine) as trace:
@@ -54,6 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 compute(engine, computing)
             report(f"{count} prompts of {length}", trace, top)
     return 0
+
+
+def prompts_of(text: str) -> list[tuple[int, int]]:
+    """[(4, 4096), ...] of "4x4096,...". Raises ArgumentTypeError."""
+    found = [re.fullmatch(r"(\d+)x(\d+)", part) for part in text.split(",") if part]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} must be COUNTxLENGTH, such as 4x4096, joined by commas")
+    return [(int(match[1]), int(match[2])) for match in found if match]
 
 
 @dataclass
