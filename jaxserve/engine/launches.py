@@ -72,8 +72,7 @@ class Launches:
         overflow = batch.pack_overflow(ranks, bucket.num_updates)
         launches = [Launch("update_table", packed) for packed in overflow]
         if plan.num_steps > 1:
-            packed = batch.pack_decode(self.decode[bucket], ranks)
-            return [*launches, Launch(("decode", bucket), packed)]
+            return [*launches, self._decode(bucket, ranks)]
         for rank in ranks:
             for request in rank.admitted:
                 if request.needs_slot_state:
@@ -87,30 +86,33 @@ class Launches:
         return launches
 
     def padding(self) -> list[list[Launch]]:
-        """For each program of a step the launches of one in which no rank does anything."""
+        """Steps in which no rank does anything, which together run every program of a step."""
         plan = StepPlan(0, [RankPlan() for _ in range(self._num_ranks)])
         ranks = plan.ranks
         out: list[list[Launch]] = []
         sampled: set[int] = set()
         for bucket in self._buckets:
-            forward = self._forward(bucket, ranks)
-            out.append([forward])
+            step = [self._forward(bucket, ranks)]
             if bucket.num_samples not in sampled:
                 sampled.add(bucket.num_samples)
-                out += [[forward, self._sample((bucket.num_samples, v), ranks)] for v in VARIANTS]
+                step += [self._sample((bucket.num_samples, variant), ranks) for variant in VARIANTS]
             if bucket in self.score:
-                out.append([forward, self._score(bucket, ranks)])
-            if bucket in self.decode:
-                out.append([Launch(("decode", bucket), batch.pack_decode(self.decode[bucket], ranks))])
+                step.append(self._score(bucket, ranks))
             if self._nextn is not None:
                 packed = self._nextn.pack(bucket, plan, [()] * self._num_ranks)
-                out.append([forward, Launch(("nextn", bucket), packed)])
+                step.append(Launch(("nextn", bucket), packed))
+            if bucket in self.decode:
+                step.append(self._decode(bucket, ranks))
+            out.append(step)
         for key, packing in (("update_table", batch.UPDATE_PACKING), ("prepare_slot", batch.PREPARE_PACKING)):
             out.append([Launch(key, np.full((self._num_ranks, packing.length), -1, np.int32))])
         return out
 
     def _forward(self, bucket: Bucket, ranks: list[RankPlan]) -> Launch:
         return Launch(bucket, batch.pack_forward(bucket, self.forward[bucket], ranks))
+
+    def _decode(self, bucket: Bucket, ranks: list[RankPlan]) -> Launch:
+        return Launch(("decode", bucket), batch.pack_decode(self.decode[bucket], ranks))
 
     def _sample(self, key: tuple[int, Variant], ranks: list[RankPlan]) -> Launch:
         return Launch(key, batch.pack_sample(key[0], self.sample[key], ranks))

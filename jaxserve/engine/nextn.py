@@ -191,34 +191,26 @@ def make_drafts(
     f = packing.unpack(packed_RM)
     module = model.call(leaves)
 
-    def context(slot_T: jax.Array, position_T: jax.Array, rows: int) -> StepContext:
+    def context(
+        pools: tuple[jax.Array, jax.Array], slot_T: jax.Array, position_T: jax.Array, rows: int
+    ) -> StepContext:
         num_ranks = packed_RM.shape[0]
         row_len_R = jnp.where(slot_T >= 0, position_T + 1, 0).reshape(num_ranks, -1)[:, :rows].reshape(-1)
         return step_context(
-            model,
-            bucket,
-            sizes,
-            mesh,
-            f,
-            key_pages=key_pages,
-            value_pages=value_pages,
-            page_table_SN=table_SN,
-            position_T=position_T,
-            slot_T=slot_T,
-            R=rows,
-            context_len_R=row_len_R,
-        )
+            model, bucket, sizes, mesh, f, (*pools, table_SN),
+            position_T=position_T, slot_T=slot_T, R=rows, context_len_R=row_len_R,
+        )  # fmt: skip
 
     hidden_TD = per_rank(mesh, lambda *parts: jnp.concatenate([parts[0][: bucket.rows], *parts[1:]]), *hidden)
-    step = context(f["slot"], f["position"], bucket.rows)
+    step = context((key_pages, value_pages), f["slot"], f["position"], bucket.rows)
     hidden_TD = module.next_token(f["following"], hidden_TD, step)
     hidden_ND = per_rank(mesh, lambda hidden, index: hidden[index], hidden_TD, f["last"])
     drafts = [sampling.greedy(module.logits(hidden_ND))]
     for number in range(1, count):
-        key_pages, value_pages = step.key_pages, step.value_pages
+        pools = step.key_pages, step.value_pages
         position_N = f["last_position"] + number
         slot_N = jnp.where(position_N < f["room"], f["last_slot"], -1)
-        step = context(slot_N, position_N, slot_N.shape[0] // packed_RM.shape[0])
+        step = context(pools, slot_N, position_N, slot_N.shape[0] // packed_RM.shape[0])
         hidden_ND = module.next_token(drafts[-1], hidden_ND, step)
         drafts.append(sampling.greedy(module.logits(hidden_ND)))
     return step.key_pages, step.value_pages, jnp.stack(drafts, 1)

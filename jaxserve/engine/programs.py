@@ -7,7 +7,7 @@ under `shard_map`; the rest is partitioned by XLA.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,16 +80,39 @@ def per_rank(mesh: Mesh | None, function: Callable, *args: Any) -> Any:
 # ---- forward ----
 
 
+class Carried(NamedTuple):
+    """What a step takes over from the one before it on the devices, and hands on; always donated.
+
+    `expert_load` is empty for a dense model, else (uint32 [ranks * L, E],): how often each expert was
+    chosen.
+    """
+
+    key_pages: Any
+    value_pages: Any
+    table_SN: Any
+    expert_load: Any
+
+    @property
+    def pages(self) -> tuple[Any, Any, Any]:
+        """Both pools, and the page table."""
+        return self[:3]
+
+
 def step_context(
     model: ModelFunction,
     bucket: Bucket,
     sizes: tuple[int, int],  # pages a layer, tokens a page
     mesh: Mesh | None,
     fields: Mapping[str, jax.Array],  # unpacked, with the query blocks
+    pages: tuple[jax.Array, jax.Array, jax.Array],  # both pools, page table
     **own: Any,
 ) -> StepContext:
     """What a step of the bucket is computed in; `own`: the arguments that its packing does not settle."""
+    key_pages, value_pages, page_table_SN = pages
     return StepContext(
+        key_pages=key_pages,
+        value_pages=value_pages,
+        page_table_SN=page_table_SN,
         block_slot_B=fields["block_slot"],
         block_start_B=fields["block_start"],
         block_len_B=fields["block_len"],
@@ -110,27 +133,20 @@ def forward(
     sizes: tuple[int, int],  # pages a layer, tokens a page
     mesh: Mesh | None,
     leaves: list[jax.Array],
-    key_pages: jax.Array,
-    value_pages: jax.Array,
-    table_SN: jax.Array,
-    expert_load: tuple[jax.Array, ...],
+    carried: Carried,
     expert_slots: SlotTable | None,
-    states: tuple[jax.Array, ...],
     last_token_S: jax.Array,
+    states: tuple[jax.Array, ...],
     packed_RM: jax.Array,
 ) -> tuple[Any, ...]:
     """One step without sampling.
 
-    Returns the pools, the page table, the experts' load, the state pool, the hidden states of the
-    sample rows and, when the bucket has any, those of the prefill tokens (for prompt logprobs).
-    `expert_load` is empty for a dense model, else (uint32 [ranks * L, E],): how often each expert was
-    chosen; `expert_slots` says where they are when they may move. `states` is empty but for a model
-    with recurrent layers, see `state_layout`.
+    Returns what is carried on, the state pool, the hidden states of the sample rows and, when the bucket
+    has any, those of the prefill tokens (for prompt logprobs). `expert_slots` says where experts are when
+    they may move. `states` is empty but for a model with recurrent layers, see `state_layout`.
     """
     f = packing.unpack(packed_RM)
-    table_SN = per_rank(mesh, _set_entries, table_SN, f["update_slot"], f["update_index"], f["update_page"])
-    last_R = per_rank(mesh, lambda last, slot: last[jnp.maximum(slot, 0)], last_token_S, f["row_slot"])
-    last_R = jnp.where(f["row_token"] < 0, last_R, f["row_token"])
+    carried, last_R = _begin(mesh, f, carried, last_token_S)
 
     def join(row_R: jax.Array, token_P: jax.Array) -> jax.Array:
         if not bucket.prefill_tokens:
@@ -139,14 +155,7 @@ def forward(
 
     token_T = join(last_R, f["token"])
     step = step_context(
-        model,
-        bucket,
-        sizes,
-        mesh,
-        f,
-        key_pages=key_pages,
-        value_pages=value_pages,
-        page_table_SN=table_SN,
+        model, bucket, sizes, mesh, f, carried.pages,
         position_T=join(jnp.maximum(f["row_len"] - 1, 0), f["position"]),
         slot_T=join(f["row_slot"], f["token_slot"]),
         R=bucket.rows,
@@ -155,14 +164,11 @@ def forward(
         states=states[0] if states else None,
         state_blocks=StateBlocks(f["state_from"], f["state_end"], f["state_kept"]) if states else None,
         two_batches=model.two_batches,
-    )
+    )  # fmt: skip
     hidden_TD = model.call(leaves)(token_T, step)
     samples_SD = per_rank(mesh, lambda hidden, index: hidden[index], hidden_TD, f["sample_index"])
-    if model.experts is not None:
-        (load_LE,) = expert_load
-        expert_load = (load_LE + step.expert_load(model.experts.num_experts),)
     states = () if step.states is None else (step.states,)
-    out = step.key_pages, step.value_pages, table_SN, expert_load, states, samples_SD
+    out = _hand_on(model, carried, step), states, samples_SD
     if not bucket.prefill_tokens:
         return out
     return *out, per_rank(mesh, lambda hidden: hidden[bucket.rows :], hidden_TD)
@@ -176,69 +182,65 @@ def decode(
     sizes: tuple[int, int],  # pages a layer, tokens a page
     mesh: Mesh | None,
     leaves: list[jax.Array],
-    key_pages: jax.Array,
-    value_pages: jax.Array,
-    table_SN: jax.Array,
-    expert_load: tuple[jax.Array, ...],
+    carried: Carried,
     expert_slots: SlotTable | None,
     last_token_S: jax.Array,
     packed_RM: jax.Array,
-) -> tuple[Any, ...]:
+) -> tuple[Carried, jax.Array, jax.Array]:
     """Several steps of decode alone, sampling included, as `forward` and `sample` do them one by one.
 
-    A row takes part in its first `row_count` steps. Returns the pools, the page table, the experts' load,
-    last_token, and the tokens [rows, num_steps], of which a row's first `row_count` count.
+    A row takes part in its first `row_count` steps. Returns what is carried on, last_token, and the tokens
+    [rows, num_steps], of which a row's first `row_count` count.
     """
     f = packing.unpack(packed_RM)
-    table_SN = per_rank(mesh, _set_entries, table_SN, f["update_slot"], f["update_index"], f["update_page"])
-    last_R = per_rank(mesh, lambda last, slot: last[jnp.maximum(slot, 0)], last_token_S, f["row_slot"])
-    last_R = jnp.where(f["row_token"] < 0, last_R, f["row_token"])
+    carried, last_R = _begin(mesh, f, carried, last_token_S)
     no_block = jnp.zeros((packed_RM.shape[0] * bucket.num_blocks,), jnp.int32)
-    blocks = {
-        "block_slot": no_block - 1,
-        "block_start": no_block,
-        "block_len": no_block,
-        "block_pos": no_block,
-    }
+    blocks = dict.fromkeys(("block_start", "block_len", "block_pos"), no_block) | {"block_slot": no_block - 1}
     module = model.call(leaves)
 
-    def step(i: jax.Array, carry: Any) -> Any:
-        key_pages, value_pages, expert_load, token_R, out_NR = carry
+    def step(i: jax.Array, state: tuple[Carried, jax.Array, jax.Array]) -> tuple[Any, ...]:
+        carried, token_R, out_NR = state
         taking_part_R = i < f["row_count"]
         len_R = jnp.where(taking_part_R, f["row_len"] + i, 0)
         context = step_context(
-            model,
-            bucket,
-            sizes,
-            mesh,
-            blocks,
-            key_pages=key_pages,
-            value_pages=value_pages,
-            page_table_SN=table_SN,
+            model, bucket, sizes, mesh, blocks, carried.pages,
             position_T=jnp.maximum(len_R - 1, 0),
             slot_T=jnp.where(taking_part_R, f["row_slot"], -1),
             R=bucket.rows,
             context_len_R=len_R,
             expert_slots=expert_slots,
-            states=None,
-            state_blocks=None,
             two_batches=model.two_batches,
-        )
+        )  # fmt: skip
         logits_RV = module.logits(module(token_R, context))
         drawing = {"seed": f["seed"], "position": f["position"] + i, "temperature": f["temperature"]}
         new_R = per_rank(mesh, partial(_draw, RANDOM), logits_RV, {}, drawing)
         token_R = jnp.where(taking_part_R, new_R, token_R)
-        if model.experts is not None:
-            (load_LE,) = expert_load
-            expert_load = (load_LE + context.expert_load(model.experts.num_experts),)
         out_NR = jax.lax.dynamic_update_index_in_dim(out_NR, token_R, i, 0)
-        return context.key_pages, context.value_pages, expert_load, token_R, out_NR
+        return _hand_on(model, carried, context), token_R, out_NR
 
     out_NR = jnp.zeros((num_steps, *last_R.shape), last_R.dtype)
-    carry = (key_pages, value_pages, expert_load, last_R, out_NR)
-    key_pages, value_pages, expert_load, token_R, out_NR = jax.lax.fori_loop(0, num_steps, step, carry)
+    carried, token_R, out_NR = jax.lax.fori_loop(0, num_steps, step, (carried, last_R, out_NR))
     last_token_S = per_rank(mesh, _set_rows, last_token_S, f["row_slot"], token_R)
-    return key_pages, value_pages, table_SN, expert_load, last_token_S, out_NR.T
+    return carried, last_token_S, out_NR.T
+
+
+def _begin(
+    mesh: Mesh | None, f: Mapping[str, jax.Array], carried: Carried, last_token_S: jax.Array
+) -> tuple[Carried, jax.Array]:
+    """With the page table brought up to date; and the decode rows' tokens."""
+    updates = (f["update_slot"], f["update_index"], f["update_page"])
+    table_SN = per_rank(mesh, _set_entries, carried.table_SN, *updates)
+    last_R = per_rank(mesh, lambda last, slot: last[jnp.maximum(slot, 0)], last_token_S, f["row_slot"])
+    return carried._replace(table_SN=table_SN), jnp.where(f["row_token"] < 0, last_R, f["row_token"])
+
+
+def _hand_on(model: ModelFunction, carried: Carried, step: StepContext) -> Carried:
+    """What the next step takes over once the model has run in `step`."""
+    load = carried.expert_load
+    if model.experts is not None:
+        (load_LE,) = load
+        load = (load_LE + step.expert_load(model.experts.num_experts),)
+    return Carried(step.key_pages, step.value_pages, carried.table_SN, load)
 
 
 def _set_entries(table_SN: jax.Array, slot_U: jax.Array, index_U: jax.Array, page_U: jax.Array) -> jax.Array:

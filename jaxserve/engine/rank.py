@@ -70,7 +70,7 @@ class Rank:
         for request in self.running:
             if request.in_prefill or request.sampling_work > SamplingWork.RANDOM:
                 return 1
-            count = min(most, request.max_len - len(request.tokens) - request.pending)
+            count = min(most, request.num_left)
             longest = max(longest, count)
             needed += max(0, self._pages_for(request.computed + count) - len(request.pages))
         admits = self.waiting and self.free_slots
@@ -102,12 +102,12 @@ class Rank:
             headroom += self._growth(request)
         plan.decode = [r for r in plan.decode if r.slot >= 0]
         if num_steps > 1:
-            plan.counts = [min(num_steps, r.max_len - len(r.tokens) - r.pending) for r in plan.decode]
+            plan.counts = [min(num_steps, request.num_left) for request in plan.decode]
+            for request, count in zip(plan.decode, plan.counts):
+                self._add_pages(request, request.computed + count)
         for request, count in zip(plan.decode, plan.counts or repeat(1)):
             request.computed += count
             request.pending += count
-            for _ in range(self._pages_for(request.computed) - len(request.pages)):
-                self._add_page(request)
         if self.checkpoints is not None:
             for chunk in plan.chunks:
                 chunk.request.state_from = chunk.request.slot
@@ -138,16 +138,14 @@ class Rank:
             count = min(
                 max(room, 0) // (len(drafting) - i),
                 drafter.max_drafts,
-                request.spec.sampling.max_new_tokens - request.num_outputs,
+                request.num_left,
                 self._spare_positions(request),
             )
             if count <= 0:
                 continue
             plan.drafts[request] = drafts = drafter.propose(request, count)
             room -= len(drafts)
-            needed = self._pages_for(request.computed + len(drafts)) - len(request.pages)
-            for _ in range(needed):
-                self._add_page(request)
+            self._add_pages(request, request.computed + len(drafts))
 
     def _spare_positions(self, request: Request) -> int:
         """How many positions after those computed can have pages without taking anybody's."""
@@ -241,14 +239,16 @@ class Rank:
             self._retract(victim)
             if victim is request:
                 return False
-        self._add_page(request)
+        self._add_pages(request, request.computed + 1)
         return True
 
-    def _add_page(self, request: Request) -> None:
-        self._make_room(1)
-        [page] = self.pool.allocate(1)
-        self.updates.append((request.slot, len(request.pages), page))
-        request.pages.append(page)
+    def _add_pages(self, request: Request, num_tokens: int) -> None:
+        """Give a request the pages that so many positions take; the caller knows that there are as many."""
+        needed = max(0, self._pages_for(num_tokens) - len(request.pages))
+        self._make_room(needed)
+        for page in self.pool.allocate(needed):
+            self.updates.append((request.slot, len(request.pages), page))
+            request.pages.append(page)
 
     def _make_room(self, num_pages: int) -> None:
         if self.pool.num_free < num_pages:

@@ -54,6 +54,7 @@ class Request:
     misses: int = 0  # steps in a row that drafts did not help
     rests_until: int = 0  # no drafts before it has so many tokens
     max_len: int = field(init=False)  # tokens that it ends with at the latest
+    has_penalty: bool = field(init=False)
     needs_bias: bool = field(init=False)  # else the slot's bias table may be an earlier request's
     needs_slot_state: bool = field(init=False)  # sampling reads what was counted or set for the slot
     sampling_work: SamplingWork = field(init=False)
@@ -62,8 +63,8 @@ class Request:
         s = self.spec.sampling
         self.max_len = len(self.spec.input_ids) + s.max_new_tokens
         self.needs_bias = bool(s.logit_bias or (s.min_new_tokens and s.stop_token_ids))
-        has_penalty = s.frequency_penalty or s.presence_penalty or s.repetition_penalty != 1
-        self.needs_slot_state = bool(has_penalty or self.needs_bias)
+        self.has_penalty = bool(s.frequency_penalty or s.presence_penalty or s.repetition_penalty != 1)
+        self.needs_slot_state = self.has_penalty or self.needs_bias
         narrows = s.top_p < 1 or s.top_k > 0 or s.min_p > 0
         if self.spec.return_logprob:
             self.sampling_work = SamplingWork.LOGPROBS
@@ -87,9 +88,14 @@ class Request:
         return len(self.tokens) + self.pending - self.prompt_len
 
     @property
+    def num_left(self) -> int:
+        """Output tokens that may follow, beyond those still on the device."""
+        return self.max_len - len(self.tokens) - self.pending
+
+    @property
     def wants_decode(self) -> bool:
         """Whether a further token may be sampled; False while the last one allowed is on its way."""
-        return not self.in_prefill and len(self.tokens) + self.pending < self.max_len
+        return not self.in_prefill and self.num_left > 0
 
     @property
     def may_draft(self) -> bool:
@@ -97,9 +103,7 @@ class Request:
 
         Penalties count each token before the next one is sampled, so a step samples one of them.
         """
-        s = self.spec.sampling
-        plain = not (s.frequency_penalty or s.presence_penalty) and s.repetition_penalty == 1
-        return plain and len(self.tokens) >= self.rests_until
+        return not self.has_penalty and len(self.tokens) >= self.rests_until
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -24,7 +24,7 @@ from jaxserve.engine.expert_state import ExpertState
 from jaxserve.engine.launches import Launch, Launches
 from jaxserve.engine.nextn import NextnLayer
 from jaxserve.engine.plan import StepPlan
-from jaxserve.engine.programs import ModelFunction, Variant
+from jaxserve.engine.programs import Carried, ModelFunction, Variant
 from jaxserve.parallel.slots import SlotTable
 
 Progress = Callable[[int, int], None]
@@ -162,26 +162,13 @@ class Runner:
                     assert self.experts is not None
                     made.last = self.experts.carry_out(program, launch.packed, self._leaves, packed)
                 case Bucket():
-                    made.last, *prefill = self._forward(program, packed)
+                    self._states, samples, *prefill = self._step(program, self._states, packed)
+                    made.last = samples
                     if self.nextn is not None:
-                        self.nextn.hidden = (made.last, *prefill)
+                        self.nextn.hidden = (samples, *prefill)
                 case ("decode", _):
-                    load, slots = self._expert_arrays
-                    self._key_pages, self._value_pages, self._table, load, self._last_token, made.last = (
-                        program(
-                            self._leaves,
-                            self._key_pages,
-                            self._value_pages,
-                            self._table,
-                            load,
-                            slots,
-                            self._last_token,
-                            packed,
-                        )
-                    )
-                    self._keep_load(load)
-                    assert made.last is not None
-                    made.sampled = {"token": made.last}
+                    self._last_token, tokens = self._step(program, packed)
+                    made.last, made.sampled = tokens, {"token": tokens}
                 case ("nextn", _):
                     assert self.nextn is not None
                     pools = self._key_pages, self._value_pages
@@ -200,25 +187,15 @@ class Runner:
                         self._slots = slots
         return made
 
-    def _forward(self, program: Callable, packed: jax.Array) -> list[jax.Array]:
-        load, slots = self._expert_arrays
-        self._key_pages, self._value_pages, self._table, load, self._states, *hidden = program(
-            self._leaves,
-            self._key_pages,
-            self._value_pages,
-            self._table,
-            load,
-            slots,
-            self._states,
-            self._last_token,
-            packed,
-        )
-        self._keep_load(load)
-        return hidden
-
-    def _keep_load(self, load: tuple[jax.Array, ...]) -> None:
+    def _step(self, program: Callable, *own: Any) -> Any:
+        """Start a program that carries pools, page table and experts' load on; returns what else it makes."""
+        load, expert_slots = self._expert_arrays
+        carried = Carried(self._key_pages, self._value_pages, self._table, load)
+        carried, *made = program(self._leaves, carried, expert_slots, self._last_token, *own)
+        self._key_pages, self._value_pages, self._table, load = carried
         if self.experts is not None:
             (self.experts.load,) = load
+        return made
 
     @property
     def _expert_arrays(self) -> tuple[tuple[jax.Array, ...], SlotTable | None]:
@@ -290,8 +267,8 @@ class Runner:
     def _put(self, packed: np.ndarray) -> Any:
         """What a compiled program takes as its packed argument.
 
-        On one device that is the array as it is, a quarter of a millisecond cheaper than `device_put`
-        (measured on an H100's host); nobody writes to it again.
+        On one device that is the array as it is, to which nobody writes again: `device_put` took a quarter
+        of a millisecond on an H100's host.
         """
         if self._mesh.size == 1:
             return packed
@@ -314,17 +291,17 @@ class Runner:
                 progress(done, len(tasks))
 
     def warm_up(self, progress: Progress) -> None:
-        """Run every step program once, on padding; `progress(done, total)` counts programs.
+        """Run every step program once, on padding; `progress(done, total)` counts steps.
 
         The first run of a program on a GPU loads its kernels and records its graphs: 0.2 s for an 8B
-        model, which the first requests would wait. Every host does it alike, before any of them.
+        model on an H100, which the first requests would wait. Every host does it alike.
         """
-        programs = self.launches.padding()
-        for done, launch in enumerate(programs):
-            progress(done, len(programs))
-            made = self.carry_out(launch)
+        steps = self.launches.padding()
+        for done, launches in enumerate(steps):
+            progress(done, len(steps))
+            made = self.carry_out(launches)
             jax.block_until_ready((made.last, made.sampled, made.scored))
-        progress(len(programs), len(programs))
+        progress(len(steps), len(steps))
 
     def _tasks(self) -> dict[Any, tuple[Callable, tuple[Any, ...], tuple[int, ...], Any]]:
         """Program -> (function, abstract arguments, donated arguments, output shardings)."""
@@ -345,6 +322,8 @@ class Runner:
             assert width is not None
             return jax.ShapeDtypeStruct((ranks * rows, width.shape[1]), width.dtype, sharding=rank)
 
+        carried = Carried(keys, values, table, load)
+        of_carried = Carried(keys.sharding, values.sharding, rank, rank)
         tasks: dict[Any, Any] = {}
         width: jax.ShapeDtypeStruct | None = None  # of a hidden state, as the first trace shows it
         for b in reversed(self.buckets):
@@ -357,20 +336,18 @@ class Runner:
                 (self.sizes.num_pages, self.sizes.page_size),
                 self._map_mesh,
             )
-            args = (leaves, keys, values, table, load, expert_slots, states, last, packed(packing))
+            args = (leaves, carried, expert_slots, last, states, packed(packing))
             hidden_parts = [rank, rank] if b.prefill_tokens else [rank]
             of_states = tuple(x.sharding for x in states)
-            shardings = (keys.sharding, values.sharding, rank, rank, of_states, *hidden_parts)
-            tasks[b] = (function, args, (1, 2, 3, 4, 6), shardings)
-            width = width or jax.eval_shape(function, *args)[5]
+            tasks[b] = (function, args, (1, 4), (of_carried, of_states, *hidden_parts))
+            width = width or jax.eval_shape(function, *args)[2]
         for b, packing in self.launches.decode.items():
             pages = (self.sizes.num_pages, self.sizes.page_size)
             function = partial(
                 programs.decode, self._model, self._decode_steps, b, packing, pages, self._map_mesh
             )
-            args = (leaves, keys, values, table, load, expert_slots, last, packed(packing))
-            shardings = (keys.sharding, values.sharding, rank, rank, rank, self._readable)
-            tasks["decode", b] = (function, args, (1, 2, 3, 4, 6), shardings)
+            args = (leaves, carried, expert_slots, last, packed(packing))
+            tasks["decode", b] = (function, args, (1, 3), (of_carried, rank, self._readable))
         head = self._model.head(leaves, hidden(1))
         assert head.kept is not None
         self._head_leaves = [self._leaves[i] for i in head.kept]

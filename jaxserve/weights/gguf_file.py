@@ -171,7 +171,7 @@ def _can_read(kind: GGMLQuantizationType) -> bool:
         return True
     try:
         quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except NotImplementedError:
+    except NotImplementedError:  # how the gguf package says that it cannot
         return False
     return True
 
