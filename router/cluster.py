@@ -33,6 +33,7 @@ COUNT_TIMEOUT_S = 2.0
 END_GRACE_S = 5.0  # beyond the members' own
 PING_S = 1.0
 MAX_UNANSWERED = 5  # pings in a row; its event loop never stands still for that long
+MAX_STARTING = 60  # pings until a member is ready, most of them spent on imports
 
 
 class ClusterFailed(RuntimeError):
@@ -174,13 +175,13 @@ class Cluster:
                 return waiting.result()
             left_s -= PING_S if self.ending else 0.0
             # Pings are counted, not timed: a supervisor that was stopped itself blames nobody.
-            if member.ready:
-                member.unanswered += 1
-                if member.link is not None:
-                    member.link.send(frames.PING, None)
-            if left_s <= 0 or member.unanswered > MAX_UNANSWERED:
-                if member.unanswered > MAX_UNANSWERED:
-                    log.error("process %d is frozen and is ended", member.index)
+            member.unanswered += 1
+            if member.ready and member.link is not None:
+                member.link.send(frames.PING, None)
+            frozen = member.unanswered > (MAX_UNANSWERED if member.ready else MAX_STARTING)
+            if frozen:
+                log.error("process %d is frozen and is ended", member.index)
+            if frozen or left_s <= 0:
                 process.kill()
 
     def _forget(self, member: Process) -> None:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from jaxserve.messages import Generate, Sampling
+from jaxserve.messages import Generate, Output, Sampling
 from tests.models.tiny import Golden
 
 CHUNK = 32
@@ -33,6 +33,10 @@ def spec(rid: str, prompt: list[int], new: int, rank: int) -> Generate:
     return Generate(rid=rid, input_ids=prompt, sampling=sampling, dp_rank=rank)
 
 
+def unheard(output: Output) -> bool:
+    return False
+
+
 def test_decoding_rank_emits_a_token_in_every_step_of_another_ranks_prefill(plans):
     """Rank 0 computes a long prompt, rank 1 decodes, rank 2 idles."""
     served, seen = plans
@@ -40,14 +44,20 @@ def test_decoding_rank_emits_a_token_in_every_step_of_another_ranks_prefill(plan
     short = golden.prompts[1].tolist()
 
     async def all_at_once():
-        decoding = served._connection.generate(spec("decoding", short, 24, 1))
-        tokens = list((await anext(decoding)).token_ids)
+        tokens = []
+
+        def take(output: Output) -> bool:
+            tokens.extend(output.token_ids)
+            return True
+
+        decoding = served._connection.generate(spec("decoding", short, 24, 1), take)
+        await anext(decoding)
         begun = len(seen)
-        prefill = served._connection.generate(spec("prefill", [5 + i % 300 for i in range(PROMPT)], 1, 0))
-        async for output in decoding:
-            tokens += output.token_ids
-        async for _ in prefill:
-            pass
+        long = [5 + i % 300 for i in range(PROMPT)]
+        prefill = served._connection.generate(spec("prefill", long, 1, 0), unheard)
+        for outputs in (decoding, prefill):
+            async for _ in outputs:
+                pass
         return tokens, begun
 
     tokens, begun = served._run(all_at_once())
@@ -70,9 +80,10 @@ def test_no_step_is_longer_than_a_chunk_however_many_ranks_compute_prompts(plans
     async def all_at_once():
         prompts = [[7 + rank, *range(3, 2 + PROMPT // 2)] for rank in range(4)]
         waiting = [
-            served._connection.generate(spec(f"p{rank}", p, 1, rank)) for rank, p in enumerate(prompts)
+            served._connection.generate(spec(f"p{rank}", p, 1, rank), unheard)
+            for rank, p in enumerate(prompts)
         ]
-        await asyncio.gather(*(anext(outputs) for outputs in waiting))
+        await asyncio.gather(*(anext(outputs, None) for outputs in waiting))
 
     served._run(all_at_once())
     chunks = [[sum(lengths) for _, lengths in step] for step in seen]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from jaxserve.messages import Generate, Sampling
+from jaxserve.messages import Generate, Output, Sampling
 from tests.engine.asking import NOISE, Row, ask
 
 VOCAB = 128
@@ -47,17 +47,23 @@ async def visit(engine, number: int, one: Visit, room: asyncio.Semaphore):
             input_ids=one.prompt,
             sampling=Sampling(max_new_tokens=one.new, temperature=0),
         )
-        tokens, last, outputs = [], None, engine._connection.generate(spec)
+        heard: list[Output] = []
+
+        def take(output: Output) -> bool:
+            heard.append(output)
+            return True
+
+        outputs = engine._connection.generate(spec, take)
         if one.leaves_after == 0:
             await asyncio.sleep(0)
             await outputs.aclose()
-            return tokens, None
-        async for last in outputs:
-            tokens += last.token_ids
-            if one.leaves_after is not None and len(tokens) >= one.leaves_after and last.finish is None:
+            return [], None
+        async for _ in outputs:
+            tokens = [token for output in heard for token in output.token_ids]
+            if one.leaves_after is not None and len(tokens) >= one.leaves_after and heard[-1].finish is None:
                 await outputs.aclose()
                 return tokens, None
-        return tokens, last
+        return [token for output in heard for token in output.token_ids], heard[-1]
 
 
 def soak(engine, count: int, seed: int) -> None:

@@ -15,7 +15,10 @@ from kv_worker import KvWorker, write_tokenizer
 from test_router_edges import certificate
 from test_router_launch import alive, launch, listening, wait_for
 
+import router.cluster
 from router.bench.worker import CHARS_PER_TOKEN
+from router.cluster import Process
+from router.config import RouterConfig
 
 CHAT = {"model": "bench", "messages": [{"role": "user", "content": "hello"}]}
 
@@ -50,6 +53,12 @@ class Cluster:
         workers = httpx.get(self.url + "/workers", verify=self.trust).json()["workers"]
         return sum(w["requests_total"] for w in workers)
 
+    def listening(self) -> int:
+        """How many processes listen on the port: rows of the kernel's table with state 0A."""
+        with open("/proc/net/tcp") as file:
+            rows = [line.split() for line in file.readlines()[1:]]
+        return sum(row[1].endswith(f":{self.port:04X}") and row[3] == "0A" for row in rows)
+
     def ready(self, workers: int) -> bool:
         return all(a.json()["healthy_workers"] == workers for a in self.everyone("/readiness", 12))
 
@@ -75,7 +84,7 @@ def cluster(*flags: str, processes: int = 2, program: str | None = None, trust=N
     )  # fmt: skip
     made = Cluster(process, trust)
     try:
-        wait_for(lambda: httpx.get(made.url + "/health", verify=made.trust).status_code == 200, 30)
+        wait_for(lambda: made.listening() == processes, 30)
         yield made
     finally:
         pids = made.children() if process.poll() is None else []
@@ -201,6 +210,15 @@ def test_frozen_process_is_ended_and_started_again():
         wait_for(lambda: c.ready(1))
         assert all(generate(c, "x").status_code == 200 for _ in range(20))
         assert any("process 0 is frozen" in line for line in c.lines)
+
+
+@asynchronous
+async def test_process_that_freezes_before_it_is_ready_is_ended(monkeypatch, caplog):
+    monkeypatch.setattr(router.cluster, "PING_S", 0.001)
+    supervisor, member = router.cluster.Cluster(RouterConfig(workers_processes=2)), Process(1)
+    process = await asyncio.create_subprocess_exec("sleep", "60")
+    assert await supervisor._ended(member, process) == -signal.SIGKILL
+    assert "process 1 is frozen" in caplog.text
 
 
 def test_every_process_follows_the_events_of_every_worker(tmp_path):
