@@ -46,12 +46,13 @@ class Instance:
         self.launchers: dict[int, psutil.Popen] = {}
         self.seen: dict[int, psutil.Process] = {}
 
-    def start(self, rank: int, own: dict[str, Any] | None = None) -> None:
-        """Host `rank`, with options of its own over the instance's."""
+    def start(self, rank: int, own: dict[str, Any] | None = None, through: tuple[str, ...] = ()) -> None:
+        """Host `rank`, with options of its own over the instance's, by a command that becomes it."""
         path = self.directory / f"host{rank}.log"
         with path.open("w") as log:
             process = psutil.Popen(
                 [
+                    *through,
                     sys.executable,
                     "-m",
                     "jaxserve.launch_server",
@@ -133,6 +134,7 @@ class Client:
 
     def __init__(self, made: Instance, row: Row):
         self.tokens: list[int] = []
+        self.most_at_once = 0  # tokens of one event
         self.error: str | None = None
         self._first = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(made.url, row), daemon=True)
@@ -156,6 +158,7 @@ class Client:
         if "error" in event:
             self.error = event["error"]["message"]
         else:
+            self.most_at_once = max(self.most_at_once, len(event["output_ids"]) - len(self.tokens))
             self.tokens = event["output_ids"]
             self._first.set()
 

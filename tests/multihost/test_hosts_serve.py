@@ -18,16 +18,16 @@ from tests.multihost.instance import Client, Instance, instance
 
 PAGE_SIZE = 16
 
+NGRAM = {"speculative_algorithm": "NGRAM", "speculative_ngram_min_match_window_size": 1}
+DP2 = {"tp": 8, "dp_size": 2, "enable_dp_attention": True}
+# The guide's two nodes have these flags too.
+DP8_EP16 = {"tp": 16, "dp_size": 8, "ep": 16, "enable_dp_attention": True, "moe_a2a_backend": "deepep"}
+MOVING = {"enable_eplb": True, "ep_num_redundant_experts": 8, "eplb_rebalance_num_iterations": 7}
+# Beside the layout each case has something more that host 0 must tell the others step by step.
 LAYOUTS = [
-    pytest.param("llama", 2, {"tp": 4}, id="tp4-on-2-hosts"),
-    pytest.param("llama", 2, {"tp": 8, "dp_size": 2, "enable_dp_attention": True}, id="dpa2-on-2-hosts"),
-    pytest.param(
-        "mixtral",
-        4,
-        {"tp": 16, "dp_size": 8, "ep": 8, "enable_dp_attention": True}
-        | {"enable_eplb": True, "ep_num_redundant_experts": 8, "eplb_rebalance_num_iterations": 7},
-        id="dpa8-ep8-on-4-hosts-experts-moving",
-    ),
+    pytest.param("llama", 2, {"tp": 4, **NGRAM}, id="tp4-on-2-hosts-guessing"),
+    pytest.param("llama", 2, {**DP2, "num_continuous_decode_steps": 4}, id="dpa2-on-2-hosts-four-steps"),
+    pytest.param("mixtral", 4, {**DP8_EP16, **MOVING}, id="dpa8-ep16-on-4-hosts-experts-moving"),
 ]
 
 # Each needs another part of the sample programs, and the last ones state that is kept per slot.
@@ -50,7 +50,10 @@ def test_hosts_give_the_recorded_tokens_compile_nothing_more_and_drain(
     want = [reply["output_ids"] for reply in alone_replies(alone, spiced)]
     with instance(tmp_path, GOLDEN / family, num_hosts, compile_cache_dir=compile_cache, **layout) as made:
         for _ in range(2):  # the second time from the prefix cache
-            check_greedy(golden, made.ask([*golden_rows(golden), *golden_rows(golden)])[:4])
+            replies = made.ask([*golden_rows(golden), *golden_rows(golden)])
+            check_greedy(golden, replies[:4])
+        if "speculative_algorithm" in layout:
+            assert sum(reply["meta_info"]["spec_accept_token_num"] for reply in replies) > 0
         assert [reply["output_ids"] for reply in made.ask(spiced)] == want
         check_kv_events(made, golden.prompts[3].tolist())
         ranks = httpx.get(f"{made.url}/v1/loads").json()
@@ -65,6 +68,7 @@ def test_hosts_give_the_recorded_tokens_compile_nothing_more_and_drain(
         assert made.wait_ended(60) == [0] * num_hosts
         running.join()
         assert (len(running.tokens), running.error) == (40, None)
+        assert running.most_at_once >= layout.get("num_continuous_decode_steps", 1)
         assert "compiled after readiness" not in made.logs()
 
 
