@@ -240,16 +240,21 @@ class StepCost:
         layout = self.layout
         sizes: dict[str, int] = dict(zip(AXES, layout.shape))
         routing = self.top_k * 8  # an id and a weight a choice
-        exchange = Exchange.plan(max(1, math.ceil(tokens)), self.top_k, sizes)
         backend = self.blueprint.expert_backend
-        if backend == "all_to_all" or (backend == "auto" and exchange.is_worth_it):
+        ragged = backend == "ragged"
+        exchange = Exchange.plan(max(1, math.ceil(tokens)), self.top_k, sizes, ragged)
+        if backend in ("all_to_all", "ragged") or (backend == "auto" and exchange.is_worth_it):
             e, tp = exchange.num_destinations, sizes["tp"]
-            sent = e * exchange.capacity
+            sent: float = e * exchange.capacity
+            if ragged and not self.blueprint.on_cpu:
+                sent *= destinations_reached(self.top_k, e)
             has_fallback = exchange.capacity < exchange.share
             out = [
                 Collective("tokens to experts", "all_to_all", layers, e, tp, sent * (row + routing)),
                 Collective("results back", "all_to_all", layers, e, tp, sent * row),
             ]
+            if ragged:
+                out.append(Collective("how many come", "all_to_all", layers, e, tp, e * 4))
             if has_fallback:
                 out.append(Collective("is there room", "all_reduce", layers, layout.num_devices, 1, 4))
             joined = 0 if has_fallback or sizes["ep"] > 1 else self._joined_sums()

@@ -238,7 +238,6 @@ REFUSED = {
     "ep_dense": ("llama", {"tp": 2, "ep": 2}, "ep=2: this model has no experts; use ep 1"),
     "ep_dp": ("mixtral", {"tp": 8, "dp_size": 4, "ep": 2, "enable_dp_attention": True}, "not a multiple of"),
     "context": ("llama", {"context_length": 100000}, "context_length=100000 exceeds the model's"),
-    "ragged": ("mixtral", {"tp": 2, "ep": 2, "moe_a2a_backend": "ragged"}, "'ragged' is not available"),
     "room": ("llama", {"max_total_tokens": 10**10}, "lower max_total_tokens"),
     "small": ("llama", {"mem_fraction_static": 1e-9}, "leave no page of KV"),
 }

@@ -10,34 +10,27 @@ All backends give the same sums in another order, and none ever drops a token.
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from jaxserve.config import ConfigError
 from jaxserve.mesh import AXES, GROUP
+from jaxserve.ops import backend as kernels
 from jaxserve.ops.grouped_gemm import Activation, ExpertWeights, feed_forward
 from jaxserve.parallel.slots import SlotTable
 
 logger = logging.getLogger(__name__)
 
-Backend = Literal["none", "allgather", "all_to_all", "auto"]
+Backend = Literal["none", "allgather", "all_to_all", "ragged", "auto"]
 EXPERT_AXES = ("dp", "ep")
 
 
 def choose_backend(asked: str | None, ep: int) -> Backend:
-    """The backend for a configuration's `moe_a2a_backend`, with a log line where it is another name's.
-
-    Raises: ConfigError for `ragged`.
-    """
-    if asked == "ragged":
-        raise ConfigError(
-            "moe_a2a_backend='ragged' is not available in this version (XLA has no ragged all-to-all on "
-            "CPU, and reported it slow or wrong on GPU); use 'all_to_all' or 'allgather'"
-        )
+    """The backend for a configuration's `moe_a2a_backend`, with a log line where it is another name's."""
     if ep == 1:
         if asked not in (None, "none"):
             logger.info("moe_a2a_backend=%s needs ep > 1; at ep 1 every device has all experts: none", asked)
@@ -51,7 +44,7 @@ def choose_backend(asked: str | None, ep: int) -> Backend:
         case "deepep":
             logger.info("moe_a2a_backend=deepep means all_to_all here")
             return "all_to_all"
-        case "allgather" | "all_to_all":
+        case "allgather" | "all_to_all" | "ragged":
             return asked
     raise AssertionError(f"moe_a2a_backend={asked!r}")
 
@@ -60,7 +53,7 @@ def choose_backend(asked: str | None, ep: int) -> Backend:
 class Dispatch:
     """How the experts of one instance are reached. `auto` decides for each step shape."""
 
-    mesh: Mesh | None = None
+    mesh: Mesh | AbstractMesh | None = None
     backend: Backend = "none"
 
     def __call__(
@@ -82,8 +75,9 @@ class Dispatch:
         sizes = dict(self.mesh.shape)
         route = _gathered
         if self.backend != "none":
-            plan = Exchange.plan(hidden_TD.shape[0] // sizes["dp"], expert_TX.shape[1], sizes)
-            if self.backend == "all_to_all" or (self.backend == "auto" and plan.is_worth_it):
+            num_tokens, ragged = hidden_TD.shape[0] // sizes["dp"], self.backend == "ragged"
+            plan = Exchange.plan(num_tokens, expert_TX.shape[1], sizes, ragged)
+            if self.backend in ("all_to_all", "ragged") or (self.backend == "auto" and plan.is_worth_it):
                 route = plan.run
         experts, ffn = ((), AXES) if self.backend == "none" else (EXPERT_AXES, ("tp",))
 
@@ -156,6 +150,9 @@ class Exchange:
     Devices of a group have the same tokens, so each sends a share. Buffers have room for
     `capacity` tokens from every device to every other. When any device has more for one
     destination, all of them take the gathered path instead.
+
+    A `ragged` one has room for all, and of each buffer only the rows that carry a token travel. XLA has
+    that collective for GPUs alone (jaxlib 0.11.2); elsewhere whole buffers do.
     """
 
     num_tokens: int  # of a rank
@@ -163,15 +160,18 @@ class Exchange:
     capacity: int
     num_ranks: int
     num_destinations: int
+    ragged: bool = False
 
     @classmethod
-    def plan(cls, num_tokens: int, num_choices: int, sizes: dict[str, int]) -> "Exchange":
+    def plan(
+        cls, num_tokens: int, num_choices: int, sizes: dict[str, int], ragged: bool = False
+    ) -> "Exchange":
         """Room for a quarter more than evenly spread choices need, and a few tokens more for small steps."""
         e = sizes["dp"] * sizes["ep"]
         share = -(-num_tokens // sizes["ep"])
         reached = 1 - (1 - 1 / e) ** num_choices  # chance that a token needs a given destination
         capacity = min(share, math.ceil(1.25 * reached * share) + 8)
-        return cls(num_tokens, share, capacity, sizes["dp"], e)
+        return cls(num_tokens, share, share if ragged else capacity, sizes["dp"], e, ragged)
 
     @property
     def is_worth_it(self) -> bool:
@@ -203,19 +203,26 @@ class Exchange:
             first_M = jnp.repeat(jnp.arange(e, dtype=jnp.int32) * num_local, C)
             expert_MX = jnp.where(token_M[:, None] >= 0, expert_sX[at_M], -1)
             expert_MX = _local(expert_MX, first_M[:, None], num_local)
-            # One message for ids and weights: float bits travel as integers.
+            # One message for ids and weights: float bits travel as integers, ids from 1 on, since rows of
+            # zeros are those that nobody sent.
             routing = jnp.concatenate(
-                [expert_MX, lax.bitcast_convert_type(weight_sX[at_M], jnp.int32)], axis=1
+                [expert_MX + 1, lax.bitcast_convert_type(weight_sX[at_M], jnp.int32)], axis=1
             )
-            hidden_MD, routing = _swap(hidden_sD[at_M]), _swap(routing)
+            swap = swap_back = _swap
+            if self.ragged:
+                sent_e = sends_se.sum(axis=0, dtype=jnp.int32)
+                came_e = _swap(sent_e)
+                swap = partial(_swap_ragged, sent_e=sent_e, came_e=came_e)
+                swap_back = partial(_swap_ragged, sent_e=came_e, came_e=sent_e)
+            hidden_MD, routing = swap(hidden_sD[at_M]), swap(routing)
             out_MD = feed_forward(
                 hidden_MD,
-                routing[:, :X],
+                routing[:, :X] - 1,
                 lax.bitcast_convert_type(routing[:, X:], jnp.float32),
                 weights,
                 activation,
             )
-            back_MD = _swap(out_MD.astype(hidden_tD.dtype))
+            back_MD = swap_back(out_MD.astype(hidden_tD.dtype))
             row_sX = jnp.take_along_axis(
                 jnp.pad(row_se, ((0, 0), (0, 1)), constant_values=e * C), dest_sX, axis=1
             )
@@ -251,6 +258,20 @@ class Exchange:
 def _swap(x_MD: jax.Array) -> jax.Array:
     """Block i of the rows goes to device i, and comes from it."""
     return lax.all_to_all(x_MD, EXPERT_AXES, split_axis=0, concat_axis=0, tiled=True)
+
+
+def _swap_ragged(x_MD: jax.Array, sent_e: jax.Array, came_e: jax.Array) -> jax.Array:
+    """As `_swap`, of the first `sent_e` rows of each block alone. `came_e` rows come; the rest is zeros."""
+    e = sent_e.shape[0]
+    C = x_MD.shape[0] // e
+    if kernels.chosen() != "fast":
+        came_M = (jnp.arange(C) < came_e[:, None]).reshape(-1, 1)
+        return jnp.where(came_M, _swap(x_MD), 0)
+    from_e = jnp.arange(e, dtype=jnp.int32) * C
+    to_e = jnp.full((e,), lax.axis_index(EXPERT_AXES) * C, jnp.int32)
+    return lax.ragged_all_to_all(
+        x_MD, jnp.zeros_like(x_MD), from_e, sent_e, to_e, came_e, axis_name=EXPERT_AXES
+    )
 
 
 # XLA keeps a sum over one device, and joins it with others: then both wait for what either needs.

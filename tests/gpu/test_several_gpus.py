@@ -12,7 +12,7 @@ from tests.models.tiny import GOLDEN, Golden
 
 pytestmark = pytest.mark.gpu
 
-BACKENDS = ("allgather", "all_to_all")
+BACKENDS = ("allgather", "all_to_all", "ragged")
 DENSE, SPARSE, HYBRID = "llama", ("qwen3_moe", "deepseek_v3", "gpt_oss"), "minimax_text"
 # Summing over devices rounds otherwise than one device does, in float32; seen: under 2e-4.
 LOGPROB_ATOL = 1e-3

@@ -24,6 +24,7 @@ CELLS = [
     ("deepseek_v3", {"tp": 8, "dp_size": 8, "ep": 8, "moe_a2a_backend": "all_to_all", **DPA}),
     ("deepseek_v3", {"tp": 8, "dp_size": 2, "ep": 4, "moe_a2a_backend": "allgather", **DPA}),
     ("deepseek_v3", {"tp": 8, "dp_size": 2, "ep": 4, "moe_a2a_backend": "all_to_all", **DPA}),
+    ("deepseek_v3", {"tp": 8, "dp_size": 2, "ep": 4, "moe_a2a_backend": "ragged", **DPA}),
 ]
 
 
@@ -251,6 +252,22 @@ def program(instruction):
     return (
         f"HloModule m, num_partitions=4\n\nENTRY %main (x: f32[8]) -> f32[8] {{\n  %i = {instruction}\n}}\n"
     )
+
+
+def test_ragged_exchange_is_forecast_to_send_rows_with_a_token_alone_where_xla_can():
+    options = {"tp": 8, "dp_size": 8, "ep": 8, "moe_a2a_backend": "ragged", **DPA}
+
+    def rows(on_cpu):
+        [sent] = [
+            c
+            for c in forecast_of("deepseek_v3", options, on_cpu).collectives(64, 64)
+            if c.name == "results back"
+        ]
+        return sent.payload / 4 / read_config("deepseek_v3")["hidden_size"]
+
+    choices = read_config("deepseek_v3")["num_experts_per_tok"]
+    assert rows(on_cpu=True) == 8 * 64  # room for each token at each device
+    assert rows(on_cpu=False) == pytest.approx(8 * 64 * (1 - (7 / 8) ** choices))
 
 
 def test_wrong_layout_ends_the_command_with_status_2(capsys):

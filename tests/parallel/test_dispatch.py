@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jaxserve.mesh import Layout, make_mesh
+from jaxserve.ops import backend as kernels
 from jaxserve.ops.grouped_gemm import ExpertWeights, feed_forward
 from jaxserve.parallel.dispatch import AXES, EXPERT_AXES, Dispatch, Exchange, _weight_specs
 from jaxserve.parallel.placement import Placement
 from jaxserve.parallel.slots import SlotTable
+from tests.ops.cases import H100
 
 E, D, F, X = 16, 16, 24, 3
 # Sums of some hundred terms of size 1 in float32, in another order.
@@ -35,7 +37,7 @@ LAYOUTS = [
 CELLS = [
     (layout, backend)
     for layout in LAYOUTS
-    for backend in (("none",) if layout.ep == 1 else ("allgather", "all_to_all", "auto"))
+    for backend in (("none",) if layout.ep == 1 else ("allgather", "all_to_all", "ragged", "auto"))
 ]
 
 
@@ -123,6 +125,27 @@ def test_one_overfull_rank_takes_all_ranks_to_the_fallback():
     inputs = (hidden, expert, weight, weights)
     got, _ = dispatched(layout, "all_to_all", inputs)
     np.testing.assert_allclose(got, np.asarray(feed_forward(*inputs, silu)), rtol=0, atol=TOLERANCE)
+
+
+def test_ragged_has_room_for_all_and_never_falls_back():
+    inputs = arrays(160 * 8, skew=True)
+    got, text = dispatched(Layout(8, dp=8, ep=8), "ragged", inputs)
+    assert "all-to-all" in text and "conditional" not in text
+    np.testing.assert_allclose(got, np.asarray(feed_forward(*inputs, silu)), rtol=0, atol=TOLERANCE)
+
+
+def test_ragged_lowers_to_ragged_collectives_for_cuda():
+    """Without a GPU: tokens, their routing and the results; how many come is a plain one."""
+    mesh = AbstractMesh((4, 2, 1), AXES, (AxisType.Auto,) * 3, abstract_device=H100.abstract_device)
+    stack = jax.ShapeDtypeStruct((E, 64, 64), jnp.float32)
+    hidden, weight = (jax.ShapeDtypeStruct((64, width), jnp.float32) for width in (64, X))
+    expert = jax.ShapeDtypeStruct((64, X), jnp.int32)
+    with kernels.use("fast"), jax.sharding.use_abstract_mesh(mesh):
+        layer = jax.jit(lambda *arrays: Dispatch(mesh, "ragged")(*arrays, silu))
+        traced = layer.trace(hidden, expert, weight, ExpertWeights(stack, stack, stack))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@ragged_all_to_all") == 3
+    assert text.count("stablehlo.all_to_all") == 1
 
 
 def test_auto_gathers_small_steps_and_exchanges_large_ones():
