@@ -13,7 +13,11 @@ STEPS = 5
 SHAPES = Path(__file__).parents[2] / "tools" / "shapes"
 LAYOUTS = {
     "tp2": ("llama", {"tp": 2}),
-    "dpa2-ep2": ("deepseek_v3", {"tp": 2, "dp_size": 2, "ep": 2, "enable_dp_attention": True}),
+    "dpa2-ep2-experts-moving": (
+        "deepseek_v3",
+        {"tp": 2, "dp_size": 2, "ep": 2, "enable_dp_attention": True}
+        | {"enable_eplb": True, "eplb_rebalance_num_iterations": 5},
+    ),
     "tp4-halves": ("qwen3_moe", {"tp": 4, "ep": 2, "enable_two_batch_overlap": True}),
 }
 
@@ -66,6 +70,8 @@ def test_greedy_tokens_are_those_of_the_reference_on_a_mesh(steps_of, layout):
     replies, steps, count = launches(served, golden_rows(golden))
     check_greedy(golden, replies)
     assert count < steps
+    if "enable_eplb" in options:
+        assert served.stats()["experts"]["moved"] > 0
 
 
 def test_crowd_of_other_lengths_and_temperatures_gets_the_tokens_of_single_steps(steps_of):

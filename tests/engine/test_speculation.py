@@ -22,6 +22,7 @@ PROMPT = [5, 6, 7, 8] * 5
 HELD_OUT = (Path(TINY) / "held_out.txt").read_bytes()
 TEXT = list(b"Return a list of the names that are defined in the module. If the")
 DP_AND_EP = {"tp": 2, "dp_size": 2, "enable_dp_attention": True, "ep": 2}
+MOVING = {"enable_eplb": True, "eplb_rebalance_num_iterations": 5}
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def crowd(prompt: list[int]) -> list[Row]:
 
 
 @pytest.mark.parametrize(
-    "family, layout", [("llama", {}), ("mixtral", {"tp": 2}), ("deepseek_v3", DP_AND_EP)]
+    "family, layout", [("llama", {}), ("mixtral", {"tp": 2}), ("deepseek_v3", DP_AND_EP | MOVING)]
 )
 def test_tokens_and_logprobs_are_those_without_speculation(engine, family, layout):
     rows = [*crowd(PROMPT), *golden_rows(Golden.read(family))]
@@ -70,6 +71,8 @@ def test_tokens_and_logprobs_are_those_without_speculation(engine, family, layou
     check_greedy(Golden.read(family), replies[8:])
     assert replies[1]["meta_info"]["spec_accept_token_num"] > 15
     assert replies[1]["meta_info"]["spec_verify_ct"] < 15
+    if MOVING.items() <= layout.items():
+        assert engine(family, **NGRAM, **layout).stats()["experts"]["moved"] > 0
 
 
 @pytest.mark.parametrize(
