@@ -42,7 +42,8 @@ async def run(config: ServerConfig) -> int:
     if len(configs) > 1:
         logger.warning(
             "--dp-size %d without --enable-dp-attention: %d full replicas, taken in turn; "
-            "python -m router.launch_server routes them by cached prefix",
+            "python -m router.launch_server routes them by cached prefix, and data-parallel attention needs "
+            "both --dp-size and --enable-dp-attention",
             *(config.dp_size, config.dp_size),
         )
     with tempfile.TemporaryDirectory(prefix="jaxserve-") as directory:

@@ -229,6 +229,21 @@ def test_yaml_key_and_name_are_used_and_flags_win_over_yaml(launch, flags, tmp_p
     assert server.output() == "", "a quiet server says nothing"
 
 
+def test_dp_size_alone_is_full_replicas_behind_one_port_taken_in_turn(launch, local):
+    server = launch("--dp-size", "2", "--device", "cpu").until_ready()
+    assert len(psutil.Process(server.process.pid).children()) == 2
+    replies = [server.generate(PROMPT, 24) for _ in range(4)]
+    mine = local.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+    assert [reply["output_ids"] for reply in replies] == [mine] * 4
+    facts = [(reply["meta_info"]["dp_rank"], reply["meta_info"]["cached_tokens"]) for reply in replies]
+    assert facts == [(0, 0), (1, 0), (0, 32), (1, 32)]  # each has a cache of its own
+    [warning] = [line for line in server.output().splitlines() if "--enable-dp-attention" in line]
+    assert "2 full replicas" in warning and "python -m router.launch_server" in warning
+    assert "data-parallel attention needs both --dp-size and --enable-dp-attention" in warning
+    server.process.terminate()
+    assert server.wait() == 0, server.output()
+
+
 # ---- death ----
 
 
