@@ -20,7 +20,6 @@ from tests.compiling import QUICK_COMPILE
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # processes that tests start buffer what they write, as a user's do
 
-jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # a mixed dtype is a mistake in the making
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,12 +37,14 @@ SMALL = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+    parser.addoption("--devices", type=int, default=8, help="virtual CPU devices (default 8)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not on_gpu(config):
         os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that tests start
         jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", config.option.devices)
         os.environ["XLA_FLAGS"] = QUICK_COMPILE
     # Programs of an earlier run are read back, which more than halves the time of the next one.
     jax.config.update("jax_compilation_cache_dir", compile_cache_dir(config))

@@ -29,6 +29,7 @@ BOS, EOS = 256, 257
 CONTEXT, BATCH = 256, 16
 BIAS_SPEED = 1e-3  # how far a step moves the routing bias of an expert with too much or too little load
 MTP_WEIGHT = 0.3
+WARM_UP = 50  # steps until the full learning rate
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1600, help="of 4,096 tokens (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.steps <= WARM_UP:
+        parser.error(f"--steps {args.steps}: the learning rate takes {WARM_UP} to warm up; give more")
     documents = list(read_documents())
     held_out = documents[::20]
     training = to_tokens(d for i, d in enumerate(documents) if i % 20)
@@ -80,7 +83,7 @@ def train(training: np.ndarray, held_out: np.ndarray, steps: int, seed: int) -> 
     model = TinyDeepseek(Shape(), nnx.Rngs(seed))
     count = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     print(f"{count:,} parameters", flush=True)
-    schedule = optax.warmup_cosine_decay_schedule(0, 3e-3, 50, steps, 1e-4)
+    schedule = optax.warmup_cosine_decay_schedule(0, 3e-3, WARM_UP, steps, 1e-4)
     optimizer = nnx.Optimizer(
         model,
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, 0.9, 0.95, weight_decay=0.05)),

@@ -8,6 +8,7 @@ All of it: scripts/test tests/parallel/test_engine_layouts.py --slow (docs/layou
 import contextlib
 import json
 
+import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
@@ -134,6 +135,28 @@ def counted_choices(served, family):
     # A step already launched when a request ended computes one token more of it.
     assert (per_layer >= computed * num_choices(family)).all()
     assert (per_layer <= (computed + len(replies)) * num_choices(family)).all()
+
+
+# Every mix of sixteen devices, on models that divide: Kimi-K2 has 16 experts, DeepSeek-V3 an FFN of 16.
+SIXTEEN = [
+    pytest.param("kimi_k2" if ep > 1 else "deepseek_v3", dp, ep, id=f"tp16-dpa{dp}-ep{ep}")
+    for dp in (2, 4, 8, 16)
+    for ep in (1, *(e for e in (2, 4, 8, 16) if e % dp == 0))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, dp, ep", SIXTEEN)
+def test_greedy_tokens_are_the_recorded_ones_on_sixteen_devices(engine, family, dp, ep):
+    if jax.device_count() < 16:
+        pytest.skip("runs under --devices 16")
+    golden = Golden.read(family)
+    for backend in BACKENDS if ep > 1 else (None,):
+        chosen = {"moe_a2a_backend": backend} if backend else {}
+        served = engine(family, tp=16, ep=ep, **dpa(dp), **chosen)
+        for _ in range(2):  # the second time from the cache
+            prompts = [p.tolist() for p in golden.prompts]
+            check_greedy(golden, served.generate(input_ids=prompts, sampling_params=GREEDY))
 
 
 SCORED = {"return_logprob": True, "top_logprobs_num": 3}

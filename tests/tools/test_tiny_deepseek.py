@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxserve
 from tools.tiny_deepseek import Shape, TinyDeepseek
-from tools.train_tiny import make_tokenizer
+from tools.train_tiny import main, make_tokenizer
 
 TRAINED = Path(__file__).parents[2] / "configs" / "tiny-deepseek"
 SMALL = {"max_running_requests": 4, "chunked_prefill_size": 64, "max_total_tokens": 2048}
@@ -74,3 +74,11 @@ def test_byte_tokenizer_gives_bytes_and_back():
     text = "def f(x): return 'Grüße, 世界 🌍'\n"
     assert tokenizer.encode(text).ids == list(text.encode())
     assert tokenizer.decode(list(text.encode())) == text
+
+
+def test_fewer_steps_than_the_warm_up_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--to", str(tmp_path / "made"), "--steps", "50"])
+    assert end.value.code == 2
+    assert "--steps 50: the learning rate takes 50 to warm up; give more" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
