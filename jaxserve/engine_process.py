@@ -5,8 +5,7 @@ import contextlib
 import json
 import socket
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from jaxserve.config import ServerConfig
 from jaxserve.lifeline import Lifeline
@@ -15,6 +14,7 @@ from jaxserve.progress import ProgressLines
 from jaxserve.transport import Connection, ZmqCarrier
 
 WATCHDOG_S = 300.0  # an engine that owes an answer and says nothing for so long is frozen
+NUM_LOOKS = 10  # by which that time is counted
 # Of several hosts, an engine without a sign of life for so long is killed: a little later than the other
 # hosts miss it (`multihost.SILENCE_S`), so that they can still say that it was silent.
 FROZEN_S = 13.0
@@ -118,13 +118,26 @@ class EngineProcess:
         self._lose(self._last_words or f"the engine process ended with status {code}")
 
     async def _watch_silence(self) -> None:
-        while True:
-            await asyncio.sleep(WATCHDOG_S / 10)
-            silent_s = time.monotonic() - self.connection.last_heard_s
-            if self.connection.waits and silent_s > WATCHDOG_S:
-                self._process.kill()
-                self._lose(f"the engine said nothing for {silent_s:.0f} s")
+        await until_frozen(self.connection)
+        self._process.kill()
+        self._lose(f"the engine said nothing for {WATCHDOG_S:.0f} s")
 
     def _lose(self, reason: str) -> None:
         self.connection.fail(reason)
         self.dead.set()
+
+
+async def until_frozen(
+    connection: Connection, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+) -> None:
+    """Return once the engine has owed an answer and said nothing for WATCHDOG_S.
+
+    Looks are counted, not seconds: an engine that nobody asked anything owes nothing for that time, and
+    neither does one that was stopped together with this process.
+    """
+    silent_looks, heard_s = 0, connection.last_heard_s
+    while silent_looks <= NUM_LOOKS:  # the first may come just after the request
+        await sleep(WATCHDOG_S / NUM_LOOKS)
+        silent = connection.waits and connection.last_heard_s == heard_s
+        silent_looks = silent_looks + 1 if silent else 0
+        heard_s = connection.last_heard_s

@@ -239,9 +239,10 @@ class EngineLoop:
             else:
                 outputs.append(self._output(request, tokens))
         self.stats.record(step.plan.num_steps, new_tokens, outputs, self._clock())
-        if outputs or plain:
+        loads = self._due_loads()
+        if outputs or plain or (loads and self.scheduler.has_work):  # also a sign of life in a long prompt
             self._tell_cache_events()
-            self._endpoint.send(Outputs(outputs, plain, self._due_loads()))
+            self._endpoint.send(Outputs(outputs, plain, loads))
         if drafts is not None and self.runner.nextn is not None:
             self.runner.nextn.give(step.bucket, step.plan, drafts)
 

@@ -1,11 +1,11 @@
 """Requests that are left, aborted or share a name: the in-process engine from its client's end."""
 
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import pytest
 
 from jaxserve.messages import EngineRefusal, Generate, Sampling
-from tests.engine.asking import Followed
+from tests.engine.asking import Followed, raw
 
 LONG = Sampling(max_new_tokens=480, temperature=0.0)
 
@@ -53,6 +53,21 @@ def test_rid_in_use_is_refused_and_the_running_request_is_not_disturbed(engine):
         assert len(await tokens_of(stream)) == 480
 
     engine()._run(main())
+
+
+def test_engine_gives_signs_of_life_while_it_computes_a_long_prompt(engine, monkeypatch):
+    """Who owes an answer and says nothing is taken for frozen, however long the prompt."""
+    loop = engine(chunked_prefill_size=16)._engine
+    heard = []
+    monkeypatch.setattr("jaxserve.engine.loop.LOAD_INTERVAL_S", 0.0)
+    monkeypatch.setattr(
+        loop._endpoint, "send", lambda m, send=loop._endpoint.send: (heard.append(m), send(m))
+    )
+    prompt = Generate(rid="long", input_ids=[5, 6, 7] * 40, sampling=Sampling(max_new_tokens=1))
+    raw(engine(chunked_prefill_size=16), prompt)
+    before = list(takewhile(lambda m: not (m.items or m.tokens), heard))
+    assert len(before) == 7  # of eight chunks of 16 tokens the last one gives the output
+    assert all(m.loads for m in before)
 
 
 def test_abort_ends_running_and_waiting_requests_with_a_finish(engine):
