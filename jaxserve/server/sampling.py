@@ -25,6 +25,8 @@ from jaxserve.server.schema import (
 
 DEFAULT_MAX_NEW_TOKENS = 128
 GREEDY_BELOW = 1e-6
+# What the device's float32 takes for zero or infinity becomes a number of the same effect.
+LEAST, MOST = 1e-30, 1e30
 NUMBERS = words("""
     min_new_tokens temperature top_p min_p frequency_penalty presence_penalty repetition_penalty n
 """)
@@ -133,13 +135,13 @@ def resolve_sampling(
     return Sampling(
         max_new_tokens=max(1, max_new_tokens),  # 0: the engine makes one, which is not given out
         min_new_tokens=params.min_new_tokens,
-        temperature=0.0 if greedy else params.temperature,
-        top_p=params.top_p,
+        temperature=0.0 if greedy else min(params.temperature, MOST),
+        top_p=max(params.top_p, LEAST),
         top_k=params.top_k if params.top_k < info.vocab_size else -1,
         min_p=params.min_p,
         frequency_penalty=params.frequency_penalty,
         presence_penalty=params.presence_penalty,
-        repetition_penalty=params.repetition_penalty,
+        repetition_penalty=max(params.repetition_penalty, LEAST),
         stop_token_ids=tuple(sorted(stop_ids)),
         logit_bias=params.logit_bias or {},
         seed=None if params.sampling_seed is None else _fold(params.sampling_seed + sample),

@@ -71,6 +71,21 @@ def test_penalties_subtract_and_divide_by_what_was_said(engine, logits_of, penal
     check_choices(logits_of(prompt + got[0]), prompt, got[0], adjust)
 
 
+@pytest.mark.parametrize(
+    "extreme, same",
+    [
+        ({"repetition_penalty": 1e-320, "temperature": 0}, {"repetition_penalty": 1e-7, "temperature": 0}),
+        ({"temperature": 1e308, "min_p": 1.0}, {"temperature": 1e20, "min_p": 1.0}),
+        ({"temperature": 1e308, "top_p": 1e-320}, {"temperature": 1e20, "top_p": 1e-6}),
+    ],
+    ids=str,
+)
+def test_value_beyond_float32_acts_as_the_most_extreme_one_within(engine, extreme, same):
+    params = {"max_new_tokens": 12, "ignore_eos": True, "sampling_seed": 4}
+    got, want = tokens(ask(engine(), [Row(PROMPT, params | extreme), Row(PROMPT, params | same)]))
+    assert got == want
+
+
 def test_slot_forgets_penalties_and_biases_of_its_last_request(engine):
     """Each slot is used by a heavily biased request; then plain ones run in the program that has biases."""
     heavy = greedy(PROMPT, 8, logit_bias={"9": 100.0}, repetition_penalty=2.0, min_new_tokens=4)
@@ -164,7 +179,9 @@ def test_ignoring_eos_does_not_ignore_stop_token_ids(engine):
 
 
 @pytest.mark.parametrize(
-    "alone", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-7}], ids=str
+    "alone",
+    [{"top_k": 1}, {"top_p": 1e-6}, {"top_p": 1e-320}, {"min_p": 1.0}, {"temperature": 1e-7}],
+    ids=str,
 )
 def test_filter_that_leaves_one_token_is_greedy(engine, alone):
     rows = [Row(PROMPT, {"max_new_tokens": 24, "ignore_eos": True, "temperature": 1.5, **alone})]
