@@ -208,7 +208,7 @@ def _type_error(message: str, values: dict[str, Any], where: str) -> RequestErro
     """msgspec's "Expected `int`, got `str` - at `$.stop[2]`", with the parameter's name and its value."""
     what, _, path = message.partition(" - at `")
     of, _, path = path.rstrip("`").rpartition("` in `")  # "key` in `$.logit_bias"
-    value: Any = values
+    value: Any = None if of else values  # which of the keys is not said
     for name, index in _STEP.findall(path):
         try:
             value = value[int(index)] if index else value[name] if name else None

@@ -77,8 +77,8 @@ def as_request_error(error: BaseException) -> RequestError:
 async def read_json_body(request: Request) -> Any:
     """The decoded body.
 
-    Raises RequestError: 408 when it comes too slowly, 413 when too large, 415 by content type, 400 when not
-    JSON; ClientGone.
+    Raises RequestError: 408 when it comes too slowly, 413 when too large, 415 by content type or encoding,
+    400 when not JSON; ClientGone.
     """
     limit = MAX_BODY_BYTES
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -88,6 +88,9 @@ async def read_json_body(request: Request) -> Any:
         and not (kind.startswith("application/") and kind.endswith("+json"))
     ):
         raise RequestError(f"content-type must be application/json, got {kind[:60]}", status=415)
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise RequestError(f"content-encoding {encoding[:60]} is not supported; send plain JSON", status=415)
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)

@@ -1,5 +1,6 @@
 """What a wrong request is answered: status, parameter and message, in OpenAI's error body."""
 
+import gzip
 import socket
 
 import httpx
@@ -128,7 +129,7 @@ SAMPLING_CASES = [
     ("stop_token_ids", [320], "holds token id 320; valid ids are [0, 319]"),
     ("stop_token_ids", [5] * 65, "may have up to 64 entries, got 65"),
     ("logit_bias", {"320": 1}, "holds token id 320"),
-    ("logit_bias", {"a": 1}, "must be of type int"),
+    ("logit_bias", {"a": 1}, "key of sampling_params.logit_bias must be of type int, got str"),
     ("logit_bias", {"5": 101}, "must be in [-100, 100], got 101"),
     ("logit_bias", {str(i): 1 for i in range(301)}, "may have up to 300 entries, got 301"),
     ("regex", "a+", "is not supported"),
@@ -276,6 +277,14 @@ def test_content_type_is_json_or_absent(server):
     assert server.http.post("/generate", content=content).status_code == 200
     refused = server.http.post("/generate", content=content, headers={"content-type": "text/plain"})
     assert "got text/plain" in error_of(refused, 415)["message"]
+
+
+def test_compressed_body_is_415(server):
+    content = gzip.compress(b'{"text": "x"}')
+    packed = server.http.post("/generate", content=content, headers={"content-encoding": "gzip"})
+    assert "content-encoding gzip is not supported" in error_of(packed, 415)["message"]
+    plain = server.http.post("/generate", json={"text": "x"}, headers={"content-encoding": "identity"})
+    assert plain.status_code == 200
 
 
 def test_body_that_does_not_arrive_is_408(server, monkeypatch):
