@@ -1,21 +1,17 @@
 """`python -m jaxserve.launch_server --model-path M ...`: serve a model over HTTP."""
 
 import asyncio
-import logging
 import sys
 from collections.abc import Sequence
 
 from jaxserve.config import ConfigError, ServerConfig
-from jaxserve.full_disk import forget_unwritten_output
 from jaxserve.launch import run
+from jaxserve.logs import start_logging
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = ServerConfig.from_command_line(argv, prog="python -m jaxserve.launch_server")
-    forget_unwritten_output()
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s http %(levelname)s %(name)s: %(message)s"
-    )
+    start_logging("http", config.log_level)
     try:
         return asyncio.run(run(config))
     except ConfigError as error:

@@ -18,8 +18,8 @@ import zmq
 
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.multihost import SILENCE_S, Ending, Follower, Hosts, Leader
-from jaxserve.full_disk import forget_unwritten_output
 from jaxserve.lifeline import Lifeline
+from jaxserve.logs import start_logging
 from jaxserve.messages import Fatal, Progress
 from jaxserve.transport import ZmqEndpoint
 
@@ -34,10 +34,7 @@ def main() -> int:
     lifeline = Lifeline(socket.socket(fileno=os.dup(sys.stdin.fileno())))
     config = ServerConfig.from_keywords(**json.loads(lifeline.first_line()))
     name = f"engine {config.node_rank}" if config.nnodes > 1 else "engine"
-    forget_unwritten_output()
-    logging.basicConfig(
-        level=config.log_level.upper(), format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s"
-    )
+    start_logging(name, config.log_level)
     endpoint = ZmqEndpoint(sys.argv[1])
     hosts = _hosts(config, lifeline)
     _hold(lifeline, hosts)
