@@ -102,14 +102,15 @@ async def model_info(request: Request) -> Response:
 async def server_info(request: Request) -> Response:
     """The configuration (without secrets), what the engine made of it, and each dp rank's state."""
     service: Service = request.app.state.service
-    arguments = service.config.to_dict()
+    info, arguments = service.client.info, service.config.to_dict()
     if arguments.get("api_key") is not None:
         arguments["api_key"] = "***"
     return json_response(
         {
             **arguments,
-            **msgspec.structs.asdict(service.client.info),
-            "tokenizer_path": service.config.tokenizer_path or service.client.info.tokenizer_dir,
+            **msgspec.structs.asdict(info),
+            "quantization": info.quantization or None,
+            "tokenizer_path": service.config.tokenizer_path or info.tokenizer_dir,
             "protocol": PROTOCOL,
             "status": "ready" if request.app.state.ready else "starting",
             "draining": bool(request.app.state.draining),

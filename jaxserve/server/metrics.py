@@ -14,7 +14,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from jaxserve.messages import Info, Output
 from jaxserve.server.sequence import Sequence
@@ -167,11 +167,23 @@ class Metrics:
                 yield self._gauge(name, help, values)
         for key, (name, help) in STAT_GAUGES.items():
             yield self._gauge(name, help, [(0, self._stats.get(key))])
+        yield self._realtime_tokens()
         if experts := self._stats.get("experts"):
             yield from self._expert_gauges(experts)
         yield self._gauge("engine_startup_time", "Seconds until readiness.", [(0, self._info.startup_s)])
         loading = "Seconds spent loading weights."
         yield self._gauge("engine_load_weights_time", loading, [(0, self._info.load_weights_s)])
+
+    def _realtime_tokens(self) -> CounterMetricFamily:
+        """What the other counters learn when a request is over, told as it is computed."""
+        help = "Tokens of requests that have begun: prompt computed, prompt from the cache, generated."
+        counter = CounterMetricFamily("sglang:realtime_tokens", help, labels=(*LABELS, "mode"))
+        counts = [self._stats.get(f"{kind}_tokens", ()) for kind in ("prompt", "cached", "generation")]
+        for rank, (prompt, cached, generated) in enumerate(zip(*counts)):
+            modes = {"prefill_compute": prompt - cached, "prefill_cache": cached, "decode": generated}
+            for mode, value in modes.items():
+                counter.add_metric((self._model_name, str(rank), mode), value)
+        return counter
 
     def _expert_gauges(self, experts: Mapping[str, Any]) -> Iterable[Metric]:
         """As many values as layers and devices with experts; single experts are in the records only."""

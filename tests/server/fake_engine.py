@@ -117,9 +117,9 @@ class FakeEngine:
             if not self.has_experts:
                 raise EngineRefusal("this model has no experts")
             return {"logical_count": [[3, 1]]} if method.startswith("dump") else None
-        return {"compiles_after_ready": 0, "retractions": 3} | (
-            {"experts": EXPERTS} if self.has_experts else {}
-        )
+        tokens = {"prompt_tokens": [9, 7], "cached_tokens": [4, 0], "generation_tokens": [20, 30]}
+        experts = {"experts": EXPERTS} if self.has_experts else {}
+        return {"compiles_after_ready": 0, "retractions": 3} | tokens | experts
 
 
 class _Stream:

@@ -29,6 +29,7 @@ def test_model_info(server, path):
 def test_server_info_has_configuration_and_states(server, path):
     info = server.http.get(path).json()
     assert info["page_size"] == 16
+    assert info["quantization"] is None
     assert info["max_total_num_tokens"] == 4096
     assert info["instance_id"] == "instance-1"
     assert [s["dp_rank"] for s in info["internal_states"]] == [0, 1]
@@ -112,6 +113,21 @@ def test_gauges_come_from_the_engine(server):
     assert sample(server, "compiles_after_ready") == 0
     assert sample(server, "num_retractions") == 3
     assert sample(server, "engine_startup_time") == 2
+
+
+def test_tokens_are_counted_before_their_request_is_over(server):
+    lines = server.http.get("/metrics").text.splitlines()
+    assert "# TYPE sglang:realtime_tokens_total counter" in lines
+    counts = dict(line.rpartition(" ")[::2] for line in lines if line.startswith("sglang:realtime_tokens"))
+    name = 'sglang:realtime_tokens_total{{dp_rank="{}",mode="{}",model_name="tiny/model"}}'
+    assert counts == {
+        name.format(0, "prefill_compute"): "5.0",
+        name.format(0, "prefill_cache"): "4.0",
+        name.format(0, "decode"): "20.0",
+        name.format(1, "prefill_compute"): "7.0",
+        name.format(1, "prefill_cache"): "0.0",
+        name.format(1, "decode"): "30.0",
+    }
 
 
 def test_experts_are_told_by_layer_and_device(server):
