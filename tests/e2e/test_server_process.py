@@ -11,6 +11,8 @@ import psutil
 import pytest
 
 from tests.e2e.process import PATIENCE_S, body, until
+from tests.engine.asking import Golden, check_greedy
+from tests.weights.test_hub import hub  # noqa: F401  (a fixture)
 
 PROMPT = [10, 11, 12, 13, 14] * 8
 GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
@@ -49,6 +51,12 @@ def test_generate_answers_with_the_tokens_of_the_engine_in_this_process(server, 
         assert reply["output_ids"] == mine["output_ids"]
         assert reply["text"] == mine["text"]
         assert reply["meta_info"]["finish_reason"] == {"type": "length", "length": 24}
+
+
+def test_generate_answers_with_the_recorded_tokens(server):
+    golden = Golden.read("llama")
+    prompts = [prompt.tolist() for prompt in golden.prompts]
+    check_greedy(golden, server.http.post("/generate", json=body(prompts, golden.greedy.shape[1])).json())
 
 
 def test_seeded_sample_over_http_is_that_of_the_engine_in_this_process(server, local):
@@ -182,6 +190,12 @@ def test_port_taken_while_the_model_loads_is_one_line_and_status_2(launch):
 def test_bad_model_path_is_one_line_and_status_2(launch, tmp_path, compile_cache):
     line = refused(launch(base=["--model-path", str(tmp_path / "nothing")]))
     assert line.startswith("jaxserve: ") and str(tmp_path / "nothing") in line
+
+
+def test_gated_model_is_one_line_that_names_the_token_and_status_2(launch, hub):  # noqa: F811
+    line = refused(launch(base=["--model-path", "acme/gated"]))
+    assert line.startswith("jaxserve: acme/gated: gated at http://127.0.0.1:")
+    assert "set HF_TOKEN to a token of the same account with read access to acme/gated" in line
 
 
 def test_context_longer_than_the_models_is_one_line_and_status_2(launch):
