@@ -80,8 +80,15 @@ def build(
         raise ConfigError(
             f"nnodes={config.nnodes}: an engine in this process has one host; use launch_server"
         )
+    if config.dp_size > config.attention_dp:
+        raise ConfigError(
+            f"dp_size={config.dp_size} without enable_dp_attention makes full replicas, and an engine in "
+            "this process is one; use launch_server, or enable_dp_attention"
+        )
     checkpoint = (
-        None if config.load_format == "dummy" else open_checkpoint(config.model_path, config.revision)
+        None
+        if config.load_format == "dummy"
+        else open_checkpoint(config.model_path, config.revision, config.load_format)
     )
     if checkpoint is None:
         hf_config, generation_config, tokenizer_dir = read_dummy_config(config.model_path)
@@ -89,7 +96,7 @@ def build(
         hf_config, generation_config = checkpoint.config, checkpoint.generation_config
         tokenizer_dir = str(checkpoint.tokenizer_dir)
 
-    devices = jax.devices()
+    devices = _find_devices(config)
     on_cpu = devices[0].platform == "cpu"
     mesh = meshes.make_mesh(layout, devices)
     blueprint = draw(config, hf_config, mesh, on_cpu)
@@ -205,6 +212,19 @@ def build(
     drafter = blueprint.drafter()
     scheduler = Scheduler(limits, layout.dp, not config.disable_radix_cache, drafter=drafter)
     return scheduler, runner, info, stats
+
+
+def _find_devices(config: ServerConfig) -> list[Any]:
+    """jax's devices. Raises ConfigError when they are not of the kind that was asked for."""
+    try:
+        devices = jax.devices()
+        reason = f"jax runs on {devices[0].platform} in this process"
+    except (RuntimeError, AssertionError) as error:  # the second by jax, where a platform has no plugin
+        devices, reason = [], str(error) or "jax has no plugin for it"
+    if devices and (config.device == "auto" or (devices[0].platform == "cpu") == (config.device == "cpu")):
+        return devices
+    cure = "" if config.device == "cpu" else "; install the cuda13 or cuda12 extra, or use device=cpu"
+    raise ConfigError(f"device={config.device} is not there ({reason}){cure}")
 
 
 def _expert_state(blueprint: Blueprint, leaves: list[jax.Array]) -> ExpertState | None:

@@ -24,10 +24,10 @@ class Dimensions:
 
     @classmethod
     def read(cls, config: dict[str, Any]) -> "Dimensions":
-        """Raises ConfigError when a key is missing or sizes do not fit each other."""
-        D, H = need(config, "hidden_size"), need(config, "num_attention_heads")
-        G = config.get("num_key_value_heads") or H
-        K = config.get("head_dim") or D // H
+        """Raises ConfigError when a key is missing or no size, or sizes do not fit each other."""
+        D, H = need_size(config, "hidden_size"), need_size(config, "num_attention_heads")
+        G = need_size(config, "num_key_value_heads") if config.get("num_key_value_heads") else H
+        K = need_size(config, "head_dim") if config.get("head_dim") else D // H
         if H % G:
             raise ConfigError(
                 f"config.json: num_attention_heads={H} is not a multiple of num_key_value_heads={G}"
@@ -36,14 +36,14 @@ class Dimensions:
             raise ConfigError(f"config.json: head_dim={K} is odd; rotary embedding needs pairs")
         return cls(
             D=D,
-            F=need(config, "intermediate_size"),
+            F=need_size(config, "intermediate_size"),
             H=H,
             G=G,
             K=K,
-            V=need(config, "vocab_size"),
-            num_layers=need(config, "num_hidden_layers"),
+            V=need_size(config, "vocab_size"),
+            num_layers=need_size(config, "num_hidden_layers"),
             eps=config.get("rms_norm_eps", 1e-6),
-            max_position=need(config, "max_position_embeddings"),
+            max_position=need_size(config, "max_position_embeddings"),
         )
 
     @property
@@ -56,6 +56,13 @@ def need(config: dict[str, Any], key: str) -> Any:
     if config.get(key) is None:
         raise ConfigError(f"config.json: {key} is missing")
     return config[key]
+
+
+def need_size(config: dict[str, Any], key: str) -> int:
+    value = need(config, key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"config.json: {key}={value!r} must be a positive integer")
+    return value
 
 
 def num_experts(config: dict[str, Any]) -> int:

@@ -239,9 +239,14 @@ async def encode(
             param=param,
             code="context_length_exceeded",
         )
-    if sum(map(len, texts)) > THREAD_CHARS:
-        return await asyncio.to_thread(tokenizer.encode_batch, texts, add_special_tokens)
-    return [tokenizer.encode(text, add_special_tokens) for text in texts]
+    try:
+        if sum(map(len, texts)) > THREAD_CHARS:
+            return await asyncio.to_thread(tokenizer.encode_batch, texts, add_special_tokens)
+        return [tokenizer.encode(text, add_special_tokens) for text in texts]
+    except TypeError:  # JSON brings no such text, a caller in this process can
+        raise RequestError(
+            f"{param} holds half a surrogate pair, which is no character", param=param
+        ) from None
 
 
 def check_dp_rank(service: Service, routed_dp_rank: int | None, data_parallel_rank: int | None) -> int | None:

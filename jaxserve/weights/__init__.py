@@ -15,13 +15,29 @@ from jaxserve.weights.safetensors import SafetensorsCheckpoint
 __all__ = ["Checkpoint", "CheckpointError", "TensorInfo", "load", "load_dummy", "open_checkpoint"]
 
 
-def open_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint:
+FORMATS: dict[str, type] = {
+    "safetensors": SafetensorsCheckpoint,
+    "gguf": GGUFCheckpoint,
+    "orbax": orbax.OrbaxCheckpoint,
+}
+
+
+def open_checkpoint(path: str | Path, revision: str | None = None, load_format: str = "auto") -> Checkpoint:
     """Open a Hugging Face directory, a hub id, a GGUF file or a converted (orbax) directory.
 
     Reads headers only. What exists on disk is never looked up on the hub; `revision` is for hub ids.
 
-    Raises: CheckpointError when it is none of these, or is damaged or incomplete.
+    Raises: CheckpointError when it is none of these, is damaged or incomplete, or is of another format
+    than `load_format`, a key of FORMATS.
     """
+    checkpoint = _open(path, revision)
+    if load_format != "auto" and not isinstance(checkpoint, FORMATS[load_format]):
+        found = next(name for name, kind in FORMATS.items() if isinstance(checkpoint, kind))
+        raise CheckpointError(f"load_format={load_format}: {path} holds {found}; leave load_format out")
+    return checkpoint
+
+
+def _open(path: str | Path, revision: str | None) -> Checkpoint:
     local = Path(path).expanduser()
     if local.is_file():
         if local.suffix != ".gguf":
