@@ -5,6 +5,7 @@ with jaxserve.Engine(model_path="...") as engine:
 """
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Coroutine, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from jaxserve.config import ServerConfig
 from jaxserve.engine.build import build, prepare_devices
 from jaxserve.engine.loop import EngineLoop
 from jaxserve.launch import load_text
-from jaxserve.messages import Drain, FromEngine, Info
+from jaxserve.messages import Drain, EngineDeadError, FromEngine, Info
 from jaxserve.progress import ProgressLines
 from jaxserve.server.generate import reply, stream
 from jaxserve.server.schema import GenerateBody, parse
@@ -119,7 +120,7 @@ class Engine:
             self._threads[1].join()
         if self._threads[0].is_alive():
             if hasattr(self, "_connection"):
-                self._loop.call_soon_threadsafe(self._connection.fail, "the engine was shut down")
+                self._run(_tell_all(self._connection))
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._threads[0].join()
             self._loop.close()
@@ -131,6 +132,9 @@ class Engine:
         self.shutdown()
 
     def _run[T](self, work: Coroutine[Any, Any, T]) -> T:
+        if self._loop.is_closed():
+            work.close()
+            raise EngineDeadError("the engine was shut down")
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _stream(self, body: GenerateBody) -> Iterator[Reply]:
@@ -139,7 +143,8 @@ class Engine:
             while (event := self._run(_next(events))) is not None:
                 yield event
         finally:
-            self._run(events.aclose())  # type: ignore[attr-defined]
+            with contextlib.suppress(EngineDeadError):  # it was shut down before the iterator was left
+                self._run(events.aclose())  # type: ignore[attr-defined]
 
     def _serve(self) -> None:
         try:
@@ -154,6 +159,13 @@ class Engine:
 
 async def _connect(send: Any) -> Connection:
     return Connection(send)
+
+
+async def _tell_all(connection: Connection) -> None:
+    """Whoever still waits for the engine, in other threads, gets its last words or EngineDeadError."""
+    connection.fail("the engine was shut down")
+    waiting = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def _make_service(*args: Any, **kwargs: Any) -> Service:
