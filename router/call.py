@@ -1,8 +1,9 @@
 """One client request as the gateway sees it: the few fields it routes by, and the bytes it passes on."""
 
 import os
-import random
+from binascii import b2a_hex
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -49,7 +50,7 @@ class Route:
     """A data route: its path, the prefix of request ids made for it, and how its errors look."""
 
     path: str
-    id_prefix: str
+    id_prefix: bytes
     multipart: bool = False
     streams: bool = False
 
@@ -57,77 +58,55 @@ class Route:
 ROUTES = {
     route.path: route
     for route in (
-        Route("/generate", "gnt-", streams=True),
-        Route("/v1/chat/completions", "chatcmpl-", streams=True),
-        Route("/v1/completions", "cmpl-", streams=True),
-        Route("/v1/messages", "msg_", streams=True),
-        Route("/v1/messages/count_tokens", "msg_"),
-        Route("/v1/responses", "resp-", streams=True),
-        Route("/v1/embeddings", "req-"),
-        Route("/v1/classify", "req-"),
-        Route("/classify", "req-"),
-        Route("/encode", "req-"),
-        Route("/v1/score", "req-"),
-        Route("/rerank", "req-"),
-        Route("/v1/rerank", "req-"),
-        Route("/tokenize", "req-"),
-        Route("/v1/tokenize", "req-"),
-        Route("/detokenize", "req-"),
-        Route("/v1/detokenize", "req-"),
-        Route("/v1/audio/transcriptions", "req-", multipart=True),
+        Route("/generate", b"gnt-", streams=True),
+        Route("/v1/chat/completions", b"chatcmpl-", streams=True),
+        Route("/v1/completions", b"cmpl-", streams=True),
+        Route("/v1/messages", b"msg_", streams=True),
+        Route("/v1/messages/count_tokens", b"msg_"),
+        Route("/v1/responses", b"resp-", streams=True),
+        Route("/v1/embeddings", b"req-"),
+        Route("/v1/classify", b"req-"),
+        Route("/classify", b"req-"),
+        Route("/encode", b"req-"),
+        Route("/v1/score", b"req-"),
+        Route("/rerank", b"req-"),
+        Route("/v1/rerank", b"req-"),
+        Route("/tokenize", b"req-"),
+        Route("/v1/tokenize", b"req-"),
+        Route("/detokenize", b"req-"),
+        Route("/v1/detokenize", b"req-"),
+        Route("/v1/audio/transcriptions", b"req-", multipart=True),
     )
 }
 
 
-class Call:
+class Call(msgspec.Struct):
     """One request on its way. `prompt` is undecoded JSON: equal prompts have equal leading bytes."""
 
-    __slots__ = (
-        "attempts",
-        "body",
-        "cache_root",
-        "chain",
-        "decision",
-        "fields",
-        "model",
-        "pages",
-        "path",
-        "predicted_tokens",
-        "prompt",
-        "prompt_tokens",
-        "request_id",
-        "route",
-        "routing_key",
-        "status",
-        "stream",
-        "target_worker",
-        "token_ids",
-        "tracker",
-        "worker_url",
-    )
+    route: Route
+    body: bytes | bytearray
+    fields: Fields | None = None
+    model: str | None = None
+    stream: bool = False
+    prompt: bytes = b""
+    prompt_tokens: int = 0  # estimate
+    routing_key: str | None = None
+    target_worker: str | None = None
+    request_id: bytes = b""
+    chain: list[int] | None = None  # block hashes, filled by cache_aware
+    token_ids: list[int] | None = None  # of the prompt, when exact routing knows them
+    cache_root: int = 0  # parent of the first page, set with token_ids
+    pages: dict[int, list[int]] = {}  # page hashes by page size; a new dict for each call
+    tracker: "Tracker | None" = None  # of a stream that can be resumed
+    decision: str = ""  # why this worker
+    predicted_tokens: int = -1  # cached tokens expected there; -1: no opinion
+    attempts: int = 0
+    worker_url: str = ""  # of the last attempt
+    status: int = 0  # of the answer that goes to the client
 
-    def __init__(self, route: Route, body: bytes | bytearray) -> None:
-        self.route = route
-        self.path = route.path
-        self.body = body
-        self.fields: Fields | None = None
-        self.model: str | None = None
-        self.stream = False
-        self.prompt: bytes = b""
-        self.prompt_tokens = 0  # estimate
-        self.routing_key: str | None = None
-        self.target_worker: str | None = None
-        self.request_id = b""
-        self.chain: list[int] | None = None  # block hashes, filled by cache_aware
-        self.token_ids: list[int] | None = None  # of the prompt, when exact routing knows them
-        self.cache_root = 0  # parent of the first page, set with token_ids
-        self.pages: dict[int, list[int]] = {}  # page hashes by page size
-        self.tracker: Tracker | None = None  # of a stream that can be resumed
-        self.decision = ""  # why this worker
-        self.predicted_tokens = -1  # cached tokens expected there; -1: no opinion
-        self.attempts = 0
-        self.worker_url = ""  # of the last attempt
-        self.status = 0  # of the answer that goes to the client
+    @property
+    def path(self) -> str:
+        return self.route.path
 
     def parse(self, prompt: bool) -> None:
         """Read the body's routing fields; with `prompt`, its prompt too. Raises RequestError(400).
@@ -199,9 +178,10 @@ def _not_json(error: Exception) -> RequestError:
     return RequestError(400, "invalid_json", f"the request body is not valid JSON: {error}")
 
 
-_random = random.Random(int.from_bytes(os.urandom(16), "big"))
+_process_id = os.urandom(8).hex().encode()
+_numbers = count(int.from_bytes(os.urandom(3), "big"))
 
 
-def new_request_id(prefix: str) -> bytes:
-    """`prefix` and 24 hexadecimal digits. Unguessable enough to tell requests apart, not a secret."""
-    return f"{prefix}{_random.getrandbits(96):024x}".encode()
+def new_request_id(prefix: bytes) -> bytes:
+    """`prefix` and 24 hexadecimal digits: 16 drawn once a process, 8 that count. Unique, not a secret."""
+    return prefix + _process_id + b2a_hex((next(_numbers) & 0xFFFFFFFF).to_bytes(4))

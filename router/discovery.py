@@ -152,7 +152,7 @@ class KubernetesSource:
         target = f"{self.target}&watch=1&resourceVersion={version}&timeoutSeconds={WATCH_S}"
         lines = [f"GET {target} HTTP/1.1", f"host: {self.pool.address.authority}"]
         lines += [f"{name}: {value}" for name, value in self._headers()]
-        connection, _ = await self.pool.connect(fresh=True)
+        connection = await self.pool.connect()
         try:
             connection.send("\r\n".join([*lines, "content-length: 0", "", ""]).encode(), b"")
             waiting = b""

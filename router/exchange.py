@@ -3,31 +3,41 @@
 Owned by one task. Whoever makes an Exchange must `close` it.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from router.breaker import NORMAL, Admission
 from router.call import Call
 from router.errors import stream_error_event
 from router.exact import body_with_ids
-from router.headers import Answer, ClientHeaders, read_answer, request_head, tiers_in, usage_in, with_dp_rank
+from router.headers import (
+    Answer,
+    ClientHeaders,
+    Usage,
+    read_answer,
+    request_head,
+    tiers_in,
+    usage_in,
+    usage_of,
+    with_dp_rank,
+)
 from router.resume import HEADER, Tracker, make_tracker
 from router.upstream import Connection, UpstreamError
 from router.workers import Worker
 
 if TYPE_CHECKING:
+    from router.http_server import Running
     from router.proxy import Proxy
 
 WHOLE_ANSWER_BYTES = 1 << 20  # answers up to here are read whole before the first byte goes out
 
 
-class Client:
-    """The way back: ASGI `send`, and our own server's connection when it is ours."""
+class Client(msgspec.Struct):
+    """The way back: ASGI `send`, and the request as our own server knows it when it is ours."""
 
-    __slots__ = ("connection", "send")
-
-    def __init__(self, send, connection) -> None:
-        self.send = send
-        self.connection = connection
+    send: Any
+    request: "Running | None"
 
 
 class Exchange:
@@ -91,18 +101,17 @@ class Exchange:
         if worker.dp_rank is not None:
             body = with_dp_rank(call, worker, body)
         head = request_head(method, target, worker, client, call.request_id, len(body), more)
-        connection, used = await worker.pool.connect()
-        self.connection = connection
+        used = worker.pool.reuse()
+        connection = self.connection = used or await worker.pool.connect()
         try:
             connection.send(head, body)
             self.status = await connection.head()
         except UpstreamError as error:
             # The worker closed an idle connection just as it was reused: not its fault, once.
-            if not used or error.kind != "closed" or connection.got_bytes:
+            if used is None or error.kind != "closed" or connection.got_bytes:
                 raise
             connection.release()
-            connection, _ = await worker.pool.connect(fresh=True)
-            self.connection = connection
+            connection = self.connection = await worker.pool.connect()
             connection.send(head, body)
             self.status = await connection.head()
         answer = self.answer = read_answer(connection.headers)
@@ -114,7 +123,7 @@ class Exchange:
                 self.proxy.policy.cleared(worker)
             worker.instance_id = answer.instance
         if answer.length is not None and answer.length <= WHOLE_ANSWER_BYTES and not answer.event_stream:
-            self.body = await connection.body()
+            self.body = connection.take() if connection.complete else await connection.body()
 
     async def relay(self, to: Client) -> int:
         """Pass the answer on; returns completion tokens if reported, else 0.
@@ -134,7 +143,7 @@ class Exchange:
         self._first_token(body)
         self._succeeded()
         self.started = True
-        if to.connection is None or not to.connection.answer(self.status, headers, body):
+        if to.request is None or not to.request.answer(self.status, headers, body):
             await to.send({"type": "http.response.start", "status": self.status, "headers": headers})
             await to.send({"type": "http.response.body", "body": body})
         tokens = self.completion_tokens
@@ -235,11 +244,15 @@ class Exchange:
             self.worker.on_load(self.worker)
         if self.status != 200:
             return
-        self.prompt_tokens, self.completion_tokens, cached = usage_in(data)
-        if self.answer.cached_tokens is not None:
-            cached = self.answer.cached_tokens
+        if self.body is not None:
+            usage = usage_of(data)
+        else:
+            usage = Usage(*usage_in(data), tiers_in(data))
+        self.prompt_tokens, self.completion_tokens = usage.prompt_tokens, usage.completion_tokens
+        cached = usage.cached_tokens if self.answer.cached_tokens is None else self.answer.cached_tokens
         if cached is not None:
-            self.proxy.recorder.cached(self.call, self.worker, self.prompt_tokens, cached, tiers_in(data))
+            tiers = usage.cached_tokens_details
+            self.proxy.recorder.cached(self.call, self.worker, self.prompt_tokens, cached, tiers)
             self.proxy.policy.learned(self.call, self.worker, self.prompt_tokens, cached)
 
     def _arrived(self) -> None:

@@ -1,7 +1,8 @@
 """The bytes of one exchange: what of the client's request goes to the worker, what of its answer back."""
 
 import re
-from dataclasses import dataclass
+
+import msgspec
 
 from router.call import Call
 from router.workers import Load, Worker
@@ -18,8 +19,7 @@ _NOT_RETURNED = frozenset(
 )
 
 
-@dataclass(slots=True)
-class ClientHeaders:
+class ClientHeaders(msgspec.Struct):
     """What the gateway reads of the client's headers; `forward` is ready to be sent on."""
 
     forward: bytes = b""
@@ -33,6 +33,19 @@ class ClientHeaders:
     target_worker: str | None = None
 
 
+# What a name means to `read_headers` and `read_answer`; names without a meaning go on as they are.
+_DROP, _LENGTH, _TYPE, _TARGET, _ROUTING, _TRACE, _AUTH, _KEY = range(8)
+_CLIENT_NAMES = dict.fromkeys(_NOT_FORWARDED, _DROP) | {
+    b"content-length": _LENGTH,
+    b"content-type": _TYPE,
+    b"x-smg-target-worker": _TARGET,
+    b"x-smg-routing-key": _ROUTING,
+    b"traceparent": _TRACE,
+    b"authorization": _AUTH,
+    b"x-api-key": _KEY,
+}
+
+
 def read_headers(headers: list[tuple[bytes, bytes]], id_ranks: dict[bytes, int]) -> ClientHeaders:
     """One pass over an ASGI header list (lower-case names). `id_ranks`: request-id headers, best first.
 
@@ -42,30 +55,34 @@ def read_headers(headers: list[tuple[bytes, bytes]], id_ranks: dict[bytes, int])
     lines = []
     id_rank = len(id_ranks)
     for name, value in headers:
-        if name in _NOT_FORWARDED:
-            if name == b"content-length":
-                found.content_length = int(value) if value.isdigit() else 0
-            elif name == b"x-smg-target-worker":
-                found.target_worker = value.decode("latin-1")
+        meaning = _CLIENT_NAMES.get(name)
+        if meaning is None:
+            if name in id_ranks:
+                if value and id_ranks[name] < id_rank and len(value) <= 256:
+                    id_rank = id_ranks[name]
+                    found.request_id = value
+                if name == b"x-request-id":
+                    continue  # sent anew
+        elif meaning == _DROP:
             continue
-        if name == b"authorization":
+        elif meaning == _TYPE:
+            found.content_type = value
+        elif meaning == _LENGTH:
+            found.content_length = int(value) if value.isdigit() else 0
+            continue
+        elif meaning == _AUTH:
             found.authorization = value
             continue
-        if name == b"content-type":
-            found.content_type = value
-        elif name == b"x-smg-routing-key":
+        elif meaning == _TARGET:
+            found.target_worker = value.decode("latin-1")
+            continue
+        elif meaning == _ROUTING:
             found.routing_key = value.decode("latin-1") or None
-        elif name == b"traceparent":
+        elif meaning == _TRACE:
             found.traceparent = value
-        elif name == b"x-api-key":
+        else:
             found.x_api_key = value
-        elif name in id_ranks:
-            if value and id_ranks[name] < id_rank and len(value) <= 256:
-                id_rank = id_ranks[name]
-                found.request_id = value
-            if name == b"x-request-id":
-                continue  # sent anew
-        lines.append(name + b": " + value + b"\r\n")
+        lines += (name, b": ", value, b"\r\n")
     found.forward = b"".join(lines)
     return found
 
@@ -101,8 +118,7 @@ def request_head(
     )
 
 
-@dataclass(slots=True)
-class Answer:
+class Answer(msgspec.Struct):
     """What the gateway reads of a worker's response headers; `headers` go back to the client."""
 
     headers: list[tuple[bytes, bytes]]
@@ -114,26 +130,40 @@ class Answer:
     retry_after_s: float | None = None
 
 
+_LOAD, _CACHED, _INSTANCE, _RETRY = range(8, 12)
+_ANSWER_NAMES = dict.fromkeys(_NOT_RETURNED, _DROP) | {
+    b"content-length": _LENGTH,
+    b"content-type": _TYPE,
+    b"retry-after": _RETRY,
+    b"x-worker-load": _LOAD,
+    b"x-cached-tokens": _CACHED,
+    b"x-worker-instance": _INSTANCE,
+}
+
+
 def read_answer(headers: list[tuple[bytes, bytes]]) -> Answer:
     """One pass over a worker's headers (lower-case names)."""
     back = []
     answer = Answer(back)
     for item in headers:
         name, value = item
-        if name in _NOT_RETURNED:
-            if name == b"x-worker-load":
+        meaning = _ANSWER_NAMES.get(name)
+        if meaning is None:
+            pass
+        elif meaning == _LENGTH:
+            answer.length = int(value)
+        elif meaning == _TYPE:
+            answer.event_stream = value.startswith(b"text/event-stream")
+        elif meaning == _RETRY:
+            answer.retry_after_s = float(value) if value.isdigit() else None
+        else:
+            if meaning == _LOAD:
                 answer.load = parse_load(value)
-            elif name == b"x-cached-tokens":
+            elif meaning == _CACHED:
                 answer.cached_tokens = int(value) if value.isdigit() and len(value) <= 15 else None
-            elif name == b"x-worker-instance":
+            elif meaning == _INSTANCE:
                 answer.instance = value.decode("latin-1")
             continue
-        if name == b"content-length":
-            answer.length = int(value)
-        elif name == b"content-type":
-            answer.event_stream = value.startswith(b"text/event-stream")
-        elif name == b"retry-after" and value.isdigit():
-            answer.retry_after_s = float(value)
         back.append(item)
     return answer
 
@@ -151,6 +181,38 @@ def parse_load(value: bytes) -> Load | None:
     except ValueError:
         return None
     return load
+
+
+class Usage(msgspec.Struct):
+    """What a worker says of one answer's tokens, in SGLang's or OpenAI's names."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int | None = None
+    cached_tokens_details: dict[str, int] | None = None
+    prompt_tokens_details: "Usage | None" = None  # OpenAI's place of cached_tokens
+
+
+class _Reply(msgspec.Struct):
+    meta_info: Usage | None = None
+    usage: Usage | None = None
+
+
+_decode_reply = msgspec.json.Decoder(_Reply).decode
+
+
+def usage_of(body: bytes) -> Usage:
+    """The token counts of a whole answer; as `usage_in` finds them when it is no object of a known shape."""
+    try:
+        reply = _decode_reply(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        reply = None
+    usage = reply and (reply.meta_info or reply.usage)
+    if not usage:
+        return Usage(*usage_in(body), tiers_in(body))
+    if usage.cached_tokens is None and usage.prompt_tokens_details is not None:
+        usage.cached_tokens = usage.prompt_tokens_details.cached_tokens
+    return usage
 
 
 _find_cached = re.compile(rb'"cached_tokens" ?: ?(\d{1,15})').search

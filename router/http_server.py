@@ -1,4 +1,5 @@
-"""uvicorn with what the gateway needs of it: the client's departure as a call, JSON errors, a drain.
+"""uvicorn with what the gateway needs of it: a short way for data requests, the client's departure as a
+call, JSON errors, a drain.
 
 Watching for a client's departure through ASGI `receive` costs a task a request (12 us); the protocol
 knows it anyway.
@@ -9,27 +10,85 @@ import contextlib
 import os
 import signal
 import socket
+from typing import Any
 
+import httptools
+import msgspec
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from router.call import ROUTES
 from router.errors import error_body
 
 LAST_REQUEST_S = 0.25  # for the request of a client that connected just before the port closed
+DATA_TARGETS = {path.encode(): path for path in ROUTES}
+UNUSUAL = frozenset((b"connection", b"expect", b"upgrade"))  # headers that uvicorn has to look at
+
+
+class Running(msgspec.Struct):
+    """The scope's "router.request": one request on its connection. Others may have come behind it."""
+
+    connection: "ClientConnection"
+    cycle: RequestResponseCycle
+
+    def body(self) -> bytes | None:
+        """The body if all of it has come, once; None: ask `receive`."""
+        cycle = self.cycle
+        if cycle.more_body or cycle.disconnected:
+            return None
+        self.connection.flow.resume_reading()
+        body, cycle.body = cycle.body, bytearray()
+        return bytes(body)
+
+    def answer(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bool:
+        """Write a whole answer at once; False when this is not possible and `send` must be used.
+
+        uvloop writes at once what it is given, so head and body through `send` are two system calls
+        (7 us). `headers` come parsed from a worker, content-length among them and right.
+        """
+        cycle = self.cycle
+        if cycle.response_started or not cycle.keep_alive or cycle.flow.write_paused or cycle.disconnected:
+            return False
+        parts = [STATUS_LINE[status]]
+        for name, value in headers:
+            parts += (name, b": ", value, b"\r\n")
+        parts += (b"\r\n", body)
+        cycle.response_started = cycle.response_complete = True
+        cycle.waiting_for_100_continue = False
+        cycle.transport.write(b"".join(parts))
+        cycle.message_event.set()
+        cycle.on_response()
+        return True
+
+    def cut(self) -> None:
+        """Break the connection off: the answer cannot be finished."""
+        self.cycle.disconnected = True
+        self.cycle.transport.abort()
 
 
 class ClientConnection(HttpToolsProtocol):
-    """The scope's "router.connection". `on_lost` is called once when the client leaves."""
+    """`on_lost` is called once when the client leaves."""
 
     on_lost = None
     lost = False
     head_timer: asyncio.TimerHandle | None = None  # runs while a request's head is on its way
     idle_since_s: float | None = None  # loop time; None while a request runs
+    in_head = plain = parsing = False
+    due: tuple[RequestResponseCycle, Any] | None = None  # to start once the bytes that came are parsed
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
         self.in_head = True
-        self.scope["router.connection"] = self  # type: ignore[typeddict-unknown-key]
+        self.plain = True
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        self.headers.append((name, value))
+        if name in UNUSUAL:
+            self.plain = False
+            self.expect_100_continue |= name == b"expect" and value.lower() == b"100-continue"
 
     def connection_made(self, transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -37,7 +96,18 @@ class ClientConnection(HttpToolsProtocol):
         self._time_head()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        self.idle_since_s = None
+        self.parsing = True
+        try:
+            self.parser.feed_data(data)  # type: ignore[union-attr]  # None only after the connection's end
+        except httptools.HttpParserUpgrade:
+            self._unsupported_upgrade_warning()
+        except httptools.HttpParserError:
+            self.due = None
+            self.send_400_response("Invalid HTTP request received.")
+        self.parsing = False
+        if self.due is not None:
+            self._start_now(*self.due)
         # A head nearly always comes in one piece: only one that does not is worth a timer.
         if self.in_head and self.head_timer is None and not self.transport.is_closing():
             self._time_head()
@@ -47,11 +117,75 @@ class ClientConnection(HttpToolsProtocol):
         if self.head_timer is not None:
             self.head_timer.cancel()
             self.head_timer = None
-        super().on_headers_complete()
+        path, parser = DATA_TARGETS.get(self.url), self.parser
+        assert parser is not None
+        # Without a connection header, what is kept alive is HTTP/1.1.
+        if path is not None and self.plain and parser.should_keep_alive():
+            self._begin_data_request(path, parser.get_method().decode())
+        else:
+            url, headers, expect = self.url, self.headers, self.expect_100_continue
+            super().on_message_begin()
+            self.url, self.expect_100_continue = url, expect
+            self.scope["headers"] = self.headers = headers
+            super().on_headers_complete()
+            self.cycle.scope["router.request"] = Running(self, self.cycle)  # type: ignore[typeddict-unknown-key]
         if self.server_state.draining:  # type: ignore[attr-defined]
             self.cycle.keep_alive = (
                 False  # its next request goes elsewhere, and not into a closing connection
             )
+
+    def _begin_data_request(self, path: str, method: str) -> None:
+        """What uvicorn does when a head is complete, for the commonest of heads."""
+        scope: Any = {
+            "type": "http", "method": method, "path": path, "raw_path": self.url,
+            "query_string": b"", "headers": self.headers,
+        }  # fmt: skip
+        before = self.cycle
+        idle = before is None or before.response_complete
+        if before is not None and idle:
+            event = before.message_event  # nobody waits for it after the end
+            event.clear()
+        else:
+            event = asyncio.Event()
+        cycle = self.cycle = RequestResponseCycle(
+            scope, self.transport, self.flow, self.logger, self.access_logger, self.access_log,
+            self.server_state.default_headers, event, False, True, self.on_response_complete,
+        )  # fmt: skip
+        scope["router.request"] = Running(self, cycle)
+        app: Any = self.app
+        if idle:
+            self.due = (cycle, app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, app))
+
+    def on_body(self, body: bytes) -> None:
+        if self.due is None:
+            super().on_body(body)
+        else:
+            self.cycle.body += body
+
+    def on_message_complete(self) -> None:
+        if self.due is None:
+            super().on_message_complete()
+        else:
+            self.cycle.more_body = False
+
+    def _start_asgi_task(self, cycle, app) -> None:
+        if self.parsing:
+            self.due = (cycle, app)
+            return
+        _tell_of_body(cycle)
+        super()._start_asgi_task(cycle, app)
+
+    def _start_now(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Run the request until it waits: most have come whole and go on without a turn of the loop."""
+        self.due = None
+        _tell_of_body(cycle)
+        task = asyncio.Task(cycle.run_asgi(app), loop=self.loop, eager_start=True)
+        if not task.done():
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
 
     def _time_head(self) -> None:
         timeout_s = self.config.client_header_timeout_s  # type: ignore[attr-defined]
@@ -111,31 +245,6 @@ class ClientConnection(HttpToolsProtocol):
     def _look_later(self, seconds: float) -> None:
         self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
-    def answer(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bool:
-        """Write a whole answer at once; False when this is not possible and `send` must be used.
-
-        uvloop writes at once what it is given, so head and body through `send` are two system calls
-        (7 us). `headers` come parsed from a worker, content-length among them and right.
-        """
-        cycle = self.cycle
-        if cycle.response_started or not cycle.keep_alive or self.flow.write_paused or cycle.disconnected:
-            return False
-        parts = [STATUS_LINE[status]]
-        for name, value in headers:
-            parts += (name, b": ", value, b"\r\n")
-        parts += (b"\r\n", body)
-        cycle.response_started = cycle.response_complete = True
-        cycle.waiting_for_100_continue = False
-        self.transport.write(b"".join(parts))
-        cycle.message_event.set()
-        cycle.on_response()
-        return True
-
-    def cut(self) -> None:
-        """Break the connection off: the answer cannot be finished."""
-        self.cycle.disconnected = True
-        self.transport.abort()
-
     def send_400_response(self, msg: str) -> None:
         body = error_body(msg, "invalid_request_error", "bad_request")
         self.transport.write(
@@ -143,6 +252,12 @@ class ClientConnection(HttpToolsProtocol):
             b"content-length: %d\r\n\r\n" % len(body) + body
         )
         self.transport.close()
+
+
+def _tell_of_body(cycle: RequestResponseCycle) -> None:
+    """`receive` need not wait: some of the body has come, or its end."""
+    if cycle.body or not cycle.more_body:
+        cycle.message_event.set()
 
 
 class GatewayServer(uvicorn.Server):

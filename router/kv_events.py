@@ -150,7 +150,7 @@ class Subscription:
         lines = [f"GET {address.path}/kv_events{query} HTTP/1.1", f"host: {address.authority}"]
         lines += [f"{name}: {value}" for name, value in worker.auth_headers()]
         head = "\r\n".join([*lines, "content-length: 0", "", ""]).encode("latin-1")
-        connection, _ = await worker.pool.connect(fresh=True)
+        connection = await worker.pool.connect()
         connection.endless = True
         try:
             connection.send(head, b"")

@@ -82,8 +82,10 @@ class Proxy:
         """One request as an ASGI call. Returns when its last byte is out or its client has left."""
         task = asyncio.current_task()
         assert task is not None
-        connection = scope.get("router.connection")
-        if connection is not None:
+        request = scope.get("router.request")
+        connection = None
+        if request is not None:
+            connection = request.connection
             connection.on_lost = task.cancel
         watcher = None
         recorder = self.recorder
@@ -97,7 +99,11 @@ class Proxy:
         try:
             try:
                 caller = self.keys.check(client.authorization, client.x_api_key)
-                body = await self._read_body(client, receive)
+                body = request.body() if request is not None else None
+                if body is None:
+                    body = await self._read_body(client, receive)
+                elif len(body) > self.config.max_payload_size:
+                    raise _too_large(self.config.max_payload_size)
                 call = Call(route, body)
                 call.request_id = request_id
                 self._parse(call, client)
@@ -120,7 +126,7 @@ class Proxy:
                         scope["method"],
                         target,
                         client,
-                        Client(send, connection if self.direct else None),
+                        Client(send, request if self.direct else None),
                         started_s,
                     )
                     if tokens and self.token_rate.tokens_per_s is not None:
@@ -132,9 +138,9 @@ class Proxy:
                 recorder.refused(route.path, call, error, self.loop.time() - started_s)
                 await send_error(send, error, request_id)
             except CutOff:
-                if connection is None:
+                if request is None:
                     raise
-                connection.cut()
+                request.cut()
         except asyncio.CancelledError:
             lost = connection.lost if connection is not None else watcher is not None and watcher.done()
             if not lost:

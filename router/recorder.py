@@ -1,8 +1,10 @@
 """What each request adds to the metrics, with the cells it needs found by one lookup."""
 
+from bisect import bisect_left
+
 from router.call import Call
 from router.errors import RequestError
-from router.metrics import Cell, HistogramCell, Metrics
+from router.metrics import LATENCY_BUCKETS_S, Cell, HistogramCell, Metrics
 from router.workers import Worker
 
 ROUTER = ("regular", "regular", "http")  # router_type, backend_type, connection_mode
@@ -32,15 +34,14 @@ class RouteCells:
     """The cells of one (path, model, stream)."""
 
     __slots__ = (
-        "completion_tokens", "duration", "http_duration", "http_requests", "ok", "prompt_tokens",
-        "requests", "stream", "upstream_ok",
+        "completion_tokens", "durations", "http_requests", "ok", "prompt_tokens", "requests", "stream",
+        "upstream_ok",
     )  # fmt: skip
 
     def __init__(self, m: Metrics, path: str, model: str, stream: bool) -> None:
         self.requests: Cell = m.requests.of(*ROUTER, model, path, "true" if stream else "false")
-        self.duration = m.duration.of(*ROUTER, model, path)
+        self.durations = (m.duration.of(*ROUTER, model, path), m.http_duration.of("POST", path))
         self.http_requests = m.http_requests.of("POST", path)
-        self.http_duration = m.http_duration.of("POST", path)
         self.upstream_ok = m.upstream_responses.of("regular", "200", "")
         self.ok = m.http_responses.of(path, "200", "")
         self.prompt_tokens = m.tokens.of("regular", "regular", model, path, "prompt")
@@ -77,7 +78,7 @@ class Recorder:
         return model
 
     def cells(self, call: Call) -> RouteCells:
-        key = (call.path, call.model, call.stream)
+        key = (call.route.path, call.model, call.stream)
         cells = self._routes.get(key)
         if cells is None:
             cells = RouteCells(self.metrics, call.path, self.model_label(call.model), call.stream)
@@ -119,10 +120,12 @@ class Recorder:
         """An answer went out whole, or with `error`. Token counts as the worker reported them."""
         cells = self.cells(call)
         elapsed_s = now_s - started_s
+        bucket = bisect_left(LATENCY_BUCKETS_S, elapsed_s)
+        for histogram in cells.durations:
+            histogram.counts[bucket] += 1
+            histogram.total += elapsed_s
         cells.requests.value += 1
-        cells.duration.observe(elapsed_s)
         cells.http_requests.value += 1
-        cells.http_duration.observe(elapsed_s)
         if status == 200 and not error:
             cells.ok.value += 1
             cells.upstream_ok.value += 1
@@ -146,13 +149,16 @@ class Recorder:
         m.http_duration.of("POST", path).observe(elapsed_s)
 
     def cached(
-        self, call: Call, worker: Worker, prompt_tokens: int, cached_tokens: int, tiers: dict[str, int]
+        self, call: Call, worker: Worker, prompt_tokens: int, cached_tokens: int, tiers: dict[str, int] | None
     ) -> None:
         """What of a prompt was cached; `tiers` where the worker tells them, else it has the device alone."""
         self.prompt_tokens += prompt_tokens
         by_tier = self.cached_tokens
-        for tier, tokens in (tiers or {"device": cached_tokens}).items():
-            by_tier[tier] = by_tier.get(tier, 0) + tokens
+        if tiers:
+            for tier, tokens in tiers.items():
+                by_tier[tier] = by_tier.get(tier, 0) + tokens
+        else:
+            by_tier["device"] = by_tier.get("device", 0) + cached_tokens
         cells = self._cached.get(worker.url)
         if cells is None:
             m = self.metrics

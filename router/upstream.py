@@ -3,7 +3,7 @@
 Owns sockets, response parsing and read backpressure. Knows nothing of policies, retries or clients.
 One `Connection` carries one exchange at a time:
 
-    connection = await pool.connect()          # pooled or new
+    connection = pool.reuse() or await pool.connect()
     connection.send(head, body)
     await connection.head()                    # .status, .headers
     while data := await connection.read(): ...
@@ -105,7 +105,7 @@ class Connection(asyncio.Protocol):
         while not self.status:
             if self.error is not None:
                 raise self.error
-            await self._wait()
+            await self._news()
         return self.status
 
     async def read(self) -> bytes:
@@ -124,7 +124,7 @@ class Connection(asyncio.Protocol):
                 return b""
             if self.error is not None:
                 raise self.error
-            await self._wait()
+            await self._news()
 
     async def body(self) -> bytes:
         """The whole body. Raises UpstreamError when it does not come whole."""
@@ -134,22 +134,25 @@ class Connection(asyncio.Protocol):
             if self.paused:
                 self.paused = False
                 self.transport.resume_reading()
-            await self._wait()
-        data = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
-        self.parts = []
-        return data
+            await self._news()
+        return self.take()
 
-    async def _wait(self) -> None:
-        self.waiter = self.pool.loop.create_future()
-        try:
-            await self.waiter
-        finally:
-            self.waiter = None
+    def take(self) -> bytes:
+        """The whole body, once `complete`."""
+        parts, self.parts = self.parts, []
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _news(self) -> asyncio.Future[None]:
+        """Done when something has come: bytes, the end or an error."""
+        waiter = self.waiter = self.pool.loop.create_future()
+        return waiter
 
     def _wake(self) -> None:
         waiter = self.waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        if waiter is not None:
+            self.waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
 
     def fail(self, error: UpstreamError) -> None:
         """End the exchange: whoever waits gets `error`, and the connection is dropped at once."""
@@ -263,20 +266,25 @@ class Pool:
         self.last_byte_s = 0.0  # loop time of the last byte of any answer
         self.loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]  # set on first use
 
-    async def connect(self, *, fresh: bool = False) -> tuple[Connection, bool]:
-        """(connection, whether it was used before). Raises UpstreamError of kind connect."""
-        if self.idle and not fresh:
-            oldest = time.monotonic() - IDLE_LIMIT_S
-            while self.idle:
-                connection = self.idle.pop()
-                if connection.closed:
-                    continue
-                if connection.idle_since < oldest:
-                    self.drop_idle()  # those below are older still
-                    connection.transport.abort()
-                    break
-                self.active.add(connection)
-                return connection, True
+    def reuse(self) -> Connection | None:
+        """The connection that was used last, if it may still be open."""
+        if not self.idle:
+            return None
+        oldest = time.monotonic() - IDLE_LIMIT_S
+        while self.idle:
+            connection = self.idle.pop()
+            if connection.closed:
+                continue
+            if connection.idle_since < oldest:
+                self.drop_idle()  # those below are older still
+                connection.transport.abort()
+                break
+            self.active.add(connection)
+            return connection
+        return None
+
+    async def connect(self) -> Connection:
+        """A new connection. Raises UpstreamError of kind connect."""
         if self.loop is None:
             self.loop = asyncio.get_running_loop()
         address = self.address
@@ -296,7 +304,7 @@ class Pool:
             text = f"cannot connect to {address.authority}: {error}"
             raise UpstreamError(text, kind="connect", sent=False) from error
         self.active.add(connection)
-        return connection, False
+        return connection
 
     def fail_active(self, error: UpstreamError) -> None:
         """End every running exchange with `error`."""
@@ -341,7 +349,8 @@ class Pool:
         try:
             async with asyncio.timeout(timeout_s):
                 for attempt in (0, 1):
-                    connection, used = await self.connect(fresh=attempt > 0)
+                    used = self.reuse() if attempt == 0 else None
+                    connection = used or await self.connect()
                     try:
                         connection.send(head, body)
                         status = await connection.head()
@@ -355,7 +364,7 @@ class Pool:
                             parts.append(data)
                         return status, b"".join(parts)
                     except UpstreamError as error:
-                        if not (used and attempt == 0 and error.kind == "closed"):
+                        if used is None or error.kind != "closed":
                             raise
                     finally:
                         connection.release()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import ssl
 import subprocess
 
@@ -12,6 +13,7 @@ from gateway_harness import CHAT, RawClient, asynchronous, running, until
 from mock_worker import MockWorker
 
 from router import launch_router, tracing
+from router.headers import usage_of
 
 
 class Collector:
@@ -204,3 +206,92 @@ async def test_slow_body_and_slow_answer_are_no_slow_head():
         await asyncio.sleep(0.3)
         client.writer.write(b'{"text":"x"}')
         await client.read_until(b"HTTP/1.1 200")
+
+
+def raw_post(path: str, body: bytes, *headers: bytes, version: bytes = b"1.1") -> bytes:
+    lines = [b"POST %b HTTP/%b" % (path.encode(), version), b"host: g", b"content-length: %d" % len(body)]
+    return b"\r\n".join([*lines, *headers, b"", body])
+
+
+@asynchronous
+async def test_requests_that_come_in_one_piece_are_answered_in_order():
+    """Data routes, which take the short way, beside control routes with a body, which do not."""
+    async with running(1) as r:
+        client = await RawClient.connect(r.port)
+        chat = json.dumps(CHAT).encode()
+        many = 500  # more than the interpreter could nest
+        client.writer.write(
+            raw_post("/v1/chat/completions", chat)
+            + raw_post("/workers", b'{"url": 7}')
+            + raw_post("/generate", b"{")
+            + raw_post("/v1/chat/completions", chat)
+            + b"GET /generate HTTP/1.1\r\nhost: g\r\n\r\n"
+            + raw_post("/generate", b"no") * many
+            + raw_post("/v1/chat/completions", chat, b"connection: close")
+        )
+        statuses = re.findall(rb"HTTP/1\.1 (\d+)", await client.reader.read())
+        assert statuses == [b"200", b"400", b"400", b"200", b"405", *[b"400"] * many, b"200"]
+
+
+@asynchronous
+async def test_old_and_unusual_heads_go_the_long_way():
+    async with running(1) as r:
+        chat = json.dumps(CHAT).encode()
+        for version, headers, kept in (
+            (b"1.0", (), False),
+            (b"1.0", (b"connection: keep-alive",), False),
+            (b"1.1", (b"connection: close",), False),
+            (b"1.1", (b"connection: keep-alive",), True),
+        ):
+            client = await RawClient.connect(r.port)
+            client.writer.write(raw_post("/v1/chat/completions", chat, *headers, version=version))
+            head = await client.read_until(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200")
+            assert (b"connection: close" not in head) == kept
+            client.leave()
+        client = await RawClient.connect(r.port)
+        whole = raw_post("/v1/chat/completions", chat, b"expect: 100-continue")
+        client.writer.write(whole[: -len(chat)])
+        assert (await client.read_until(b"\r\n\r\n")).startswith(b"HTTP/1.1 100")
+        client.writer.write(chat)
+        assert (await client.read_until(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+        client.leave()
+
+
+@asynchronous
+async def test_bytes_that_are_no_request_behind_one_end_the_connection_with_400():
+    async with running(1) as r:
+        client = await RawClient.connect(r.port)
+        client.writer.write(
+            raw_post("/v1/chat/completions", json.dumps(CHAT).encode()) + b"\0\0 nonsense\r\n\r\n"
+        )
+        answer = await client.reader.read()
+        assert answer.count(b"HTTP/1.1") == 1 and answer.startswith(b"HTTP/1.1 400")
+        assert b"bad_request" in answer
+        assert r.gateway.proxy.concurrency.running == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "counts"),
+    [
+        (b'{"meta_info": {"prompt_tokens": 5, "completion_tokens": 2, "cached_tokens": 4}}', (5, 2, 4)),
+        (b'{"usage": {"prompt_tokens": 5, "completion_tokens": 2}}', (5, 2, None)),
+        (
+            b'{"text": "\\"cached_tokens\\": 9", "usage": {"prompt_tokens": 5, "completion_tokens": 2,'
+            b' "prompt_tokens_details": {"cached_tokens": 3}}}',
+            (5, 2, 3),
+        ),
+        (b'[{"meta_info": {"prompt_tokens": 5, "completion_tokens": 2, "cached_tokens": 1}}]', (5, 2, 1)),
+        (b'{"usage": {"prompt_tokens": 5, "completion_tokens": 2, "cached_tokens": "x"}}', (5, 2, None)),
+        (b'{"object": "list"}', (0, 0, None)),
+        (b'"cached_tokens": 3 and no JSON', (0, 0, 3)),
+    ],
+)
+def test_token_counts_of_a_whole_answer(body, counts):
+    usage = usage_of(body)
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == counts
+
+
+def test_tiers_of_a_whole_answer():
+    tiers = b'{"meta_info": {"prompt_tokens": 5, "cached_tokens": 4, "cached_tokens_details": {"host": 4}}}'
+    assert usage_of(tiers).cached_tokens_details == {"host": 4}
