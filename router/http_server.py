@@ -73,8 +73,7 @@ class ClientConnection(HttpToolsProtocol):
     lost = False
     head_timer: asyncio.TimerHandle | None = None  # runs while a request's head is on its way
     idle_since_s: float | None = None  # loop time; None while a request runs
-    in_head = plain = parsing = False
-    due: tuple[RequestResponseCycle, Any] | None = None  # to start once the bytes that came are parsed
+    in_head = plain = False
 
     def on_message_begin(self) -> None:
         self.in_head = True
@@ -97,17 +96,12 @@ class ClientConnection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self.idle_since_s = None
-        self.parsing = True
         try:
             self.parser.feed_data(data)  # type: ignore[union-attr]  # None only after the connection's end
         except httptools.HttpParserUpgrade:
             self._unsupported_upgrade_warning()
         except httptools.HttpParserError:
-            self.due = None
             self.send_400_response("Invalid HTTP request received.")
-        self.parsing = False
-        if self.due is not None:
-            self._start_now(*self.due)
         # A head nearly always comes in one piece: only one that does not is worth a timer.
         if self.in_head and self.head_timer is None and not self.transport.is_closing():
             self._time_head()
@@ -154,38 +148,10 @@ class ClientConnection(HttpToolsProtocol):
         scope["router.request"] = Running(self, cycle)
         app: Any = self.app
         if idle:
-            self.due = (cycle, app)
+            self._start_asgi_task(cycle, app)  # it runs once all that came has been parsed
         else:
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, app))
-
-    def on_body(self, body: bytes) -> None:
-        if self.due is None:
-            super().on_body(body)
-        else:
-            self.cycle.body += body
-
-    def on_message_complete(self) -> None:
-        if self.due is None:
-            super().on_message_complete()
-        else:
-            self.cycle.more_body = False
-
-    def _start_asgi_task(self, cycle, app) -> None:
-        if self.parsing:
-            self.due = (cycle, app)
-            return
-        _tell_of_body(cycle)
-        super()._start_asgi_task(cycle, app)
-
-    def _start_now(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """Run the request until it waits: most have come whole and go on without a turn of the loop."""
-        self.due = None
-        _tell_of_body(cycle)
-        task = asyncio.Task(cycle.run_asgi(app), loop=self.loop, eager_start=True)
-        if not task.done():
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
 
     def _time_head(self) -> None:
         timeout_s = self.config.client_header_timeout_s  # type: ignore[attr-defined]
@@ -252,12 +218,6 @@ class ClientConnection(HttpToolsProtocol):
             b"content-length: %d\r\n\r\n" % len(body) + body
         )
         self.transport.close()
-
-
-def _tell_of_body(cycle: RequestResponseCycle) -> None:
-    """`receive` need not wait: some of the body has come, or its end."""
-    if cycle.body or not cycle.more_body:
-        cycle.message_event.set()
 
 
 class GatewayServer(uvicorn.Server):
