@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from jaxserve.ops import backend, paged_attention, sampling
-from jaxserve.ops.paged_attention import reference
+from jaxserve.ops.paged_attention import hopper, reference
 from jaxserve.ops.sampling import fast as fast_sampling
 from jaxserve.ops.sampling import reference as sorted_sampling
 from tests.ops.cases import KERNEL_HEADS, Prefill, decode_case, prefill_case, tolerance
+from tests.ops.test_hopper_prefill import HEADS as HOPPER_HEADS
+from tests.ops.test_hopper_prefill import arguments as with_nan_past_each_end
+from tests.ops.test_hopper_prefill import uneven_case
 from tests.ops.test_sampling import filtered_rows
 
 pytestmark = [
@@ -43,6 +46,15 @@ def test_prefill_blocks_of_128_equal_a_dense_softmax(heads):
     case = prefill_case(heads)
     case = Prefill(case.pool, case.num_tokens, case.chunks, block_size=128)
     out = np.asarray(jax.jit(traced(case))(*case.arguments()), np.float32)
+    np.testing.assert_allclose(out, case.expected(), rtol=0, atol=tolerance(heads))
+
+
+@pytest.mark.parametrize("heads", HOPPER_HEADS, ids=str)
+@pytest.mark.parametrize("tile", [hopper.Tile(), hopper.Tile(keys=64, stages=4)], ids=str)
+def test_prefill_for_hopper_equals_a_dense_softmax(heads, tile):
+    case = uneven_case(heads)
+    run = functools.partial(hopper.prefill, **case.pool.options(), tile=tile)
+    out = np.asarray(jax.jit(run)(*with_nan_past_each_end(case)), np.float32)
     np.testing.assert_allclose(out, case.expected(), rtol=0, atol=tolerance(heads))
 
 

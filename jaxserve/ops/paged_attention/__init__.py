@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from jaxserve.ops import backend
-from jaxserve.ops.paged_attention import fast, reference
+from jaxserve.ops.paged_attention import fast, hopper, reference
 
 
 def decode(
@@ -82,4 +82,7 @@ def prefill(
     arrays = (query_PHK, key_pages, value_pages, page_table_SN, *blocks)
     if (chosen := backend.chosen()) == "reference":
         return reference.prefill(*arrays, **options)
+    if chosen == "fast" and hopper.wanted() and hopper.fits(query_PHK, key_pages, block_size):
+        del options["block_size"]
+        return hopper.prefill(*arrays, **options)
     return fast.prefill(*arrays, **options, interpret=chosen == "interpret")
