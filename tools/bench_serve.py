@@ -10,7 +10,8 @@ Streams `/generate` as clients do and reports time to the first token (TTFT), ti
 
 Several rates or concurrencies, separated by commas, make a curve. Each point is measured `--repeats`
 times, with other arrivals, after requests that do not count (`--warm-up`). Prompts are token ids, seeded:
-the same everywhere. `--workload mix` and `shared` are those of `tools.bench_offline`.
+the same everywhere. `--workload mix` and `shared` are those of `tools.bench_offline`, the same requests
+in every run, so each run starts with an empty prefix cache (`/flush_cache`).
 """
 
 import argparse
@@ -21,6 +22,7 @@ import math
 import random
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +165,19 @@ def table(points: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def flush_cache(url: str, api_key: str | None) -> None:
+    """Empty the prefix cache, so that a run's prompts are not answered from the one before.
+
+    A server that cannot is measured all the same, with a line about it on stderr.
+    """
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    request = urllib.request.Request(f"{url.rstrip('/')}/flush_cache", b"", headers)
+    try:
+        urllib.request.urlopen(request, timeout=60).close()
+    except OSError as error:
+        print(f"the prefix cache is not emptied between runs: {error}", file=sys.stderr)
+
+
 async def measure(args: argparse.Namespace, points: Sequence[Point]) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     client = Client(args.url, args.api_key)
@@ -174,10 +189,10 @@ async def measure(args: argparse.Namespace, points: Sequence[Point]) -> list[dic
         for point in points:
             runs = []
             for repeat in range(args.repeats):
-                # Other prompts in every run, or the prefix cache would answer the second.
                 seed = args.seed + 1000 * len(out) + repeat
                 sizes = args.num_requests, args.input_len, args.output_len
                 requests = workload(args.workload, *sizes, seed, args.max_token_id)
+                await asyncio.to_thread(flush_cache, args.url, args.api_key)
                 runs.append(summary(await run(client, requests, point, seed)))
             out.append(
                 {"load": point.name, "rate": point.rate, "concurrency": point.concurrency, "runs": runs}

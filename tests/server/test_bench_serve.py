@@ -143,6 +143,16 @@ def test_refused_and_broken_requests_are_failures_with_their_reason(server):
     assert nobody.status == 0 and "cannot connect" in nobody.error
 
 
+def test_every_run_starts_with_an_empty_prefix_cache(server, capsys):
+    emptied = []  # at each request, how often the cache was emptied before
+    server.engine.script = lambda request: [emptied.append(server.engine.calls.count("flush_cache")), 65][1:]
+    argv = ["--url", server.url, "--num-requests", "3", "--repeats", "2", "--warm-up", "2"]
+    assert bench_serve.main([*argv, "--max-token-id", "300", "--input-len", "5"]) == 0
+    assert emptied == [0, 0, 1, 1, 1, 2, 2, 2]
+    bench_serve.flush_cache(f"{server.url}/nowhere", None)
+    assert "not emptied between runs: HTTP Error 404" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
