@@ -27,6 +27,7 @@ from router.metrics import Metrics, Snapshot
 from router.policies import make_policy
 from router.policies.manual import Manual
 from router.proxy import Proxy
+from router.short_way import ShortWay
 from router.tracing import Tracer
 from router.upstream import Address, Pool
 from router.worker_api import WorkerApi
@@ -90,6 +91,10 @@ class Gateway:
                 assert self.proxy is not None
                 return self.proxy.serve(route, scope, receive, send)
         return self._serve_control(scope, receive, send)
+
+    def short_way(self, request) -> bool:
+        """Whether a data request that came whole (`http_server.Request`) is under way; else call the app."""
+        return request.head.method == "POST" and self.proxy is not None and ShortWay.take(self.proxy, request)
 
     async def _serve_control(self, scope, receive, send) -> None:
         if scope["type"] == "http":

@@ -27,7 +27,7 @@ from router.upstream import Connection, UpstreamError
 from router.workers import Worker
 
 if TYPE_CHECKING:
-    from router.http_server import Running
+    from router.http_server import Request
     from router.proxy import Proxy
 
 WHOLE_ANSWER_BYTES = 1 << 20  # answers up to here are read whole before the first byte goes out
@@ -37,7 +37,7 @@ class Client(msgspec.Struct):
     """The way back: ASGI `send`, and the request as our own server knows it when it is ours."""
 
     send: Any
-    request: "Running | None"
+    request: "Request | None"
 
 
 class Exchange:
@@ -82,12 +82,18 @@ class Exchange:
         if proxy.on_placed is not None:
             proxy.on_placed(call, worker)
 
-    async def start(
-        self, method: str, target: bytes, client: ClientHeaders, resumed: bytes | None = None
-    ) -> None:
-        """Send the request and read the head of the answer, or all of a small one. Raises UpstreamError.
+    def send(self, method: str, target: bytes, client: ClientHeaders, resumed: bytes | None = None) -> bool:
+        """Send the request on an idle connection, if there is one. `resumed`: as in `start`."""
+        message = self._message(method, target, client, resumed)
+        self.connection = connection = self.worker.pool.reuse()
+        if connection is None:
+            return False
+        connection.send(*message)
+        return True
 
-        `resumed`: another body, that goes on with a stream."""
+    def _message(
+        self, method: str, target: bytes, client: ClientHeaders, resumed: bytes | None
+    ) -> tuple[bytes, bytes | bytearray]:
         worker, call = self.worker, self.call
         more = b""
         if worker.resumes and call.stream:
@@ -100,20 +106,44 @@ class Exchange:
             body = body_with_ids(call)
         if worker.dp_rank is not None:
             body = with_dp_rank(call, worker, body)
-        head = request_head(method, target, worker, client, call.request_id, len(body), more)
-        used = worker.pool.reuse()
-        connection = self.connection = used or await worker.pool.connect()
-        try:
-            connection.send(head, body)
-            self.status = await connection.head()
-        except UpstreamError as error:
-            # The worker closed an idle connection just as it was reused: not its fault, once.
-            if used is None or error.kind != "closed" or connection.got_bytes:
-                raise
-            connection.release()
-            connection = self.connection = await worker.pool.connect()
-            connection.send(head, body)
-            self.status = await connection.head()
+        return request_head(method, target, worker, client, call.request_id, len(body), more), body
+
+    async def start(
+        self, method: str, target: bytes, client: ClientHeaders, resumed: bytes | None = None
+    ) -> None:
+        """Send the request, unless it was, and read the head of the answer, or all of a small one.
+
+        `resumed`: another body, that goes on with a stream. Raises UpstreamError."""
+        connection = self.connection
+        if connection is not None or self.send(method, target, client, resumed):
+            connection = self.connection
+            assert connection is not None
+            try:
+                await connection.head()
+            except UpstreamError as error:
+                # The worker closed an idle connection just as it was reused: not its fault, once.
+                if error.kind != "closed" or connection.got_bytes:
+                    raise
+                connection.release()
+                connection = None
+        if connection is None:
+            connection = self.connection = await self.worker.pool.connect()
+            connection.send(*self._message(method, target, client, resumed))
+            await connection.head()
+        if self.whole() and self.body is None:
+            self.body = connection.take() if connection.complete else await connection.body()
+
+    def whole(self) -> bool:
+        """Whether the answer, whose head has come, is to be read whole before it goes on."""
+        if self.answer is None:
+            self._read_head()
+        answer = self.answer
+        return answer.length is not None and answer.length <= WHOLE_ANSWER_BYTES and not answer.event_stream
+
+    def _read_head(self) -> None:
+        worker, connection = self.worker, self.connection
+        assert connection is not None
+        self.status = connection.status
         answer = self.answer = read_answer(connection.headers)
         if answer.load is not None:
             answer.load.at_s = self.proxy.loop.time()
@@ -122,8 +152,8 @@ class Exchange:
             if worker.instance_id is not None:
                 self.proxy.policy.cleared(worker)
             worker.instance_id = answer.instance
-        if answer.length is not None and answer.length <= WHOLE_ANSWER_BYTES and not answer.event_stream:
-            self.body = connection.take() if connection.complete else await connection.body()
+        answer.headers.append((b"x-request-id", self.call.request_id))
+        answer.headers.append((b"x-smg-routed-worker-id", worker.url.encode()))
 
     async def relay(self, to: Client) -> int:
         """Pass the answer on; returns completion tokens if reported, else 0.
@@ -131,26 +161,37 @@ class Exchange:
         A stream that breaks ends with an error event and then raises UpstreamError; so does a plain
         body, whose client then sees a cut connection.
         """
-        call, recorder, answer = self.call, self.proxy.recorder, self.answer
-        headers = answer.headers
-        headers.append((b"x-request-id", call.request_id))
-        headers.append((b"x-smg-routed-worker-id", self.worker.url.encode()))
-        call.status = self.status
         body = self.body
+        if body is not None and to.request is not None and self.answer_whole(to.request):
+            return self.completion_tokens
+        self.call.status = self.status
+        start = {"type": "http.response.start", "status": self.status, "headers": self.answer.headers}
         if body is None:
-            start = {"type": "http.response.start", "status": self.status, "headers": headers}
             return await self._relay_stream(start, to.send)
+        await to.send(start)
+        await to.send({"type": "http.response.body", "body": body})
+        self._answered(body)
+        return self.completion_tokens
+
+    def answer_whole(self, request: "Request") -> bool:
+        """Pass `body`, the whole answer, on at once, if the client can take it."""
+        body = self.body
+        assert body is not None
+        if not request.answer(self.status, self.answer.headers, body):
+            return False
+        self._answered(body)
+        return True
+
+    def _answered(self, body: bytes) -> None:
+        """`body` has gone out whole."""
+        call, proxy = self.call, self.proxy
+        self.started = True
         self._first_token(body)
         self._succeeded()
-        self.started = True
-        if to.request is None or not to.request.answer(self.status, headers, body):
-            await to.send({"type": "http.response.start", "status": self.status, "headers": headers})
-            await to.send({"type": "http.response.body", "body": body})
-        tokens = self.completion_tokens
-        recorder.finished(
-            call, self.status, self.started_s, self.proxy.loop.time(), self.prompt_tokens, tokens
+        call.status, tokens = self.status, self.completion_tokens
+        proxy.recorder.finished(
+            call, self.status, self.started_s, proxy.loop.time(), self.prompt_tokens, tokens
         )
-        return tokens
 
     async def _relay_stream(self, start, send) -> int:
         call, recorder, connection = self.call, self.proxy.recorder, self.connection

@@ -7,10 +7,13 @@ knows it anyway.
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
-from typing import Any
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import httptools
 import msgspec
@@ -19,25 +22,72 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from router.call import ROUTES
 from router.errors import error_body
+from router.headers import ClientHeaders
+from router.known_head import KnownHead
+
+if TYPE_CHECKING:
+    from router.short_way import ShortWay
 
 LAST_REQUEST_S = 0.25  # for the request of a client that connected just before the port closed
 DATA_TARGETS = {path.encode(): path for path in ROUTES}
-UNUSUAL = frozenset((b"connection", b"expect", b"upgrade"))  # headers that uvicorn has to look at
 
 
-class Running(msgspec.Struct):
-    """The scope's "router.request": one request on its connection. Others may have come behind it."""
+class Head(msgspec.Struct):
+    """What the head of a data request says. Later requests of the connection may share it (`KnownHead`)."""
 
-    connection: "ClientConnection"
-    cycle: RequestResponseCycle
+    method: str
+    path: str
+    target: bytes  # path and query
+    headers: list[tuple[bytes, bytes]]  # names in lower case
+    client: ClientHeaders | None = None  # what the proxy read of them; `content_length` is the first one's
 
-    def body(self) -> bytes | None:
+
+class Request(RequestResponseCycle):
+    """A data request on its connection, in the scope as "router.request". Others may have come behind it.
+
+    uvicorn's cycle of request and answer: what few requests change is kept in the class, and the scope is
+    made when it is asked for.
+    """
+
+    logger = logging.getLogger("uvicorn.error")
+    access_log = disconnected = waiting_for_100_continue = response_started = response_complete = False
+    keep_alive = more_body = True
+    chunked_encoding = None
+    expected_content_length = 0
+    default_headers: ClassVar[list[tuple[bytes, bytes]]] = []
+    body: bytes | bytearray  # type: ignore[assignment]  # bytes when it came at once
+    length: int | None = None  # of the body, when the head was recognised: it has another one's
+    begun: "ShortWay | None" = None  # what was done for it before the application was asked
+
+    def __init__(self, connection: "ClientConnection", head: Head) -> None:
+        self.connection = connection
+        self.head = head
+        self.transport = connection.transport
+        self.flow = connection.flow
+        self.on_response = connection.on_response_complete
+
+    @cached_property
+    def message_event(self) -> asyncio.Event:  # type: ignore[override]
+        return asyncio.Event()
+
+    @cached_property
+    def scope(self) -> Any:  # type: ignore[override]
+        head, headers = self.head, self.head.headers
+        path, _, query = head.target.partition(b"?")
+        if self.length is not None:
+            length = b"%d" % self.length
+            headers = [(n, length if n == b"content-length" else value) for n, value in headers]
+        return {
+            "type": "http", "method": head.method, "path": head.path, "raw_path": path,
+            "query_string": query, "headers": headers, "router.request": self,
+        }  # fmt: skip
+
+    def whole_body(self) -> bytes | None:
         """The body if all of it has come, once; None: ask `receive`."""
-        cycle = self.cycle
-        if cycle.more_body or cycle.disconnected:
+        if self.more_body or self.disconnected:
             return None
-        self.connection.flow.resume_reading()
-        body, cycle.body = cycle.body, bytearray()
+        self.flow.resume_reading()
+        body, self.body = self.body, b""
         return bytes(body)
 
     def answer(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bool:
@@ -46,38 +96,53 @@ class Running(msgspec.Struct):
         uvloop writes at once what it is given, so head and body through `send` are two system calls
         (7 us). `headers` come parsed from a worker, content-length among them and right.
         """
-        cycle = self.cycle
-        if cycle.response_started or not cycle.keep_alive or cycle.flow.write_paused or cycle.disconnected:
+        if self.response_started or self.flow.write_paused or self.disconnected:
             return False
         parts = [STATUS_LINE[status]]
         for name, value in headers:
             parts += (name, b": ", value, b"\r\n")
-        parts += (b"\r\n", body)
-        cycle.response_started = cycle.response_complete = True
-        cycle.waiting_for_100_continue = False
-        cycle.transport.write(b"".join(parts))
-        cycle.message_event.set()
-        cycle.on_response()
+        parts += (b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n", body)
+        self.response_started = self.response_complete = True
+        self.waiting_for_100_continue = False
+        self.transport.write(b"".join(parts))
+        if not self.keep_alive:
+            self.transport.close()
+        self.on_response()
         return True
 
     def cut(self) -> None:
         """Break the connection off: the answer cannot be finished."""
-        self.cycle.disconnected = True
-        self.cycle.transport.abort()
+        self.disconnected = True
+        self.transport.abort()
+
+    def ask_application(self) -> None:
+        self.connection._start_asgi_task(self, self.connection.app)  # type: ignore[arg-type]
+
+    def fail(self, error: Exception) -> None:
+        """Our bug: have it logged, and the client told, as the application's."""
+
+        async def raise_error(scope, receive, send) -> None:
+            raise error
+
+        self.connection._start_asgi_task(self, raise_error)
 
 
 class ClientConnection(HttpToolsProtocol):
-    """`on_lost` is called once when the client leaves."""
+    """`on_lost` is called once when the client leaves.
 
-    on_lost = None
+    A data request whose body is there is first offered to the application's `short_way`, if it has one.
+    """
+
+    on_lost: Callable[[], Any] | None = None
     lost = False
     head_timer: asyncio.TimerHandle | None = None  # runs while a request's head is on its way
     idle_since_s: float | None = None  # loop time; None while a request runs
-    in_head = plain = False
+    in_head = in_message = upgrade = False
+    starting: Request | None = None  # once all that came has been parsed
 
     def on_message_begin(self) -> None:
-        self.in_head = True
-        self.plain = True
+        self.in_head = self.in_message = True
+        self.upgrade = False
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
@@ -85,17 +150,42 @@ class ClientConnection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
         self.headers.append((name, value))
-        if name in UNUSUAL:
-            self.plain = False
-            self.expect_100_continue |= name == b"expect" and value.lower() == b"100-continue"
+        if name == b"upgrade":
+            self.upgrade = True
+        elif name == b"expect":
+            self.expect_100_continue = value.lower() == b"100-continue"
+
+    def on_message_complete(self) -> None:
+        self.in_message = False
+        super().on_message_complete()
 
     def connection_made(self, transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.short_way = getattr(self.app, "short_way", None)
+        self.known = KnownHead()
         self.in_head = True
         self._time_head()
 
     def data_received(self, data: bytes) -> None:
         self.idle_since_s = None
+        between = not self.in_message and (self.cycle is None or self.cycle.response_complete)
+        body = self.known.body_of(data) if between else None
+        if body is not None:
+            request = self.starting = self.cycle = Request(self, self.known.meaning)
+            request.body, request.length = body, len(body)
+            request.more_body = False
+            request.keep_alive = not self.server_state.draining  # type: ignore[attr-defined]
+        else:
+            self._parse(data, between)
+        request, self.starting = self.starting, None
+        if request is not None:
+            try:
+                if request.more_body or self.short_way is None or not self.short_way(request):
+                    request.ask_application()
+            except Exception as error:
+                request.fail(error)
+
+    def _parse(self, data: bytes, between: bool) -> None:
         try:
             self.parser.feed_data(data)  # type: ignore[union-attr]  # None only after the connection's end
         except httptools.HttpParserUpgrade:
@@ -105,53 +195,44 @@ class ClientConnection(HttpToolsProtocol):
         # A head nearly always comes in one piece: only one that does not is worth a timer.
         if self.in_head and self.head_timer is None and not self.transport.is_closing():
             self._time_head()
+        request = self.starting
+        if between and request is not None and request.keep_alive and not request.waiting_for_100_continue:
+            self.known.keep(data, request.head)
 
     def on_headers_complete(self) -> None:
         self.in_head = False
         if self.head_timer is not None:
             self.head_timer.cancel()
             self.head_timer = None
-        path, parser = DATA_TARGETS.get(self.url), self.parser
-        assert parser is not None
-        # Without a connection header, what is kept alive is HTTP/1.1.
-        if path is not None and self.plain and parser.should_keep_alive():
-            self._begin_data_request(path, parser.get_method().decode())
+        path, _, query = self.url.partition(b"?")
+        data_path = DATA_TARGETS.get(path)
+        if data_path is not None and not self.upgrade and b"#" not in query:
+            self._begin_data_request(data_path)
         else:
             url, headers, expect = self.url, self.headers, self.expect_100_continue
             super().on_message_begin()
             self.url, self.expect_100_continue = url, expect
             self.scope["headers"] = self.headers = headers
             super().on_headers_complete()
-            self.cycle.scope["router.request"] = Running(self, self.cycle)  # type: ignore[typeddict-unknown-key]
         if self.server_state.draining:  # type: ignore[attr-defined]
             self.cycle.keep_alive = (
                 False  # its next request goes elsewhere, and not into a closing connection
             )
 
-    def _begin_data_request(self, path: str, method: str) -> None:
-        """What uvicorn does when a head is complete, for the commonest of heads."""
-        scope: Any = {
-            "type": "http", "method": method, "path": path, "raw_path": self.url,
-            "query_string": b"", "headers": self.headers,
-        }  # fmt: skip
-        before = self.cycle
-        idle = before is None or before.response_complete
-        if before is not None and idle:
-            event = before.message_event  # nobody waits for it after the end
-            event.clear()
-        else:
-            event = asyncio.Event()
-        cycle = self.cycle = RequestResponseCycle(
-            scope, self.transport, self.flow, self.logger, self.access_logger, self.access_log,
-            self.server_state.default_headers, event, False, True, self.on_response_complete,
-        )  # fmt: skip
-        scope["router.request"] = Running(self, cycle)
-        app: Any = self.app
-        if idle:
-            self._start_asgi_task(cycle, app)  # it runs once all that came has been parsed
+    def _begin_data_request(self, path: str) -> None:
+        """What uvicorn does when a head is complete."""
+        parser, before = self.parser, self.cycle
+        assert parser is not None
+        head = Head(parser.get_method().decode(), path, self.url, self.headers)
+        request = self.cycle = Request(self, head)
+        request.body = bytearray()
+        request.waiting_for_100_continue = self.expect_100_continue
+        request.keep_alive = parser.should_keep_alive() and parser.get_http_version() != "1.0"
+        if before is None or before.response_complete:
+            self.starting = request
         else:
             self.flow.pause_reading()
-            self.pipeline.appendleft((cycle, app))
+            self.pipeline.appendleft((request, self.app))  # type: ignore[arg-type]
 
     def _time_head(self) -> None:
         timeout_s = self.config.client_header_timeout_s  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The hot path: one data request from client to worker and back.
+"""One data request from client to worker and back: all of it that `short_way` leaves to a task.
 
 Plain ASGI. Bytes pass through; a stream flows as it comes, and is read no faster than the client takes
 it. Another worker is tried only before the first byte has gone out. A client that leaves cancels the
@@ -9,6 +9,7 @@ the client's protocol, or a cut connection when neither can be expressed.
 import asyncio
 import random
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from router.breaker import NORMAL, Admission
 from router.call import Call, Route, new_request_id
@@ -25,6 +26,9 @@ from router.recorder import Recorder
 from router.tracing import Tracer
 from router.upstream import UpstreamError
 from router.workers import Registry, Worker
+
+if TYPE_CHECKING:
+    from router.http_server import Request
 
 RETRYABLE = frozenset((408, 429, 500, 502, 503, 504))
 BACKPRESSURE = frozenset((408, 429, 503))  # the worker is busy, not broken
@@ -74,6 +78,8 @@ class Proxy:
         self.recorder = Recorder(metrics, config.effective_policy)
         self.on_placed: Callable[[Call, Worker], None] | None = None  # for other processes to hear of
         self.direct = not config.cors_allowed_origins  # nothing wraps `send`
+        unlimited = config.rate_limit_tokens_per_second is None and self.concurrency.limit < 0
+        self.short = unlimited and tracer is None  # nothing to wait for or to tell: `ShortWay` may be tried
         self.id_ranks = {name.lower().encode(): i for i, name in enumerate(config.request_id_headers)}
         self.attempts = 1 if config.disable_retries else config.retry_max_retries
         self.stream_break_weight = config.cb_failure_threshold // 2 + 1  # two in a row open the breaker
@@ -82,36 +88,40 @@ class Proxy:
         """One request as an ASGI call. Returns when its last byte is out or its client has left."""
         task = asyncio.current_task()
         assert task is not None
-        request = scope.get("router.request")
-        connection = None
+        request: Request | None = scope.pop("router.request", None)  # which has the scope: not both ways
+        connection = begun = call = exchange = None
         if request is not None:
-            connection = request.connection
+            connection, begun, request.begun = request.connection, request.begun, None
             connection.on_lost = task.cancel
+            if connection.lost:
+                task.cancel()
         watcher = None
         recorder = self.recorder
-        started_s = self.loop.time()
-        client = read_headers(scope["headers"], self.id_ranks)
-        request_id = client.request_id or new_request_id(route.id_prefix)
-        call = None
+        if begun is not None:
+            started_s, client, call, exchange = begun.started_s, begun.client, begun.call, begun.exchange
+            request_id = call.request_id
+        else:
+            started_s = self.loop.time()
+            client = read_headers(scope["headers"], self.id_ranks)
+            request_id = client.request_id or new_request_id(route.id_prefix)
         status = 0
         tracer = self.tracer
         span = tracer.start(client, route.path) if tracer is not None else None
         try:
             try:
                 caller = self.keys.check(client.authorization, client.x_api_key)
-                body = request.body() if request is not None else None
-                if body is None:
-                    body = await self._read_body(client, receive)
-                elif len(body) > self.config.max_payload_size:
-                    raise _too_large(self.config.max_payload_size)
-                call = Call(route, body)
-                call.request_id = request_id
-                self._parse(call, client)
+                if call is None:
+                    body = request.whole_body() if request is not None else None
+                    if body is None:
+                        body = await self._read_body(client, receive)
+                    call = self.read(route, client, request_id, body)
                 if connection is None:
                     watcher = self.loop.create_task(_watch(receive, task))
                 if self.token_rate.tokens_per_s is not None:
-                    self.token_rate.admit(caller, max(1, call.prompt_tokens or len(body) // 4))
-                if self.concurrency.limit >= 0:
+                    self.token_rate.admit(caller, max(1, call.prompt_tokens or len(call.body) // 4))
+                if exchange is not None:
+                    pass  # it is in already
+                elif self.concurrency.limit >= 0:
                     await self._enter(call)
                 else:
                     self.concurrency.running += 1
@@ -128,6 +138,7 @@ class Proxy:
                         client,
                         Client(send, request if self.direct else None),
                         started_s,
+                        exchange,
                     )
                     if tokens and self.token_rate.tokens_per_s is not None:
                         self.token_rate.charge(caller, tokens)
@@ -175,12 +186,14 @@ class Proxy:
             body = b"".join(parts)
         if message["type"] == "http.disconnect":
             raise RequestError(400, "client_closed", "the client closed the connection mid-request")
-        if len(body) > limit:
-            raise _too_large(limit)
         return body
 
-    def _parse(self, call: Call, client: ClientHeaders) -> None:
-        kind = client.content_type
+    def read(self, route: Route, client: ClientHeaders, request_id: bytes, body: bytes) -> Call:
+        """The request that has this body. Raises RequestError(400, 413, 415)."""
+        if len(body) > self.config.max_payload_size:
+            raise _too_large(self.config.max_payload_size)
+        call, kind = Call(route, body), client.content_type
+        call.request_id = request_id
         if not call.route.multipart and kind and b"json" not in kind.lower():
             raise RequestError(
                 415,
@@ -192,6 +205,7 @@ class Proxy:
         if call.routing_key is None and call.fields is not None:
             call.routing_key = call.fields.routing_key
         call.target_worker = client.target_worker
+        return call
 
     async def _enter(self, call: Call) -> None:
         if self.concurrency.running < self.concurrency.limit:
@@ -207,7 +221,7 @@ class Proxy:
 
     # ---- choosing and trying ----
 
-    def _select(self, call: Call, tried: list[Worker]) -> tuple[Worker, Admission]:
+    def select(self, call: Call, tried: list[Worker]) -> tuple[Worker, Admission]:
         """A worker and what its breaker admitted the request as. Raises RequestError(404, 503)."""
         usable = self.registry.usable(call.model)
         if tried:
@@ -250,28 +264,34 @@ class Proxy:
         client: ClientHeaders,
         to: Client,
         started_s: float,
+        begun: Exchange | None = None,
     ) -> int:
-        """Try workers until one answers, relay the answer; returns completion tokens if reported."""
+        """Try workers until one answers, relay the answer; returns completion tokens if reported.
+
+        `begun`: the first attempt, already under way."""
         tried: list[Worker] = []
         blamed: list[tuple[Worker, Admission]] = []  # said 500, and may yet be innocent
         last: RequestError | None = None
         path = call.path
         for attempt in range(self.attempts):
-            try:
-                worker, admission = self._select(call, tried)
-            except RequestError as error:
-                # What a worker said explains more than that there is no other one.
-                raise last or error from None
-            if worker in tried:
-                pause_s = self._backoff_s(attempt)
-                self.recorder.pause(attempt, pause_s)
-                await self.sleep(pause_s)
-                if worker.status != "ready" or not worker.breaker.closed:
-                    continue
-            if self.dispatch.enabled and call.stream and admission == NORMAL:
-                worker, admission = await self._turn(call, worker, tried)
+            exchange, begun = begun, None
+            if exchange is None:
+                try:
+                    worker, admission = self.select(call, tried)
+                except RequestError as error:
+                    # What a worker said explains more than that there is no other one.
+                    raise last or error from None
+                if worker in tried:
+                    pause_s = self._backoff_s(attempt)
+                    self.recorder.pause(attempt, pause_s)
+                    await self.sleep(pause_s)
+                    if worker.status != "ready" or not worker.breaker.closed:
+                        continue
+                if self.dispatch.enabled and call.stream and admission == NORMAL:
+                    worker, admission = await self._turn(call, worker, tried)
+                exchange = Exchange(self, call, worker, admission, started_s)
+            worker, admission = exchange.worker, exchange.admission
             final = attempt == self.attempts - 1
-            exchange = Exchange(self, call, worker, admission, started_s)
             try:
                 await exchange.start(method, target, client)
                 status = exchange.status
@@ -327,7 +347,7 @@ class Proxy:
             if chosen is not None:
                 worker = chosen
                 break
-            worker, admission = self._select(call, tried)  # its worker went away: that is no attempt
+            worker, admission = self.select(call, tried)  # its worker went away: that is no attempt
         if waited:
             self.recorder.held(self.loop.time() - started_s)
         return worker, admission

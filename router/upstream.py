@@ -14,6 +14,7 @@ import asyncio
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -62,13 +63,17 @@ class Address:
 
 
 class Connection(asyncio.Protocol):
-    """One connection to a worker. All methods run on the event loop's thread."""
+    """One connection to a worker. All methods run on the event loop's thread.
+
+    `listener`, if there is one, is called instead of waking a waiter when something has come.
+    """
 
     def __init__(self, pool: "Pool") -> None:
         self.pool = pool
         self.transport: asyncio.Transport = None  # type: ignore[assignment]  # set by connection_made
         self.parser = httptools.HttpResponseParser(self)
         self.waiter: asyncio.Future | None = None
+        self.listener: Callable[[], None] | None = None
         self.paused = False
         self.closed = False
         self.busy = False
@@ -148,6 +153,9 @@ class Connection(asyncio.Protocol):
         return waiter
 
     def _wake(self) -> None:
+        if self.listener is not None:
+            self.listener()
+            return
         waiter = self.waiter
         if waiter is not None:
             self.waiter = None
@@ -167,6 +175,7 @@ class Connection(asyncio.Protocol):
         if not self.busy:
             return
         self.busy = False
+        self.listener = None
         self.pool.active.discard(self)
         if self.complete and not self.closed and self.reusable and len(self.pool.idle) < MAX_IDLE:
             self.idle_since = time.monotonic()

@@ -34,6 +34,7 @@ class Faults:
     half_event: bool = False  # break them inside an event
     delay_s: float = 0.0  # before the answer's head
     token_s: float = 0.0  # between tokens
+    body_after_s: float = 0.0  # between the head and the body of a whole answer
     frozen: bool = False  # accept and read, answer nothing
     garbage: bool = False  # answer what is not HTTP
     body: bytes | None = None  # every data request is answered 200 with it
@@ -188,7 +189,12 @@ class MockWorker:
             await writer.drain()
             writer.transport.abort()
             return
-        writer.write(head.encode() + b"\r\n" + data)
+        if self.faults.body_after_s:
+            writer.write(head.encode() + b"\r\n")
+            await asyncio.sleep(self.faults.body_after_s)
+            writer.write(data)
+        else:
+            writer.write(head.encode() + b"\r\n" + data)
         await writer.drain()
 
     async def _generate(
