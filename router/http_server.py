@@ -68,7 +68,10 @@ class Request(RequestResponseCycle):
 
     @cached_property
     def message_event(self) -> asyncio.Event:  # type: ignore[override]
-        return asyncio.Event()
+        event = asyncio.Event()  # for `receive`
+        if not self.more_body:
+            event.set()
+        return event
 
     @cached_property
     def scope(self) -> Any:  # type: ignore[override]

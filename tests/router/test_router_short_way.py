@@ -8,10 +8,12 @@ import logging
 import pytest
 from gateway_harness import CHAT, RawClient, asynchronous, running, until
 
+from router.app import Gateway
 from router.exchange import Exchange
 from router.http_server import ClientConnection, Request
 from router.known_head import MAX_MISSES, KnownHead
 from router.policies.round_robin import RoundRobin
+from router.proxy import Proxy
 from router.short_way import ShortWay
 
 
@@ -119,6 +121,33 @@ async def test_every_request_reaches_the_worker_as_it_was_sent_known_or_not():
         sent = [*bodies, bodies[0], *bodies[:3]]
         assert [s.body for s in r.workers[0].seen] == sent
         assert [int(s.headers["content-length"]) for s in r.workers[0].seen] == [len(b) for b in sent]
+
+
+@asynchronous
+async def test_recognised_request_is_plain_asgi_to_an_application_that_wants_it_so(monkeypatch):
+    seen = []
+
+    async def echo(self, route, scope, receive, send) -> None:
+        body = (await receive())["body"]
+        seen.append(
+            (scope["raw_path"], scope["query_string"], dict(scope["headers"])[b"content-length"], body)
+        )
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with running(1) as r:
+        monkeypatch.setattr(Gateway, "short_way", lambda self, request: False)
+        monkeypatch.setattr(Proxy, "serve", echo)
+        client = await RawClient.connect(r.port)
+        for body in (b"1", b"12", b"123", b"1234567890"):
+            client.writer.write(raw(body).replace(b"/generate", b"/generate?a=b"))
+            await answer(client)
+        assert seen == [
+            (b"/generate", b"a=b", b"1", b"1"),
+            (b"/generate", b"a=b", b"2", b"12"),
+            (b"/generate", b"a=b", b"3", b"123"),
+            (b"/generate", b"a=b", b"10", b"1234567890"),
+        ]
 
 
 @pytest.fixture
