@@ -11,6 +11,7 @@ from fake_engine import INFO, FakeEngine
 from live_server import Running, make_app
 
 from jaxserve.messages import Finish
+from jaxserve.server.app import _listen
 
 SLOW = {"text": "x", "sampling_params": {"max_new_tokens": 400, "ignore_eos": True, "stop_token_ids": [319]}}
 
@@ -262,6 +263,15 @@ def test_stop_aborts_what_outlasts_the_grace_period(tokenizer):
     assert answers[0].json()["meta_info"]["finish_reason"]["type"] == "abort"
     running.thread.join(5)
     assert not running.thread.is_alive()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_connections_send_a_small_part_of_an_answer_at_once(host):
+    """And do not wait until the client has acknowledged the part before, up to 40 ms later."""
+    with _listen(host, 0) as listener, socket.create_connection(listener.getsockname()[:2]):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_api_key_guards_all_but_health_and_metrics(tokenizer):
