@@ -1,4 +1,5 @@
-"""What the whole suite shares: the platform, one compile cache, and engines that live for a session.
+"""What the whole suite shares: the platform, one compile cache, and engines that live for a session, which
+is that of one process where tests are spread over several (`-n`).
 
 Tests run on eight virtual CPU devices, so that mesh tests run anywhere and in any order. `-m gpu`
 alone runs on the GPU instead. `--slow` adds tests marked `slow`.
@@ -18,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `tests.models.tiny` and it
 
 from tests.compiling import QUICK_COMPILE
 
-os.environ.pop("PYTHONUNBUFFERED", None)  # processes that tests start buffer what they write, as a user's do
+for name in ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):  # processes that tests start are as a user's
+    os.environ.pop(name, None)  # they buffer what they write, and read what the first of them compiled
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # a mixed dtype is a mistake in the making
 
@@ -65,6 +67,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if not on_gpu(session.config):  # there the engine sets memory limits first
         jax.jit(lambda x: x + 1)(1)
         os.environ.pop("XLA_FLAGS")  # read by now; processes that tests start compile as a user's do
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which asks where `-n` says more than one process
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.spread import ByScope
+
+    config.option.loadscopereorder = False  # the files with the longest tests are collected first
+    return ByScope(config, log)
 
 
 def on_gpu(config: pytest.Config) -> bool:

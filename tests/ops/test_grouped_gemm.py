@@ -1,7 +1,7 @@
 """Experts: the reference against every expert computed densely, the kernels against the same."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -39,6 +39,10 @@ class Case:
     padding: float = 0.3  # share of ids that are -1
     activation: Any = silu
     seed: int = 0
+
+    def __str__(self) -> str:
+        """Without the function's address: a test has the same name in every process."""
+        return repr(replace(self, activation=self.activation.__name__))
 
     def arguments(self):
         rng = np.random.default_rng(self.seed)

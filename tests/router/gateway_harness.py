@@ -16,7 +16,7 @@ from router.config import RouterConfig
 from router.http_server import GatewayServer
 from router.launch_router import uvicorn_config
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 def asynchronous(test):
@@ -34,7 +34,7 @@ def asynchronous(test):
     return run
 
 
-async def until(condition, timeout_s: float = 5.0) -> float:
+async def until(condition, timeout_s: float = 20.0) -> float:
     """Wait for `condition()`; returns the seconds it took. Raises TimeoutError."""
     loop = asyncio.get_running_loop()
     started = loop.time()

@@ -139,7 +139,7 @@ def some_ports(count: int) -> list[int]:
     return free_ports(count, random.randrange(20_000, 30_000))
 
 
-def wait_for(condition, timeout_s: float = 15):
+def wait_for(condition, timeout_s: float = 60):
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:

@@ -41,7 +41,7 @@ class Running:
         self.port = 0
         self.thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True)
         self.thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(30)
 
     async def _main(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()

@@ -16,7 +16,7 @@ from jaxserve.server.app import _listen
 SLOW = {"text": "x", "sampling_params": {"max_new_tokens": 400, "ignore_eos": True, "stop_token_ids": [319]}}
 
 
-def wait_for(condition, timeout_s=5.0):
+def wait_for(condition, timeout_s=20.0):
     """Until the server's thread has done what the condition tells of."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
