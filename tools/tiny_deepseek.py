@@ -5,12 +5,18 @@ Latent attention, sigmoid routing with groups and correction bias, shared expert
 hold one against the other. Source: DeepSeek-V3 technical report (2024), sections 2.1 and 2.2.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+
+QUERIES = 64  # that meet the keys up to the last of them in one product
+BLOCK = 128  # rows of one expert in one product
+NOWHERE = np.int32(2**30)  # an index past the end of every array: reads give zeros, writes are dropped
 
 
 @dataclass(frozen=True)
@@ -116,16 +122,34 @@ class LatentAttention(nnx.Module):
         s, (B, T, _) = self.s, x_BTD.shape
         query = linear(self.q_a_layernorm(linear(x_BTD, self.q_a_proj)), self.q_b_proj)
         query = query.reshape(B, T, s.heads, s.nope + s.rope)
+        query = jnp.concatenate([query[..., : s.nope], rotate(query[..., s.nope :], s.theta)], -1)
         latent = linear(x_BTD, self.kv_a_proj_with_mqa)
         key_value = linear(self.kv_a_layernorm(latent[..., : s.kv_rank]), self.kv_b_proj)
         key_value = key_value.reshape(B, T, s.heads, s.nope + s.value)
         key_rope = rotate(latent[..., None, s.kv_rank :], s.theta)
-        scores = jnp.einsum("bqhk,bshk->bhqs", query[..., : s.nope], key_value[..., : s.nope])
-        scores += jnp.einsum("bqhk,bsk->bhqs", rotate(query[..., s.nope :], s.theta), key_rope[:, :, 0])
-        scores *= (s.nope + s.rope) ** -0.5
-        scores = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -1e30)
-        out = jnp.einsum("bhqs,bshv->bqhv", jax.nn.softmax(scores), key_value[..., s.nope :])
+        key_rope = jnp.broadcast_to(key_rope, (B, T, s.heads, s.rope))
+        key = jnp.concatenate([key_value[..., : s.nope], key_rope], -1)
+        value = key_value[..., s.nope :]
+        out = jax.lax.map(lambda sequence: attend(*sequence), (query, key, value))
         return linear(out.reshape(B, T, -1), self.o_proj)
+
+
+@jax.checkpoint
+def attend(query_THK: jax.Array, key_THK: jax.Array, value_THK: jax.Array) -> jax.Array:
+    """Causal attention within one sequence.
+
+    One at a time, and again for the gradient, because scores of a whole batch (34 MB) leave the cache
+    and take fresh pages at every step: forward and backward took 240 ms of CPU a layer, and now 55.
+    """
+    T, _, K = query_THK.shape
+    out = []
+    for begin in range(0, T, QUERIES):
+        seen = min(begin + QUERIES, T)  # keys further right are nobody's
+        scores = jnp.einsum("qhk,shk->hqs", query_THK[begin:seen] * K**-0.5, key_THK[:seen])
+        causal = jnp.arange(begin, seen)[:, None] >= jnp.arange(seen)
+        weight = jax.nn.softmax(jnp.where(causal, scores, -1e30))
+        out.append(jnp.einsum("hqs,shk->qhk", weight, value_THK[:seen]))
+    return jnp.concatenate(out)
 
 
 def rotate(x_BTHK: jax.Array, theta: float) -> jax.Array:
@@ -171,21 +195,17 @@ class MoE(nnx.Module):
         s = self.s
         x_TD = x_BTD.reshape(-1, s.hidden)
         expert_TX, weight_TX = self.route(x_TD)
-        flat_P = expert_TX.reshape(-1)  # one entry a (token, choice) pair
-        one_hot_PE = jax.nn.one_hot(flat_P, s.experts, dtype=jnp.int32)
-        place_P = jnp.sum(jnp.cumsum(one_hot_PE, 0) * one_hot_PE, 1) - 1
-        capacity = int(flat_P.size / s.experts * capacity_factor) + 1
-        slot_P = jnp.where(place_P < capacity, flat_P * capacity + place_P, s.experts * capacity)
-        token_P = jnp.arange(flat_P.size) // s.experts_per_token
-        rows = jnp.zeros((s.experts * capacity, s.hidden)).at[slot_P].set(x_TD[token_P], mode="drop")
-        rows = rows.reshape(s.experts, capacity, s.hidden)
-        inner = jax.nn.silu(jnp.einsum("ecd,efd->ecf", rows, self.experts_gate[...]))
-        inner *= jnp.einsum("ecd,efd->ecf", rows, self.experts_up[...])
-        out = jnp.einsum("ecf,edf->ecd", inner, self.experts_down[...]).reshape(-1, s.hidden)
-        out_PD = out.at[slot_P].get(mode="fill", fill_value=0) * weight_TX.reshape(-1, 1)
-        routed_TD = out_PD.reshape(-1, s.experts_per_token, s.hidden).sum(1)
-        load_E = one_hot_PE.sum(0).astype(jnp.float32) * (s.experts / flat_P.size)
-        return routed_TD.reshape(x_BTD.shape) + self.shared_experts(x_BTD), load_E
+        even = expert_TX.size / s.experts
+        capacity = int(even * capacity_factor) + 1
+        count_E, slot_TX, pair_S1, expert_N = place(expert_TX, s.experts, capacity)
+        token_S1 = pair_S1 // s.experts_per_token
+        rows = sum_rows(x_TD, token_S1, slot_TX).reshape(-1, BLOCK, s.hidden)
+        weight = sum_rows(weight_TX.reshape(-1, 1), pair_S1, slot_TX.reshape(-1, 1)).reshape(-1, BLOCK, 1)
+        gate, up, down = (w[...][expert_N] for w in (self.experts_gate, self.experts_up, self.experts_down))
+        inner = jax.nn.silu(jnp.einsum("nsd,nfd->nsf", rows, gate)) * jnp.einsum("nsd,nfd->nsf", rows, up)
+        out = jnp.einsum("nsf,ndf->nsd", inner * weight, down)
+        routed_TD = sum_rows(out.reshape(-1, s.hidden), slot_TX, token_S1)
+        return routed_TD.reshape(x_BTD.shape) + self.shared_experts(x_BTD), count_E.astype(jnp.float32) / even
 
     def route(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Experts and weights of each token, [T, X]."""
@@ -200,6 +220,50 @@ class MoE(nnx.Module):
         expert_TX = jax.lax.top_k(choice_TE, s.experts_per_token)[1]
         weight_TX = jnp.take_along_axis(score_TE, expert_TX, 1)
         return expert_TX, weight_TX / (weight_TX.sum(-1, keepdims=True) + 1e-20) * s.routed_scale
+
+
+def place(expert_TX: jax.Array, E: int, capacity: int) -> tuple[jax.Array, ...]:
+    """Lays tokens out in N blocks of `BLOCK` rows, each block of one expert.
+
+    Returns how many tokens chose each expert, [E]; the row of each token's choice, [T, X], `NOWHERE` past
+    the first `capacity` tokens of an expert; which choice, t * X + x, each row is for, [N * BLOCK, 1],
+    `NOWHERE` if none; and each block's expert, [N]. N is enough for any load.
+    """
+    T, X = expert_TX.shape
+    N = T * X // BLOCK + E
+    chosen_TE = jax.nn.one_hot(expert_TX, E, dtype=jnp.int32).sum(1)
+    count_E = chosen_TE.sum(0)
+    blocks_E = -(-jnp.minimum(count_E, capacity) // BLOCK)
+    end_E = jnp.cumsum(blocks_E)
+    expert_N = jnp.minimum(jnp.sum(jnp.arange(N)[:, None] >= end_E, -1), E - 1)
+    place_TE = jnp.cumsum(chosen_TE, 0) - 1
+    slot_TE = jnp.where(place_TE < capacity, (end_E - blocks_E) * BLOCK + place_TE, NOWHERE)
+    slot_TX = jnp.take_along_axis(slot_TE, expert_TX, 1)
+    pair_S = jnp.full(N * BLOCK, NOWHERE).at[slot_TX.reshape(-1)].set(jnp.arange(T * X), mode="drop")
+    return count_E, slot_TX, pair_S[:, None], expert_N
+
+
+@jax.custom_vjp
+def sum_rows(x_ND: jax.Array, index_MK: jax.Array, inverse_NJ: jax.Array) -> jax.Array:
+    """[M, D]: the sum over k of the rows `index_MK` of x; `NOWHERE` adds nothing.
+
+    `inverse_NJ` names the rows of the result that each row of x is added to, so that the gradient is
+    such a sum as well. XLA's own gradient is a scatter, which runs row by row on a CPU.
+    """
+    rows = (x_ND.at[index_M].get(mode="fill", fill_value=0) for index_M in index_MK.T)
+    return functools.reduce(jnp.add, rows)
+
+
+def _sum_rows_forward(x_ND, index_MK, inverse_NJ):
+    return sum_rows(x_ND, index_MK, inverse_NJ), (index_MK, inverse_NJ)
+
+
+def _sum_rows_backward(indices, gradient_MD):
+    index_MK, inverse_NJ = indices
+    return sum_rows(gradient_MD, inverse_NJ, index_MK), None, None
+
+
+sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
 
 
 class Block(nnx.Module):

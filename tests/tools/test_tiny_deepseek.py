@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jaxserve
-from tools.tiny_deepseek import Shape, TinyDeepseek
+from tools.tiny_deepseek import NOWHERE, MoE, Shape, TinyDeepseek, sum_rows
 from tools.train_tiny import main, make_tokenizer
 
 TRAINED = Path(__file__).parents[2] / "configs" / "tiny-deepseek"
@@ -67,6 +68,25 @@ def test_trained_checkpoint_is_small_and_has_every_layer():
     tensors = load_file(TRAINED / "model.safetensors")
     assert sum(x.nbytes for x in tensors.values()) < 7_000_000
     assert "model.layers.4.eh_proj.weight" in tensors  # the MTP layer
+
+
+def test_rows_are_summed_and_gradients_go_back_to_the_rows_that_were_read():
+    x = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
+    index, inverse = jnp.array([[0, 2], [1, NOWHERE]]), jnp.array([[0], [1], [0], [NOWHERE]])
+    got, pull_back = jax.vjp(lambda x: sum_rows(x, index, inverse), x)
+    assert got.tolist() == [[6.0, 8.0], [3.0, 4.0]]
+    (gradient,) = pull_back(jnp.array([[1.0, 10.0], [2.0, 20.0]]))
+    assert gradient.tolist() == [[1.0, 10.0], [2.0, 20.0], [1.0, 10.0], [0.0, 0.0]]
+
+
+def test_tokens_past_the_capacity_of_their_experts_get_the_shared_expert_alone():
+    layer = MoE(Shape(hidden=8, expert_ffn=4), nnx.Rngs(0))
+    layer.bias[...] = jnp.where(jnp.arange(16) < 4, 9.0, 0.0)  # every token chooses the first four
+    x = jax.random.normal(jax.random.key(1), (2, 16, 8))
+    out, load = layer(x, 1.0)  # 32 tokens x 4 choices / 16 experts, and one to spare: 9 tokens an expert
+    routed = np.abs(np.asarray(out - layer.shared_experts(x))).max(-1).reshape(-1)
+    assert (routed > 1e-3).tolist() == [True] * 9 + [False] * 23
+    assert load.tolist() == [4.0] * 4 + [0.0] * 12
 
 
 def test_byte_tokenizer_gives_bytes_and_back():
