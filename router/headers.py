@@ -1,6 +1,7 @@
 """The bytes of one exchange: what of the client's request goes to the worker, what of its answer back."""
 
 import re
+from typing import Annotated
 
 import msgspec
 
@@ -17,6 +18,10 @@ _NOT_RETURNED = frozenset(
     b"connection keep-alive proxy-connection trailer transfer-encoding upgrade x-request-id "
     b"x-worker-load x-worker-instance x-cached-tokens x-smg-routed-worker-id".split()
 )
+
+
+# Of a number in a header. Python refuses to read thousands of digits, and floats hold no such numbers.
+MAX_DIGITS = 20
 
 
 class ClientHeaders(msgspec.Struct):
@@ -68,7 +73,7 @@ def read_headers(headers: list[tuple[bytes, bytes]], id_ranks: dict[bytes, int])
         elif meaning == _TYPE:
             found.content_type = value
         elif meaning == _LENGTH:
-            found.content_length = int(value) if value.isdigit() else 0
+            found.content_length = int(value) if value.isdigit() and len(value) <= MAX_DIGITS else 0
             continue
         elif meaning == _AUTH:
             found.authorization = value
@@ -151,6 +156,9 @@ def read_answer(headers: list[tuple[bytes, bytes]]) -> Answer:
         if meaning is None:
             pass
         elif meaning == _LENGTH:
+            if len(value) > MAX_DIGITS:  # zeros in front
+                value = value.strip().lstrip(b"0") or b"0"
+                item = (name, value)
             answer.length = int(value)
         elif meaning == _TYPE:
             answer.event_stream = value.startswith(b"text/event-stream")
@@ -177,19 +185,24 @@ def parse_load(value: bytes) -> Load | None:
             if name == "kv_usage":
                 load.kv_usage = min(1.0, max(0.0, float(number)))
             elif name in ("running", "waiting", "queued_tokens"):
+                if len(number) > MAX_DIGITS:
+                    return None
                 setattr(load, name, int(number))
     except ValueError:
         return None
     return load
 
 
+Count = Annotated[int, msgspec.Meta(ge=0, lt=10**15)]
+
+
 class Usage(msgspec.Struct):
     """What a worker says of one answer's tokens, in SGLang's or OpenAI's names."""
 
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int | None = None
-    cached_tokens_details: dict[str, int] | None = None
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+    cached_tokens: Count | None = None
+    cached_tokens_details: dict[str, Count] | None = None
     prompt_tokens_details: "Usage | None" = None  # OpenAI's place of cached_tokens
 
 

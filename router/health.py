@@ -170,16 +170,30 @@ class Monitor:
         return since_s >= interval_s
 
     async def _until_well(self, worker: Worker) -> None:
-        successes = 0
+        loop = asyncio.get_running_loop()
+        successes = silent = 0
+        silent_since_s = 0.0
         was_dead = False
         while worker.status == "unhealthy" and worker.id in self.registry.workers:
             await asyncio.sleep(EJECTED_PROBE_S)
+            worker.pool.fail_older(self.config.request_timeout_secs)
+            started_s = loop.time()
             error = await self.probe(worker)
             if error is not None:
                 successes = 0
                 was_dead = was_dead or error.kind == "connect"
+                # It was only unwell, so what ran on it was left there; it may have died or frozen since.
+                silent = silent + 1 if error.kind == "timeout" else 0
+                silent_since_s = started_s if silent <= 1 else silent_since_s
+                frozen = (
+                    silent >= self.config.health_failure_threshold
+                    and worker.pool.last_byte_s < silent_since_s
+                )
+                if error.kind == "connect" or frozen:
+                    worker.pool.fail_active(UpstreamError(f"the worker is gone: {error}", kind="ejected"))
                 continue
             successes += 1
+            silent = 0
             if successes >= self.config.health_success_threshold:
                 before = worker.instance_id
                 if self.relearn is not None:

@@ -13,6 +13,7 @@ import signal
 import socket
 from collections.abc import Callable
 from functools import cached_property
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import httptools
@@ -28,6 +29,8 @@ from router.known_head import KnownHead
 if TYPE_CHECKING:
     from router.short_way import ShortWay
 
+MAX_HEAD_BYTES = 1 << 19  # of a request that comes in pieces; more than is read at once
+MAX_PIPELINED = 8  # requests that wait for the one before; while so many do, nothing is read
 LAST_REQUEST_S = 0.25  # for the request of a client that connected just before the port closed
 DATA_TARGETS = {path.encode(): path for path in ROUTES}
 
@@ -139,8 +142,9 @@ class ClientConnection(HttpToolsProtocol):
     on_lost: Callable[[], Any] | None = None
     lost = False
     head_timer: asyncio.TimerHandle | None = None  # runs while a request's head is on its way
-    idle_since_s: float | None = None  # loop time; None while a request runs
+    idle_since_s: float | None = None  # loop time; None while a request runs or since bytes have come
     in_head = in_message = upgrade = False
+    head_bytes = 0  # of a head that did not come at once
     starting: Request | None = None  # once all that came has been parsed
 
     def on_message_begin(self) -> None:
@@ -151,6 +155,8 @@ class ClientConnection(HttpToolsProtocol):
         self.expect_100_continue = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.in_head:  # a trailer: means nothing (RFC 9110, 6.5.1)
+            return
         name = name.lower()
         self.headers.append((name, value))
         if name == b"upgrade":
@@ -159,6 +165,8 @@ class ClientConnection(HttpToolsProtocol):
             self.expect_100_continue = value.lower() == b"100-continue"
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():  # type: ignore[union-attr]
+            return  # the body comes: `_ignore_upgrade`
         self.in_message = False
         super().on_message_complete()
 
@@ -189,21 +197,44 @@ class ClientConnection(HttpToolsProtocol):
                 request.fail(error)
 
     def _parse(self, data: bytes, between: bool) -> None:
+        in_head = self.in_head
         try:
-            self.parser.feed_data(data)  # type: ignore[union-attr]  # None only after the connection's end
-        except httptools.HttpParserUpgrade:
-            self._unsupported_upgrade_warning()
+            try:
+                self.parser.feed_data(data)  # type: ignore[union-attr]  # None only after the connection's end
+            except httptools.HttpParserUpgrade as end:
+                self._ignore_upgrade(data[end.args[0] :])
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
         # A head nearly always comes in one piece: only one that does not is worth a timer.
-        if self.in_head and self.head_timer is None and not self.transport.is_closing():
-            self._time_head()
+        if self.in_head and not self.transport.is_closing():
+            if in_head:
+                self.head_bytes += len(data)
+            if self.head_bytes > MAX_HEAD_BYTES:
+                limit = f"the request's head exceeds {MAX_HEAD_BYTES} bytes"
+                self._refuse_head(b"431 Request Header Fields Too Large", limit, "header_too_large")
+            elif self.head_timer is None:
+                self._time_head()
         request = self.starting
         if between and request is not None and request.keep_alive and not request.waiting_for_100_continue:
             self.known.keep(data, request.head)
 
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Answer in HTTP/1.1 who offers another protocol (RFC 9110, 7.8), as Java's client does with h2c.
+
+        The parser takes what follows such a head for the other protocol. Another one reads it as the body.
+        """
+        self.cycle.keep_alive = False
+        self.parser = httptools.HttpRequestParser(
+            SimpleNamespace(on_body=self.on_body, on_message_complete=self.on_message_complete)
+        )
+        framing = (b"content-length", b"transfer-encoding")
+        lines = [b"%b: %b\r\n" % item for item in self.headers if item[0] in framing]
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % b"".join(lines))
+        self.parser.feed_data(rest)
+
     def on_headers_complete(self) -> None:
         self.in_head = False
+        self.head_bytes = 0
         if self.head_timer is not None:
             self.head_timer.cancel()
             self.head_timer = None
@@ -234,8 +265,9 @@ class ClientConnection(HttpToolsProtocol):
         if before is None or before.response_complete:
             self.starting = request
         else:
-            self.flow.pause_reading()
             self.pipeline.appendleft((request, self.app))  # type: ignore[arg-type]
+            if len(self.pipeline) >= MAX_PIPELINED:  # else go on: a client that leaves is to be noticed
+                self.flow.pause_reading()
 
     def _time_head(self) -> None:
         timeout_s = self.config.client_header_timeout_s  # type: ignore[attr-defined]
@@ -243,14 +275,16 @@ class ClientConnection(HttpToolsProtocol):
 
     def _head_is_late(self) -> None:
         self.head_timer = None
-        if not self.in_head or self.transport.is_closing():
-            return
+        if self.in_head and not self.transport.is_closing():
+            self._refuse_head(b"408 Request Timeout", "the request's head took too long", "header_timeout")
+
+    def _refuse_head(self, status: bytes, message: str, code: str) -> None:
         cycle = self.cycle
         if cycle is None or cycle.response_complete:  # else the answer before is still going out
-            body = error_body("the request's head took too long", "invalid_request_error", "header_timeout")
+            body = error_body(message, "invalid_request_error", code)
             self.transport.write(
-                b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
-                b"content-length: %d\r\n\r\n" % len(body) + body
+                b"HTTP/1.1 %b\r\ncontent-type: application/json\r\nconnection: close\r\n"
+                b"content-length: %d\r\n\r\n" % (status, len(body)) + body
             )
         self.transport.close()
 
@@ -284,9 +318,12 @@ class ClientConnection(HttpToolsProtocol):
 
     def timeout_keep_alive_handler(self) -> None:
         self.timeout_keep_alive_task = None
-        if self.idle_since_s is None:
+        if self.cycle is not None and not self.cycle.response_complete:
             return  # the running request's end sets a new one
-        left_s = self.idle_since_s + self.timeout_keep_alive - self.loop.time()
+        now_s = self.loop.time()
+        if self.idle_since_s is None:  # no request has come of what came: it may be a body that was refused
+            self.idle_since_s = now_s
+        left_s = self.idle_since_s + self.timeout_keep_alive - now_s
         if left_s > 0:
             self._look_later(left_s)
         elif not self.transport.is_closing():

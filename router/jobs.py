@@ -247,7 +247,7 @@ async def learn(worker: Worker) -> None:
 
 
 def _positive(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 53 else None
 
 
 async def _json(worker: Worker, *targets: str) -> Any:

@@ -126,7 +126,7 @@ class Proxy:
                 else:
                     self.concurrency.running += 1
                 try:
-                    if self.exact is not None and self.exact.subscriptions:
+                    if exchange is None and self.exact is not None and self.exact.subscriptions:
                         await self.exact.prepare(call)
                     target = scope.get("raw_path") or scope["path"].encode()
                     if scope["query_string"]:

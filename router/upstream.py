@@ -201,9 +201,15 @@ class Connection(asyncio.Protocol):
         self.pool.last_byte_s = self.pool.loop.time()
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserError as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self.fail(UpstreamError(f"the worker's answer is not HTTP: {error}", kind="protocol"))
             return
+        if not self.status:
+            self.buffered_bytes += len(data)
+            if self.buffered_bytes > HIGH_WATER_BYTES:
+                text = f"the head of the worker's answer exceeds {HIGH_WATER_BYTES} bytes"
+                self.fail(UpstreamError(text, kind="protocol"))
+                return
         if self.buffered_bytes > HIGH_WATER_BYTES and not self.paused and not self.complete:
             self.paused = True
             self.transport.pause_reading()
@@ -247,6 +253,7 @@ class Connection(asyncio.Protocol):
             name == b"content-length" or name == b"transfer-encoding" for name, _ in self.headers
         )
         self.status = status
+        self.buffered_bytes = 0  # of the body, from here on
 
     def on_body(self, body: bytes) -> None:
         self.parts.append(body)
@@ -334,9 +341,9 @@ class Pool:
         self.idle.clear()
 
     def close(self) -> None:
-        """Drop everything."""
+        """Drop everything: the worker is no longer registered."""
         self.drop_idle()
-        self.fail_active(UpstreamError("the gateway is closing", kind="closed"))
+        self.fail_active(UpstreamError("the worker was removed", kind="ejected"))
 
     async def fetch(
         self,

@@ -135,7 +135,8 @@ class CacheAware(Policy):
 
     def placed(self, call: Call, worker: Worker) -> None:
         if call.chain:
-            self.images[worker].insert(call.chain)
+            image = self.images.get(worker) or self._new_image(worker)  # cleared since, or not our choice
+            image.insert(call.chain)
         if call.pages and worker.kv is not None:
             coming = self.coming.setdefault(worker, {})
             for page in call.pages.get(worker.kv.page_size, ()):

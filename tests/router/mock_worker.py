@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PAGE_CHARS = 64
+HANG_UP = -1.0  # in a script
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Faults:
     garbage: bool = False  # answer what is not HTTP
     body: bytes | None = None  # every data request is answered 200 with it
     cut_body: bool = False  # announce more bytes than are sent
+    script: tuple[bytes | float, ...] = ()  # bytes that are every answer, and pauses; HANG_UP at the end
 
 
 @dataclass
@@ -129,6 +131,15 @@ class MockWorker:
         if faults.drop:
             writer.transport.abort()
             return False
+        for part in faults.script:
+            if isinstance(part, bytes):
+                writer.write(part)
+            elif part == HANG_UP:
+                return False
+            else:
+                await asyncio.sleep(part)
+        if faults.script:
+            return True
         gone = asyncio.ensure_future(reader.read(1))
         self.running += 1
         try:

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -233,6 +234,21 @@ def test_cache_aware_forgets_a_cleared_worker():
     call = chat("p" * 4000)
     p.choose(call, ws)
     assert call.predicted_tokens == 0
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_request_may_be_placed_at_another_worker_than_the_policy_chose(name):
+    """A breaker's probe, a worker that asked for a pause, one whose cache was cleared since."""
+    ws, p = workers(2, 100_000), policy(name)
+    call = chat("p" * 4000)
+    p.choose(call, ws[:1])
+    p.placed(call, ws[0])
+    for worker in (ws[1], ws[0]):
+        p.cleared(worker)
+        p.placed(call, worker)
+        p.learned(call, worker, 1000, 900)
+    again = chat("p" * 4000)
+    assert p.choose(again, ws) in ws
 
 
 def test_cache_aware_holds_no_more_than_max_tree_size_over_all_workers():
