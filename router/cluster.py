@@ -6,6 +6,7 @@ data requests. Members share the port by SO_REUSEPORT; one that dies or is froze
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import signal
@@ -182,7 +183,8 @@ class Cluster:
             if frozen:
                 log.error("process %d is frozen and is ended", member.index)
             if frozen or left_s <= 0:
-                process.kill()
+                with contextlib.suppress(ProcessLookupError):  # it has just ended; `waiting` will be told
+                    process.kill()
 
     def _forget(self, member: Process) -> None:
         """It died: its requests are no load any more, and its counts stay counted."""

@@ -221,6 +221,25 @@ async def test_process_that_freezes_before_it_is_ready_is_ended(monkeypatch, cap
     assert "process 1 is frozen" in caplog.text
 
 
+@asynchronous
+async def test_process_that_ends_just_before_it_is_killed_has_ended(monkeypatch):
+    class Gone:
+        def __init__(self) -> None:
+            self.tried = asyncio.Event()
+
+        async def wait(self) -> int:
+            await self.tried.wait()
+            return -signal.SIGTERM
+
+        def kill(self) -> None:
+            self.tried.set()
+            raise ProcessLookupError
+
+    monkeypatch.setattr(router.cluster, "PING_S", 0.001)
+    supervisor, member = router.cluster.Cluster(RouterConfig(workers_processes=2)), Process(1)
+    assert await supervisor._ended(member, Gone()) == -signal.SIGTERM
+
+
 def test_every_process_follows_the_events_of_every_worker(tmp_path):
     """A prompt that no process has seen goes, through whichever, where it is held; as token ids."""
 
