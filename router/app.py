@@ -29,7 +29,7 @@ from router.policies.manual import Manual
 from router.proxy import Proxy
 from router.short_way import ShortWay
 from router.tracing import Tracer
-from router.upstream import Address, Pool
+from router.upstream import AGES_S, Address, Pool
 from router.worker_api import WorkerApi
 from router.workers import Registry, Worker, WorkerSpec, breaker_numbers
 
@@ -304,6 +304,10 @@ class Gateway:
                 "smg_worker_routing_keys_active", "routing keys at home there", by_worker,
                 each(lambda w: manual.groups.get(w, 0)), "max",
             )  # fmt: skip
+        watch(
+            "smg_http_inflight_request_age_count", "requests at workers, by seconds since they were sent",
+            ("gt", "le"), self._ages, "sum",
+        )  # fmt: skip
         watch("smg_admission_inflight", "requests in flight", (), lambda: {(): float(self._running())}, "sum")
         watch(
             "router_admission_queue_depth", "requests waiting for a place", (),
@@ -337,6 +341,13 @@ class Gateway:
     def _own_hit_tokens(self) -> tuple[int, dict[str, int]]:
         seen = self.proxy.recorder if self.proxy else None
         return (seen.prompt_tokens, seen.cached_tokens) if seen is not None else (0, {})
+
+    def _ages(self) -> dict[tuple[str, ...], float]:
+        counts = [0] * (len(AGES_S) + 1)
+        for worker in self.registry:
+            worker.pool.ages(counts)
+        bounds = ("0", *map(str, AGES_S), "+Inf")
+        return {(bounds[i], bounds[i + 1]): float(count) for i, count in enumerate(counts)}
 
     def _running(self) -> int:
         return self.proxy.concurrency.running if self.proxy else 0

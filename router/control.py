@@ -13,7 +13,7 @@ from starlette.routing import Route
 from router import __version__
 from router.errors import RequestError
 from router.policies import Policy
-from router.upstream import UpstreamError
+from router.upstream import UpstreamError, json_of
 from router.workers import Load, Registry, Worker
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -244,12 +244,7 @@ async def _asked(
 
 
 def _decoded(answer: tuple[int, bytes] | UpstreamError) -> Any:
-    if isinstance(answer, UpstreamError) or answer[0] != 200:
-        return None
-    try:
-        return msgspec.json.decode(answer[1])
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
+    return None if isinstance(answer, UpstreamError) or answer[0] != 200 else json_of(answer[1])
 
 
 def _ranks(data: Any) -> list[dict[str, Any]]:
@@ -270,7 +265,7 @@ def _ranks(data: Any) -> list[dict[str, Any]]:
 
 def _count(rank: dict[str, Any], name: str) -> int:
     value = rank.get(name)
-    return value if isinstance(value, int) else 0
+    return min(max(0, value), 1 << 53) if isinstance(value, int) else 0
 
 
 def _summed(ranks: list[dict[str, Any]], now_s: float) -> Load:
@@ -279,7 +274,7 @@ def _summed(ranks: list[dict[str, Any]], now_s: float) -> Load:
         running=sum(r["num_running_reqs"] for r in ranks),
         waiting=sum(r["num_waiting_reqs"] for r in ranks),
         queued_tokens=sum(_count(r, "num_waiting_uncached_tokens") for r in ranks),
-        kv_usage=max(usage, default=0.0),
+        kv_usage=min(1.0, max(0.0, *usage)) if usage else 0.0,
         at_s=now_s,
     )
 

@@ -14,7 +14,7 @@ from router.config import RouterConfig
 from router.exact import Exact
 from router.health import Monitor
 from router.metrics import Metrics
-from router.upstream import Pool, UpstreamError
+from router.upstream import Pool, UpstreamError, json_of
 from router.workers import Registry, Worker, WorkerSpec
 
 log = logging.getLogger("router")
@@ -256,8 +256,9 @@ async def _json(worker: Worker, *targets: str) -> Any:
     for target in targets:
         try:
             status, body = await pool.fetch("GET", target, headers=worker.auth_headers())
-            if status == 200:
-                return msgspec.json.decode(body)
-        except (UpstreamError, msgspec.DecodeError, UnicodeDecodeError):
+        except UpstreamError:
             continue
+        value = json_of(body) if status == 200 else None
+        if value is not None:
+            return value
     return None

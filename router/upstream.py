@@ -14,11 +14,14 @@ import asyncio
 import socket
 import ssl
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
+import msgspec
 
 # A connection is not read while this many body bytes wait for the client. 256 KiB is a few thousand
 # events, far more than a client that keeps up ever has outstanding.
@@ -26,6 +29,9 @@ HIGH_WATER_BYTES = 256 * 1024
 # uvicorn closes a connection after 5 idle seconds; reusing it just then costs a failed attempt.
 IDLE_LIMIT_S = 4.0
 MAX_IDLE = 1024
+
+
+AGES_S = (30, 60, 180, 300, 600, 1200, 3600)  # bounds of what `Pool.ages` counts
 
 
 class UpstreamError(Exception):
@@ -334,6 +340,12 @@ class Pool:
             if connection.busy and not connection.endless and connection.sent_s < horizon_s:
                 connection.fail(UpstreamError(f"no end within {limit_s:g} s", kind="timeout"))
 
+    def ages(self, counts: list[int]) -> None:
+        """Add the running exchanges to `counts`, one for each interval between AGES_S."""
+        for connection in self.active:
+            if connection.busy and not connection.endless:
+                counts[bisect_left(AGES_S, self.loop.time() - connection.sent_s)] += 1
+
     def drop_idle(self) -> None:
         for connection in self.idle:
             connection.closed = True
@@ -389,3 +401,13 @@ class Pool:
                 f"{method} {target}: no answer within {timeout_s:g} s", kind="timeout"
             ) from error
         raise AssertionError("unreachable")
+
+
+def json_of(body: bytes) -> Any:
+    """A worker's JSON, decoded; None when it is none, or holds what cannot be counted with or sent on."""
+    try:
+        value = msgspec.json.decode(body)
+        msgspec.json.encode(value)  # integers beyond 64 bits are decoded and not encoded
+    except (ValueError, RecursionError, OverflowError):  # DecodeError is a ValueError
+        return None
+    return value

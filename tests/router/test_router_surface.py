@@ -317,6 +317,38 @@ async def test_loads_name_every_worker():
 
 
 @asynchronous
+async def test_loads_of_a_worker_that_knows_only_the_older_route():
+    class Older(MockWorker):
+        def _control(self, path):
+            if path == "/get_load":
+                return 200, [{"dp_rank": 0, "num_reqs": 5, "num_waiting_reqs": 2, "num_tokens": 100}]
+            return (404, {}) if path == "/v1/loads" else super()._control(path)
+
+    worker = await Older().start()
+    async with running(workers=[worker]) as r:
+        entry = (await r.client.get("/get_loads")).json()["loads"][0]
+        assert (entry["num_running_reqs"], entry["num_waiting_reqs"]) == (3, 2)
+        assert r.registered(worker).requests == 5  # other gateways' work counts
+
+
+@asynchronous
+async def test_requests_at_workers_are_counted_by_their_age():
+    async with running(1) as r:
+        r.workers[0].faults.delay_s = 30
+        asking = [asyncio.create_task(r.chat()) for _ in range(3)]
+        pool = r.registered(r.workers[0]).pool
+        await until(lambda: len(r.workers[0].seen) == 3)
+        for connection, age_s in zip(sorted(pool.active, key=id), (1, 100, 5000), strict=True):
+            connection.sent_s -= age_s
+        counts = {}
+        for gt, le in (("0", "30"), ("60", "180"), ("180", "300"), ("3600", "+Inf")):
+            counts[le] = r.metric(f'smg_http_inflight_request_age_count{{gt="{gt}",le="{le}"}}')
+        assert counts == {"30": 1, "180": 1, "300": 0, "+Inf": 1}
+        for task in asking:
+            task.cancel()
+
+
+@asynchronous
 async def test_flush_reaches_every_worker_and_partial_success_is_206():
     async with running(2) as r:
         response = await r.client.post("/flush_cache")

@@ -5,7 +5,7 @@ import asyncio
 import gateway_harness
 import pytest
 from gateway_harness import RawClient, asynchronous, running, until
-from mock_worker import HANG_UP
+from mock_worker import HANG_UP, MockWorker
 
 from router.breaker import PROBE
 from router.http_server import MAX_HEAD_BYTES
@@ -198,6 +198,64 @@ async def test_client_that_leaves_during_a_probe_on_the_short_way_leaves_room_fo
         client.leave()
         await until(lambda: not worker.in_flight)
         assert worker.breaker.state == "half_open" and not worker.breaker.probing
+
+
+NUMBERS = [b"1" + b"0" * 30, b"1" + b"0" * 5000, b"-7", b"1e300", b'"9"', b"null", b"[" * 5000 + b"]" * 5000]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda n: n[:9].decode())
+@pytest.mark.parametrize("policy", ["cache_aware", "least_load"])
+@asynchronous
+async def test_nonsense_on_the_control_routes_of_a_worker_hurts_nobody(policy, number):
+    class Odd(MockWorker):
+        def _control(self, path):
+            if path == "/v1/loads":
+                names = (
+                    b"num_running_reqs",
+                    b"num_waiting_reqs",
+                    b"num_waiting_uncached_tokens",
+                    b"token_usage",
+                )
+            elif path == "/server_info":
+                names = (b"max_total_num_tokens", b"page_size", b"dp_size", b"chunked_prefill_size")
+            else:
+                return super()._control(path)
+            fields = b",".join(b'"%b":%b' % (name, number) for name in names)
+            return 200, b'{"loads":[{%b}],%b}' % (fields, fields)
+
+    workers = [await Odd(name="w0").start(), await MockWorker(name="w1").start()]
+    async with running(workers=workers, policy=policy) as r:
+        loads = (await r.client.get("/get_loads")).json()["loads"]
+        assert {entry["worker"] for entry in loads} == {w.url for w in workers}
+        for i in range(4):
+            assert (await r.chat(str(i))).status_code == 200
+            assert "[DONE]" in await r.stream(str(i))
+        assert (await r.client.get("/metrics")).status_code == 200
+        assert len((await r.client.get("/workers")).json()["workers"]) == 2
+
+
+@asynchronous
+async def test_frozen_worker_is_noticed_although_health_checks_are_far_apart():
+    """At `--health-check-interval-secs 30` by its silence."""
+    async with running(2, health_check_interval_secs=30, health_check_timeout_secs=0.2) as r:
+        await r.chat()
+        await r.chat()
+        r.workers[0].faults.frozen = True
+        answers = await asyncio.gather(*(r.chat() for _ in range(4)))
+        assert [a.json()["worker"] for a in answers] == ["w1"] * 4
+        assert r.registered(r.workers[0]).status == "unhealthy"
+        r.workers[0].thaw()
+        await until(lambda: r.registered(r.workers[0]).status == "ready", timeout_s=10)
+
+
+@asynchronous
+async def test_pause_before_a_retry_grows_to_its_bound_with_jitter():
+    async with running(1, retry_max_backoff_ms=200) as r:
+        proxy = r.gateway.proxy
+        for value, factor in ((0.0, 0.8), (0.5, 1.0), (1.0, 1.2)):
+            proxy.rng = type("Fixed", (), {"random": lambda self, value=value: value})()
+            pauses_ms = [round(1000 * proxy._backoff_s(n), 1) for n in (1, 2, 3, 5, 9)]
+            assert pauses_ms == [round(factor * ms, 1) for ms in (50, 75, 112.5, 200, 200)]
 
 
 # ---- clients ----
