@@ -27,12 +27,13 @@ async def test_waiting_stream_with_a_cached_prefix_goes_before_an_older_one_with
     async with running(1, **SETTINGS) as r:
         worker = r.workers[0]
         await ask(r, "warm" + "w" * 4000)
-        worker.faults.delay_s = 0.2
+        worker.faults.frozen = True
         tasks = []
         for text in ("busy" + "b" * 4000, "cold" + "c" * 4000, "warm" + "w" * 4000 + "and more"):
             tasks.append(asyncio.create_task(ask(r, text)))
-            await asyncio.sleep(0.03)
+            await until(lambda: r.registered(worker).in_flight == len(tasks))
         assert r.gateway.proxy.dispatch.num_waiting() == 2
+        worker.thaw()
         assert {t.status_code for t in await asyncio.gather(*tasks)} == {200}
         assert first_words(worker) == ["warm", "busy", "warm", "cold"]
         assert r.metric('smg_router_stage_duration_seconds_count{router_type="regular"') == 2
