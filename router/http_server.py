@@ -281,11 +281,7 @@ class ClientConnection(HttpToolsProtocol):
     def _refuse_head(self, status: bytes, message: str, code: str) -> None:
         cycle = self.cycle
         if cycle is None or cycle.response_complete:  # else the answer before is still going out
-            body = error_body(message, "invalid_request_error", code)
-            self.transport.write(
-                b"HTTP/1.1 %b\r\ncontent-type: application/json\r\nconnection: close\r\n"
-                b"content-length: %d\r\n\r\n" % (status, len(body)) + body
-            )
+            self._write_error(status, message, code)
         self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -333,12 +329,17 @@ class ClientConnection(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
     def send_400_response(self, msg: str) -> None:
-        body = error_body(msg, "invalid_request_error", "bad_request")
-        self.transport.write(
-            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
-            b"content-length: %d\r\n\r\n" % len(body) + body
-        )
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or not (cycle.response_started or self.pipeline):
+            self._write_error(b"400 Bad Request", msg, "bad_request")
         self.transport.close()
+
+    def _write_error(self, status: bytes, message: str, code: str) -> None:
+        body = error_body(message, "invalid_request_error", code)
+        self.transport.write(
+            b"HTTP/1.1 %b\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            b"content-length: %d\r\n\r\n" % (status, len(body)) + body
+        )
 
 
 class GatewayServer(uvicorn.Server):

@@ -77,7 +77,9 @@ async def test_odd_answer_is_an_answer(script):
             client.writer.write(post(TEXT))
             data = b""
             while b"}" not in data:
-                data += await client.reader.read(1 << 20)
+                more = await client.reader.read(1 << 20)
+                assert more, data
+                data += more
             assert data.startswith(b"HTTP/1.1 200 OK\r\n")
             await asyncio.sleep(0.02)  # chunks, and what comes late
             client.leave()
@@ -320,6 +322,19 @@ async def test_client_that_leaves_with_a_second_request_sent_is_noticed():
         await asyncio.sleep(0.05)
         client.leave()
         await until(lambda: r.workers[0].disconnects)
+        await idle(r)
+
+
+@asynchronous
+async def test_garbage_behind_a_request_ends_its_answer_and_puts_nothing_into_it():
+    async with running(1) as r:
+        r.workers[0].faults.token_s = 0.05
+        client = await RawClient.connect(r.port)
+        client.writer.write(post(b'{"text":"x","stream":true,"max_tokens":100}'))
+        data = await client.read_until(b"tok1")
+        client.writer.write(b"\0\1 no request\r\n\r\n")
+        data += await client.reader.read()
+        assert data.count(b"HTTP/1.1") == 1 and b"bad_request" not in data and b"[DONE]" not in data
         await idle(r)
 
 
