@@ -407,7 +407,7 @@ def json_of(body: bytes) -> Any:
     """A worker's JSON, decoded; None when it is none, or holds what cannot be counted with or sent on."""
     try:
         value = msgspec.json.decode(body)
-        msgspec.json.encode(value)  # integers beyond 64 bits are decoded and not encoded
+        msgspec.msgpack.encode(value)  # refuses integers beyond 64 bits; processes tell each other so
     except (ValueError, RecursionError, OverflowError):  # DecodeError is a ValueError
         return None
     return value

@@ -9,7 +9,7 @@ from mock_worker import HANG_UP, MockWorker
 
 from router.breaker import PROBE
 from router.http_server import MAX_HEAD_BYTES
-from router.upstream import HIGH_WATER_BYTES
+from router.upstream import HIGH_WATER_BYTES, json_of
 
 TEXT = b'{"text":"x"}'
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -89,6 +89,14 @@ async def test_odd_answer_is_an_answer(script):
         assert (await r.chat()).status_code == 200
         assert "smg_worker_requests_total" in (await r.client.get("/metrics")).text
         assert r.registered(r.workers[0]).breaker.closed
+        recorder = r.gateway.proxy.recorder
+        assert all(0 <= n < 10**16 for n in (recorder.prompt_tokens, *recorder.cached_tokens.values()))
+
+
+def test_json_that_cannot_be_told_to_another_process_is_none():
+    assert json_of(b'{"a": [1, 1.5, null]}') == {"a": [1, 1.5, None]}
+    for body in (b"", b"{", b'{"a": 1' + b"0" * 30 + b"}", b"[" * 5000 + b"]" * 5000, b'"\xff"', b"1e999"):
+        assert json_of(body) is None
 
 
 NO_ANSWERS = {
@@ -202,7 +210,16 @@ async def test_client_that_leaves_during_a_probe_on_the_short_way_leaves_room_fo
         assert worker.breaker.state == "half_open" and not worker.breaker.probing
 
 
-NUMBERS = [b"1" + b"0" * 30, b"1" + b"0" * 5000, b"-7", b"1e300", b'"9"', b"null", b"[" * 5000 + b"]" * 5000]
+NUMBERS = [
+    b"1" + b"0" * 30,
+    b"2" + b"0" * 400,
+    b"1" + b"0" * 5000,
+    b"-7",
+    b"1e300",
+    b'"9"',
+    b"null",
+    b"[" * 5000 + b"]" * 5000,
+]
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda n: n[:9].decode())
