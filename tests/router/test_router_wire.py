@@ -155,7 +155,7 @@ async def test_request_whose_worker_is_removed_is_answered_by_another_one():
         assert len(first.seen) == seen and not worker.pool.active
 
 
-@pytest.mark.parametrize("then", ["frozen", "slow"])
+@pytest.mark.parametrize("then", ["frozen", "late"])
 @asynchronous
 async def test_what_runs_on_an_unwell_worker_does_not_wait_for_ever(then):
     """Its health check says 503, which leaves running requests alone; then it freezes, or takes long."""
