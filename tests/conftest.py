@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords and not on_gpu(config):
             item.add_marker(pytest.mark.skip(reason="runs under -m gpu"))
-        if "slow" in item.keywords and not config.option.slow:
+        if item.get_closest_marker("slow") and not config.option.slow:
             item.add_marker(pytest.mark.skip(reason="runs under --slow"))
 
 

@@ -1,5 +1,6 @@
 """The two launchers as processes: flags, supervision, signals."""
 
+import asyncio
 import json
 import os
 import random
@@ -14,13 +15,14 @@ from typing import IO
 
 import httpx
 import pytest
+from gateway_harness import asynchronous
 
 from router.app import build_app
 from router.config import ConfigError, RouterConfig
 from router.http_server import GatewayServer
 from router.launch_router import uvicorn_config
 from router.launch_server import make_parser, make_plan
-from router.replicas import free_ports
+from router.replicas import Replicas, ReplicaSpec, free_ports
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -166,13 +168,16 @@ def test_replicas_are_started_restarted_when_killed_and_ended_on_sigterm(tmp_pat
         "--host", "127.0.0.1", "--port", "0", "--router-dp-worker-base-port", str(some_ports(1)[0]),
         "--router-shutdown-grace-period-secs", "3",
     )  # fmt: skip
-    url = f"http://127.0.0.1:{listening(process)}"
+    lines: list[str] = []
+    url = f"http://127.0.0.1:{listening(process, lines)}"
 
     def ready(count: int) -> bool:
         return httpx.get(url + "/readiness").json()["healthy_workers"] == count
 
     try:
         wait_for(lambda: ready(2))
+        wait_for(lambda: any("all 2 ready after" in line for line in lines))
+        assert any(re.search(r"[01] of 2 ready after \d+ s", line) for line in lines)
         notes = {file.name: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
         assert sorted(n["gpu"] for n in notes.values()) == [0, 1]
         name, victim = next(iter(notes.items()))
@@ -188,6 +193,31 @@ def test_replicas_are_started_restarted_when_killed_and_ended_on_sigterm(tmp_pat
     finally:
         process.kill()
         process.wait()
+
+
+@asynchronous
+async def test_replica_that_keeps_dying_is_restarted_less_and_less_often(monkeypatch):
+    pauses_s, sleep = [], asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        pauses_s.append(seconds)
+        await sleep(0 if len(pauses_s) < 8 else 60)
+
+    async def died(self, spec) -> int:
+        return 3
+
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    monkeypatch.setattr(Replicas, "_run", died)
+    spec = ReplicaSpec("replica 0", (), 1)
+    replicas = Replicas([spec], lambda spec: True, 0.1)
+    replicas.start()
+    try:
+        while len(pauses_s) < 8:
+            await sleep(0.02)
+        assert pauses_s == [1, 2, 4, 8, 16, 30, 30, 30]
+        assert replicas.restarts["replica 0"] == 7 and not replicas.failed.done()
+    finally:
+        await replicas.end()
 
 
 def test_engine_that_refuses_its_flags_ends_the_launcher(tmp_path):
