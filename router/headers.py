@@ -54,7 +54,7 @@ _CLIENT_NAMES = dict.fromkeys(_NOT_FORWARDED, _DROP) | {
 def read_headers(headers: list[tuple[bytes, bytes]], id_ranks: dict[bytes, int]) -> ClientHeaders:
     """One pass over an ASGI header list (lower-case names). `id_ranks`: request-id headers, best first.
 
-    Authorization is kept out of `forward`: whether it goes on depends on the worker.
+    Keys are kept out of `forward`: whether they go on depends on the worker.
     """
     found = ClientHeaders()
     lines = []
@@ -87,6 +87,7 @@ def read_headers(headers: list[tuple[bytes, bytes]], id_ranks: dict[bytes, int])
             found.traceparent = value
         else:
             found.x_api_key = value
+            continue
         lines += (name, b": ", value, b"\r\n")
     found.forward = b"".join(lines)
     return found
@@ -104,8 +105,11 @@ def request_head(
     """Request line and headers for `worker`, with the empty line. `length`: bytes of the body; `more`:
     header lines of our own."""
     auth = more
-    if client.authorization is not None and not worker.spec.api_key:
-        auth += b"authorization: " + client.authorization + b"\r\n"
+    if not worker.spec.api_key:
+        if client.authorization is not None:
+            auth += b"authorization: " + client.authorization + b"\r\n"
+        if client.x_api_key is not None:
+            auth += b"x-api-key: " + client.x_api_key + b"\r\n"
     return b"".join(
         (
             method.encode(),

@@ -412,6 +412,18 @@ async def test_key_is_checked_for_every_request_of_a_connection():
         await idle(r)
 
 
+@pytest.mark.parametrize("worker_key", [None, "theirs"])
+@asynchronous
+async def test_keys_of_clients_reach_only_workers_without_a_key_of_their_own(worker_key):
+    async with running(1, api_key="k", worker_api_key=worker_key) as r:
+        for name, value in (("authorization", "Bearer k"), ("x-api-key", "k")):
+            response = await r.client.post("/generate", content=TEXT, headers={name: value})
+            assert response.status_code == 200
+            sent = r.workers[0].seen[-1].headers
+            got = {key: sent[key] for key in ("authorization", "x-api-key") if key in sent}
+            assert got == ({"authorization": "Bearer theirs"} if worker_key else {name: value})
+
+
 @asynchronous
 async def test_body_over_the_limit_is_413_however_well_its_head_is_known():
     async with running(1, max_payload_size=1000) as r:
