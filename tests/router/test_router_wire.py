@@ -174,16 +174,22 @@ async def test_what_runs_on_an_unwell_worker_does_not_wait_for_ever(then):
         assert answer.status_code == (502 if then == "frozen" else 504), answer.text
 
 
+async def with_a_probe_due(r):
+    """The only worker, its breaker open for so long that the next request probes it."""
+    await r.chat()
+    worker = r.registered(r.workers[0])
+    r.gateway.monitor.tasks.pop(worker).cancel()  # which would send the probe
+    for _ in range(5):
+        worker.breaker.failure(1)
+    assert worker.breaker.state == "open"
+    worker.breaker.opened_at -= 100
+    return worker
+
+
 @asynchronous
 async def test_half_open_probe_that_takes_the_short_way_closes_the_breaker():
     async with running(1) as r:
-        await r.chat()
-        worker = r.registered(r.workers[0])
-        r.gateway.monitor.tasks.pop(worker).cancel()  # which would send the probe
-        for _ in range(5):
-            worker.breaker.failure(1)
-        assert worker.breaker.state == "open"
-        worker.breaker.opened_at -= 100
+        worker = await with_a_probe_due(r)
         client = await RawClient.connect(r.port)
         r.workers[0].faults.delay_s = 0.05
         asking = asyncio.create_task(r.chat())
@@ -197,12 +203,7 @@ async def test_half_open_probe_that_takes_the_short_way_closes_the_breaker():
 @asynchronous
 async def test_client_that_leaves_during_a_probe_on_the_short_way_leaves_room_for_another():
     async with running(1) as r:
-        await r.chat()
-        worker = r.registered(r.workers[0])
-        r.gateway.monitor.tasks.pop(worker).cancel()  # which would send the probe
-        for _ in range(5):
-            worker.breaker.failure(1)
-        worker.breaker.opened_at -= 100
+        worker = await with_a_probe_due(r)
         r.workers[0].faults.delay_s = 10
         client = await RawClient.connect(r.port)
         client.writer.write(post(TEXT))
