@@ -11,6 +11,7 @@ with status 0, also when it was another host that was told to stop. When one fai
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -155,6 +156,8 @@ async def _serve(config: ServerConfig, engines: list[EngineProcess], stop: async
         stop.set()
 
     watchers = [asyncio.create_task(stop_with(engine)) for engine in engines]
+    gc.collect()
+    gc.freeze()  # full collections need not look through what lives until the end
     try:
         await serve(
             app,

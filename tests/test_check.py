@@ -265,7 +265,7 @@ def test_refusal_ends_with_status_2_on_standard_error(capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(
-        "jaxserve: weights take 79.61 GiB a device and leave no page of KV in the 69.61"
+        "jaxserve: weights take 79.41 GiB a device and leave no page of KV in the 69.61"
     )
 
 

@@ -5,6 +5,7 @@ configuration as JSON. When the launcher dies this process ends too. Of several 
 an engine process; whoever cannot go on tells the others and the launcher why, and ends.
 """
 
+import gc
 import json
 import logging
 import os
@@ -109,6 +110,9 @@ def _serve(config: ServerConfig, endpoint: ZmqEndpoint, hosts: Hosts | None) -> 
     if hosts is not None:
         join_jax(config)
     scheduler, runner, info, stats = build(config, endpoint.send, hosts)
+    # What lives until the end is looked through no more: a full collection held a step up by 0.3 s.
+    gc.collect()
+    gc.freeze()
     endpoint.send(info)
     if isinstance(hosts, Follower):
         stats.loop_thread = threading.get_ident()

@@ -92,7 +92,7 @@ class MoE(nnx.Module):
 
     Args:
         index: number of this layer among those with experts.
-        router: checkpoint tensor [E, D]; its product is always float32.
+        router: checkpoint tensor [E, D]; logits are float32 in any dtype, as sums of exact products.
         router_bias: of the logits. choice_bias: of the choice alone (DeepSeek's correction bias).
         shared: its output is added, times a sigmoid gate when `shared_gate` names a tensor [1, D].
     """
@@ -118,7 +118,7 @@ class MoE(nnx.Module):
         def per_expert(name: str | None) -> nnx.Param | None:
             return None if name is None else weight((E,), (None,), name, dtype=jnp.float32, init="zeros")
 
-        self.router = weight((E, D), (None, "embed"), router, dtype=jnp.float32)
+        self.router = weight((E, D), (None, "embed"), router, dtype=dtype)
         self.router_bias, self.choice_bias = per_expert(router_bias), per_expert(choice_bias)
         self.experts = experts
         self.shared = shared
@@ -128,7 +128,7 @@ class MoE(nnx.Module):
 
     def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
         with jax.named_scope("route"):
-            logits_TE = project(hidden_TD.astype(jnp.float32), self.router, self.router_bias)
+            logits_TE = project(hidden_TD, self.router, self.router_bias, out_dtype=jnp.float32)
             bias_E = None if self.choice_bias is None else self.choice_bias[...]
             expert_TX, weight_TX = step.per_rank(partial(choose, self.routing), logits_TE, shared=bias_E)
         with jax.named_scope("experts"):

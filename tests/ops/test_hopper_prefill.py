@@ -78,7 +78,7 @@ def test_what_it_does_not_compute_stays_with_the_other_kernel():
     assert not fits(block_size=64)
 
 
-def test_it_runs_only_where_asked_for_and_on_a_hopper_gpu(monkeypatch):
+def test_it_runs_on_hopper_gpus_with_cuda_13(monkeypatch):
     class Device:
         compute_capability = "9.0"
 
@@ -86,10 +86,8 @@ def test_it_runs_only_where_asked_for_and_on_a_hopper_gpu(monkeypatch):
             platform_version = "PJRT C API\ncuda 13000"
 
     monkeypatch.setattr(jax, "devices", lambda: [Device])
-    assert not hopper.wanted()
-    monkeypatch.setenv("JAXSERVE_HOPPER_PREFILL", "1")
-    assert hopper.wanted()
+    assert hopper.is_supported()
     Device.client.platform_version = "PJRT C API\ncuda 12090"
-    assert not hopper.wanted()
+    assert not hopper.is_supported()
     Device.client.platform_version, Device.compute_capability = "cuda 13000", "10.0"
-    assert not hopper.wanted()
+    assert not hopper.is_supported()

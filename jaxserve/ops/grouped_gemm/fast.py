@@ -31,13 +31,20 @@ class Tile(NamedTuple):
 
 
 def choose_tile(rows_per_expert: float, itemsize: int) -> Tile:
-    """By how many rows an expert has on average, were they spread evenly over all experts."""
+    """By how many rows an expert has on average, were they spread evenly over all experts.
+
+    Of twelve tiles on an H200 (DeepSeek-V2-Lite, 64 experts, 6 a token), the best when tokens spread, and
+    among the best when all choose the same six: us a layer, spread and same, at 32, 128, 256 and 512
+    tokens 278, 292, 324, 334 and 64, 108, 130, 198. The bytes take 278 and some 30.
+    """
     if itemsize == 4:
         return Tile(16 if rows_per_expert <= 16 else 32, 64, 32, warps=4, stages=2)
     if rows_per_expert <= 8:
         return Tile(16, 64, 128, warps=4, stages=3)
+    if rows_per_expert <= 16:
+        return Tile(32, 64, 128, warps=4, stages=3)
     if rows_per_expert <= 64:
-        return Tile(32, 128, 64, warps=4, stages=4)
+        return Tile(64, 64, 64, warps=4, stages=4)
     return Tile(128, 128, 64, warps=8, stages=3)
 
 

@@ -82,7 +82,7 @@ def prefill(
     arrays = (query_PHK, key_pages, value_pages, page_table_SN, *blocks)
     if (chosen := backend.chosen()) == "reference":
         return reference.prefill(*arrays, **options)
-    if chosen == "fast" and hopper.wanted() and hopper.fits(query_PHK, key_pages, block_size):
+    if chosen == "fast" and hopper.is_supported() and hopper.fits(query_PHK, key_pages, block_size):
         del options["block_size"]
         return hopper.prefill(*arrays, **options)
     return fast.prefill(*arrays, **options, interpret=chosen == "interpret")

@@ -8,13 +8,10 @@ Products and sums accumulate in float32, the softmax runs in base 2. Only what `
 here; the rest is `fast.prefill`'s.
 
 Measured on one H200 (H32 G8 K128, page size 16, one prompt of 2048, 4096, 8192 tokens), TFLOP/s: 260, 397,
-494; `fast.prefill` 180, 244, 286. Tile(64, 4): 240, 363, 438. Whole prompts of Llama-3.1-8B: 42.5 instead of
-39.1 thousand tokens a second. That was before blocks that start between two tiles were mended (they gave
-wrong numbers), so it runs on request only until tests/gpu has passed.
+494; `fast.prefill` 180, 244, 286. Tile(64, 4): 240, 363, 438.
 """
 
 import functools
-import os
 import re
 from typing import NamedTuple
 
@@ -39,13 +36,11 @@ class Tile(NamedTuple):
     stages: int = 2
 
 
-def wanted() -> bool:
-    """Whether this kernel is asked for (JAXSERVE_HOPPER_PREFILL=1) and jax's devices can run it.
+def is_supported() -> bool:
+    """Whether jax's devices can run this kernel.
 
     Only from CUDA 13 on: jax's own causal kernel refuses 12.8 to 12.9, whose assembler compiles it wrongly.
     """
-    if os.environ.get("JAXSERVE_HOPPER_PREFILL") != "1":
-        return False
     device = jax.devices()[0]
     cuda = re.search(r"cuda (\d+)", device.client.platform_version)
     return getattr(device, "compute_capability", None) == "9.0" and cuda is not None and int(cuda[1]) >= 13000
