@@ -19,7 +19,7 @@ import numpy as np
 from jaxserve.ops import mla_attention, paged_attention, sampling
 from jaxserve.ops.kv_write.cached import cached
 from jaxserve.ops.sampling import reference
-from tools.bench_products import expert_rows, layer_rows
+from tools.bench_products import expert_rows, layer_rows, operand_rows
 from tools.bench_timing import Card, Row, measure_card, seconds
 
 H, G, K, PAGE_SIZE = 32, 8, 128, 16  # a Llama-3.1-8B layer
@@ -174,7 +174,7 @@ def bench_sampling(card: Card, R: int) -> list[Row]:
     return rows
 
 
-KINDS = ("decode", "prefill", "latent", "sampling", "layer", "experts")
+KINDS = ("decode", "prefill", "latent", "sampling", "rows", "layer", "experts")
 
 
 def all_rows(card: Card, only: str) -> list[Row]:
@@ -192,6 +192,8 @@ def all_rows(card: Card, only: str) -> list[Row]:
     if "sampling" in wanted:
         for R in (32, 256):
             rows.extend(bench_sampling(card, R))
+    if "rows" in wanted:
+        rows += operand_rows(card)
     if "layer" in wanted:
         rows += layer_rows(card)
     if "experts" in wanted:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from jaxserve.layers.channel_quant import Scheme, quantise
 from jaxserve.layers.moe import silu_gated
-from jaxserve.ops import grouped_gemm, quantized_gemm
+from jaxserve.ops import float8_rows, grouped_gemm, quantized_gemm
+from jaxserve.ops.float8_rows import Unscaled
 from jaxserve.ops.grouped_gemm import ExpertWeights
 from tools.bench_timing import Card, Row, seconds
 
@@ -70,7 +71,9 @@ def product_of(way: Way) -> Product:
         case "bf16":
             return lambda x, w: jnp.einsum("ti,oi->to", x, w)
         case "fp8 W8A8":
-            return lambda x, w: quantized_gemm.multiply_float8(x, w[0], w[1], jnp.bfloat16)
+            return lambda x, w: quantized_gemm.multiply_float8(
+                float8_rows.quantise(x), w[0], w[1], jnp.bfloat16
+            ).value()
         case _:
             return lambda x, w: quantized_gemm.multiply_wide(x, w[0], w[1], jnp.bfloat16)
 
@@ -108,6 +111,40 @@ def layer_rows(card: Card, sizes: LayerSizes | None = None, rows: tuple[int, ...
         for way in WAYS
         for triton in (True, False)
     ]
+
+
+# ---- rows in float8 ----
+
+
+def bench_operand(card: Card, made_by: Literal["norm", "gate"], rows: int, sizes: LayerSizes) -> Row:
+    """One pass from the rows behind a residual sum, or behind a joined product, to a product's operand.
+
+    The floor is that of memory; rows that a step has just written may still be in the cache.
+    """
+    inputs, outputs = (sizes.D, sizes.D) if made_by == "norm" else (2 * sizes.F, sizes.F)
+    x, channel = random(0, (rows, inputs)), jnp.ones((inputs,), jnp.float32)
+    scale_T1 = jnp.ones((rows, 1), jnp.float32)
+
+    def make(channel: jax.Array, i: jax.Array, x: jax.Array, scale_T1: jax.Array) -> jax.Array:
+        if made_by == "norm":
+            return float8_rows.normalise(x, channel, eps=1e-5).scale_T1
+        return float8_rows.gate(Unscaled(x, scale_T1, channel, x.dtype), jax.nn.silu).scale_T1
+
+    s = seconds(make, channel, x, scale_T1, iterations=100 if rows < 2048 else 20)
+    num_bytes = (
+        x.nbytes + channel.nbytes + rows * (outputs + 4) + (scale_T1.nbytes if made_by == "gate" else 0)
+    )
+    rate = f"{num_bytes / s / 1e9:.0f} GB/s"
+    return Row(
+        "rows", f"T{rows} {inputs} to {outputs} fp8, {made_by}", s * 1e6, card.floor_s(num_bytes) * 1e6, rate
+    )
+
+
+def operand_rows(
+    card: Card, sizes: LayerSizes | None = None, rows: tuple[int, ...] = (64, 256, 4096)
+) -> list[Row]:
+    ways: tuple[Literal["norm", "gate"], ...] = ("norm", "gate")
+    return [bench_operand(card, way, count, sizes or LayerSizes()) for count in rows for way in ways]
 
 
 # ---- experts ----

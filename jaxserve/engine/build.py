@@ -30,6 +30,7 @@ from jaxserve.engine.rank import Limits
 from jaxserve.engine.runner import Runner, Sizes
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.stats import Stats
+from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.kv import PoolLayout
 from jaxserve.layers.linear import Projections
 from jaxserve.messages import Info, Progress
@@ -119,6 +120,8 @@ def build(
         for _, node in nnx.iter_graph(model):
             if isinstance(node, Projections):
                 node.fuse()
+            elif isinstance(node, ChannelScaled):
+                node.is_alone = True
     load_s = time.monotonic() - load_s
     graph, state = nnx.split(model)
     leaves, treedef = jax.tree.flatten(state)

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxserve.layers.kv import HeadSplit, KVSpec, LatentSpec, StateBlocks, pool_layout, pool_layouts
 from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.operand import Operand
 from jaxserve.layers.quant import BlockFP8, linear_weight
 from jaxserve.layers.rope import Rope, RopeTable
 from jaxserve.layers.weight import weight
@@ -380,7 +381,7 @@ class Attention(nnx.Module):
         self.norm_over = qk_norm_over
         self.sinks = declare((H,), ("q_heads",), f"{name}.sinks", init="zeros") if sinks else None
 
-    def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
+    def __call__(self, hidden_TD: jax.Array | Operand, step: StepContext) -> jax.Array:
         query, key, value = self.qkv.heads(hidden_TD)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self._norm(self.q_norm, query), self._norm(self.k_norm, key)

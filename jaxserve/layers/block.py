@@ -8,12 +8,13 @@ from jax.typing import DTypeLike
 
 from jaxserve.layers.attention import StepContext
 from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.operand import Operand
 
 
 class Sublayer(Protocol):
     """Attention, or a feed-forward layer: dense, or experts, which ask the step who computes them."""
 
-    def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array: ...
+    def __call__(self, hidden_TD: jax.Array | Operand, step: StepContext) -> jax.Array: ...
 
 
 class PreNormBlock(nnx.Module):
@@ -28,5 +29,5 @@ class PreNormBlock(nnx.Module):
         self.feed = feed
 
     def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
-        hidden_TD = hidden_TD + self.attention(self.attention_norm(hidden_TD), step)
-        return hidden_TD + self.feed(self.feed_norm(hidden_TD), step)
+        hidden_TD = hidden_TD + self.attention(self.attention_norm.operand(hidden_TD), step)
+        return hidden_TD + self.feed(self.feed_norm.operand(hidden_TD), step)

@@ -19,8 +19,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxserve.config import ConfigError
+from jaxserve.layers.operand import Operand, wide
 from jaxserve.layers.weight import Stacked, weight
-from jaxserve.ops.quantized_gemm import FLOAT8_MAX, multiply
+from jaxserve.ops import float8_rows
+from jaxserve.ops.float8_rows import FLOAT8_MAX, Float8Rows, Unscaled, reference
+from jaxserve.ops.quantized_gemm import multiply_float8, multiply_wide, takes_float8
 
 Scheme = Literal["fp8", "int8"]
 DTYPES: dict[Scheme, Any] = {"fp8": jnp.float8_e4m3fn, "int8": jnp.int8}
@@ -55,19 +58,40 @@ def _matches(module: str, pattern: str) -> bool:
 
 
 class ChannelScaled(nnx.Module):
-    """A linear layer's weight: `numbers` [*out, *in] in 8 bits, `scale` [*out] in float32."""
+    """A linear layer's weight: `numbers` [*out, *in] in 8 bits, `scale` [*out] in float32.
 
-    def __init__(self, numbers: nnx.Param, scale: nnx.Param):
-        self.numbers, self.scale = numbers, scale
+    `is_alone`: there is one device, so that rows lie whole on it and kernels may quantise them. Over a
+    mesh XLA does, with the largest number of a row that is spread from all its devices.
+    """
+
+    def __init__(self, numbers: nnx.Param, scale: nnx.Param, *, is_alone: bool = False):
+        self.numbers, self.scale, self.is_alone = numbers, scale, is_alone
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.numbers.get_value().shape
 
-    def product(self, x_TI: jax.Array, out_dtype: DTypeLike) -> jax.Array:
+    def product(self, x_TI: jax.Array | Operand, out_dtype: DTypeLike) -> jax.Array:
         """x [T, in] times the weight: [T, out], both of merged dimensions."""
-        numbers_OI = self.numbers[...].reshape(-1, x_TI.shape[1])
-        return multiply(x_TI, numbers_OI, self.scale[...].reshape(-1), out_dtype)
+        product = self.unscaled(x_TI, out_dtype)
+        return (
+            multiply_wide(wide(x_TI), *self._matrix(x_TI), out_dtype) if product is None else product.value()
+        )
+
+    def unscaled(self, x_TI: jax.Array | Operand, out_dtype: DTypeLike) -> Unscaled | None:
+        """The same, to be scaled by whoever reads it; None where the product is not one of float8."""
+        if not takes_float8(x_TI.shape[0], x_TI.dtype, self.numbers[...].dtype):
+            return None
+        return multiply_float8(self._rows(x_TI), *self._matrix(x_TI), out_dtype)
+
+    def _rows(self, x_TI: jax.Array | Operand) -> Float8Rows:
+        if not self.is_alone:
+            return reference.quantise(wide(x_TI))
+        return x_TI.float8 if isinstance(x_TI, Operand) else float8_rows.quantise(x_TI)
+
+    def _matrix(self, x_TI: jax.Array | Operand) -> tuple[jax.Array, jax.Array]:
+        """Numbers [out, in] and scale [out]."""
+        return self.numbers[...].reshape(-1, x_TI.shape[1]), self.scale[...].reshape(-1)
 
 
 # ---- declaring ----

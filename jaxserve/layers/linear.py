@@ -16,12 +16,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxserve.layers.channel_quant import ChannelScaled
+from jaxserve.layers.operand import Operand, wide
 from jaxserve.layers.quant import BlockScaled, Weight
+from jaxserve.ops.float8_rows import Unscaled
 from jaxserve.ops.kv_write import Heads
 
 
 def project(
-    x: jax.Array,
+    x: jax.Array | Operand,
     weight: Weight,
     bias: nnx.Param | None = None,
     *,
@@ -33,20 +35,22 @@ def project(
     with three-dimensional weights does: XLA's CPU backend copies such a weight in every call
     (SmolLM2-135M, 8 rows: 107 MB copied a step).
     """
-    in_size, shape = math.prod(x.shape[1:]), _shape(weight)
-    x_TI, out_dtype = x.reshape(-1, in_size), out_dtype or x.dtype
+    in_size, num_in, shape = math.prod(x.shape[1:]), len(x.shape) - 1, _shape(weight)
+    out_dtype = out_dtype or x.dtype
+    if not isinstance(x, Operand):
+        x = x.reshape(-1, in_size)
     if isinstance(weight, ChannelScaled):
-        y = weight.product(x_TI, out_dtype)
+        y = weight.product(x, out_dtype)
     else:
         matrix = weight.matrix(in_size, x.dtype) if isinstance(weight, BlockScaled) else weight[...]
         y = jnp.einsum(
             "ti,oi->to",
-            x_TI,
+            wide(x),
             matrix.reshape(-1, in_size),
             precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
             preferred_element_type=out_dtype,
         )
-    y = y.reshape(-1, *shape[: len(shape) - (x.ndim - 1)])
+    y = y.reshape(-1, *shape[: len(shape) - num_in])
     return y if bias is None else y + bias[...].astype(y.dtype)
 
 
@@ -70,7 +74,7 @@ class Projections(nnx.Module):
         self.biases = nnx.List(biases if any(b is not None for b in biases) else ())
         self.fused = False
 
-    def __call__(self, hidden_TD: jax.Array) -> list[jax.Array]:
+    def __call__(self, hidden_TD: jax.Array | Operand) -> list[jax.Array]:
         """One [T, *out] a weight."""
         if not self.fused:
             biases = self.biases or [None] * len(self.weights)
@@ -83,7 +87,15 @@ class Projections(nnx.Module):
             for size, end, shape in zip(sizes, ends, self.out_shapes)
         ]
 
-    def heads(self, hidden_TD: jax.Array) -> list[Heads]:
+    def unscaled(self, hidden_TD: jax.Array | Operand) -> Unscaled | None:
+        """What a call gives, side by side and to be scaled by whoever reads it; None where there is no
+        such product."""
+        (weight, *others) = self.weights
+        if others or self.biases or not isinstance(weight, ChannelScaled):
+            return None
+        return weight.unscaled(hidden_TD, hidden_TD.dtype)
+
+    def heads(self, hidden_TD: jax.Array | Operand) -> list[Heads]:
         """As a call, for products that all are heads of one width: joined ones stay where they are."""
         if not self.fused:
             return [Heads.whole(out_THK) for out_THK in self(hidden_TD)]
@@ -92,7 +104,7 @@ class Projections(nnx.Module):
         counts = [shape[0] for shape in self.out_shapes]
         return [Heads(joined_TXK, end - n, n) for n, end in zip(counts, accumulate(counts))]
 
-    def _joined(self, hidden_TD: jax.Array) -> jax.Array:
+    def _joined(self, hidden_TD: jax.Array | Operand) -> jax.Array:
         return project(hidden_TD, self.weights[0], self.biases[0] if self.biases else None)
 
     def fuse(self) -> None:
@@ -111,7 +123,7 @@ class Projections(nnx.Module):
         else:
             numbers = _join_rows([w.numbers.get_value() for w in scaled])
             scale = _join([w.scale.get_value() for w in scaled], (-1,))
-            self.weights = nnx.List([ChannelScaled(nnx.Param(numbers), nnx.Param(scale))])
+            self.weights = nnx.List([ChannelScaled(nnx.Param(numbers), nnx.Param(scale), is_alone=True)])
         if biases:
             self.biases = nnx.List([nnx.Param(_join(biases, (-1,)))])
         self.fused = True

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from jaxserve.layers.attention import StepContext, write_address
 from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.operand import Operand
 from jaxserve.layers.quant import BlockFP8, linear_weight
 from jaxserve.layers.rope import Rope
 from jaxserve.layers.weight import weight
@@ -99,7 +100,7 @@ class LatentAttention(nnx.Module):
         self.out = matrix((D, H, V), ("embed", "q_heads", None), f"{name}.o_proj.weight", num_out=1)
         self.out_bias = declare((D,), ("embed",), f"{name}.o_proj.bias") if bias else None
 
-    def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
+    def __call__(self, hidden_TD: jax.Array | Operand, step: StepContext) -> jax.Array:
         turn = partial(step.rope(self.rope).rotate, interleaved=self.interleaved)
         query, down_TC = self.from_hidden(hidden_TD)
         with jax.named_scope("latent"):
@@ -107,7 +108,7 @@ class LatentAttention(nnx.Module):
             rope_TK = turn(down_TC[:, None, self.sizes.latent :])[:, 0]
         with jax.named_scope("query"):
             if self.query is not None and self.query_norm is not None:
-                query = project(self.query_norm(query), self.query)
+                query = project(self.query_norm.operand(query), self.query)
             query_THN, query_THK = query[..., : self.sizes.nope], turn(query[..., self.sizes.nope :])
             query_THL = _by_head("thn,hnl->thl", query_THN, self.key_up)
         out_THL = _attend(step, self.layer, query_THL, query_THK, latent_TL, rope_TK, self.scale)

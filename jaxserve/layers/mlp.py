@@ -8,8 +8,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxserve.layers.linear import Projections, project
+from jaxserve.layers.operand import Operand
 from jaxserve.layers.quant import BlockFP8, linear_weight
 from jaxserve.layers.weight import weight
+from jaxserve.ops import float8_rows
+from jaxserve.ops.float8_rows import Float8Rows
 
 # By the names that config.json uses; both Gemma spellings mean the tanh approximation.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -42,8 +45,25 @@ class GatedMLP(nnx.Module):
         self.down = matrix((hidden, ffn), ("embed", "ffn"), f"{name}.down_proj.weight")
         self.down_bias = declare((hidden,), ("embed",), f"{name}.down_proj.bias") if bias else None
 
-    def __call__(self, hidden_TD: jax.Array, step: object = None) -> jax.Array:
+    def __call__(self, hidden_TD: jax.Array | Operand, step: object = None) -> jax.Array:
         """`step` is what experts in the same place would need; a dense layer does not."""
-        gate_TF, up_TF = self.gate_up(hidden_TD)
-        inner_TF = ACTIVATIONS[self.activation](gate_TF) * up_TF
+        inner_TF = Gated(hidden_TD, self.gate_up, self.activation)
         return project(inner_TF, self.down, self.down_bias)
+
+
+class Gated(Operand):
+    """act(gate(x)) * up(x)."""
+
+    def __init__(self, hidden_TD: jax.Array | Operand, gate_up: Projections, activation: str):
+        super().__init__((hidden_TD.shape[0], *gate_up.out_shapes[0]), hidden_TD.dtype)
+        self.hidden_TD, self.gate_up, self.activation = hidden_TD, gate_up, ACTIVATIONS[activation]
+
+    def make_wide(self) -> jax.Array:
+        gate_TF, up_TF = self.gate_up(self.hidden_TD)
+        return self.activation(gate_TF) * up_TF
+
+    def make_float8(self) -> Float8Rows:
+        product = self.gate_up.unscaled(self.hidden_TD)
+        return (
+            float8_rows.quantise(self.wide) if product is None else float8_rows.gate(product, self.activation)
+        )

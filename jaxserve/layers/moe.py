@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxserve.layers.attention import StepContext
 from jaxserve.layers.linear import project
 from jaxserve.layers.mlp import GatedMLP
+from jaxserve.layers.operand import Operand, wide
 from jaxserve.layers.quant import BlockFP8, stacked_weight
 from jaxserve.layers.weight import weight
 from jaxserve.ops.grouped_gemm import Activation, ExpertWeights
@@ -126,20 +127,21 @@ class MoE(nnx.Module):
             None if shared_gate is None else weight((1, D), (None, "embed"), shared_gate, dtype=dtype)
         )
 
-    def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
+    def __call__(self, hidden_TD: jax.Array | Operand, step: StepContext) -> jax.Array:
+        wide_TD = wide(hidden_TD)
         with jax.named_scope("route"):
-            logits_TE = project(hidden_TD, self.router, self.router_bias, out_dtype=jnp.float32)
+            logits_TE = project(wide_TD, self.router, self.router_bias, out_dtype=jnp.float32)
             bias_E = None if self.choice_bias is None else self.choice_bias[...]
             expert_TX, weight_TX = step.per_rank(partial(choose, self.routing), logits_TE, shared=bias_E)
         with jax.named_scope("experts"):
             out_TD = step.feed_experts(
-                self.index, hidden_TD, expert_TX, weight_TX, self.experts.weights(), self.activation
+                self.index, wide_TD, expert_TX, weight_TX, self.experts.weights(), self.activation
             )
         if self.shared is None:
             return out_TD
         with jax.named_scope("shared_expert"):
             shared_TD = self.shared(hidden_TD)
             if self.shared_gate is not None:
-                gate_T1 = project(hidden_TD, self.shared_gate, out_dtype=jnp.float32)
+                gate_T1 = project(wide_TD, self.shared_gate, out_dtype=jnp.float32)
                 shared_TD = shared_TD * jax.nn.sigmoid(gate_T1).astype(shared_TD.dtype)
             return out_TD + shared_TD

@@ -1,18 +1,20 @@
 """Root-mean-square normalization."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jaxserve.layers.operand import Operand
 from jaxserve.layers.weight import weight
+from jaxserve.ops import float8_rows
+from jaxserve.ops.float8_rows import Float8Rows
+from jaxserve.ops.norm import rms_norm
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last axis, in float32 inside.
+    """`jaxserve.ops.norm.rms_norm` with a learned gain.
 
     `offset` is 1 for families that store the gain's distance from one (Gemma), else 0.
-    Source: Zhang and Sennrich 2019, equation 4.
     """
 
     def __init__(
@@ -30,9 +32,23 @@ class RMSNorm(nnx.Module):
         self.offset = offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        gain = self.weight[...].astype(jnp.float32)
-        if self.offset:
-            gain = gain + self.offset
-        return (wide * jax.lax.rsqrt(variance + self.eps) * gain).astype(x.dtype)
+        return rms_norm(x, self.weight[...], eps=self.eps, offset=self.offset)
+
+    def operand(self, x_TD: jax.Array) -> "Normalised":
+        """The same for products alone, in the form that they want."""
+        return Normalised(x_TD, self)
+
+
+class Normalised(Operand):
+    """Rows behind a norm."""
+
+    def __init__(self, x_TD: jax.Array, norm: RMSNorm):
+        super().__init__(x_TD.shape, x_TD.dtype)
+        self.x_TD, self.norm = x_TD, norm
+
+    def make_wide(self) -> jax.Array:
+        return self.norm(self.x_TD)
+
+    def make_float8(self) -> Float8Rows:
+        norm = self.norm
+        return float8_rows.normalise(self.x_TD, norm.weight[...], eps=norm.eps, offset=norm.offset)

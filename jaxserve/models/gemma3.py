@@ -125,9 +125,9 @@ class SandwichBlock(nnx.Module):
         self.before_mlp, self.mlp, self.after_mlp = before_mlp, mlp, after_mlp
 
     def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
-        attended_TD = self.attention(self.before_attention(hidden_TD), step)
+        attended_TD = self.attention(self.before_attention.operand(hidden_TD), step)
         hidden_TD = hidden_TD + self.after_attention(attended_TD)
-        return hidden_TD + self.after_mlp(self.mlp(self.before_mlp(hidden_TD)))
+        return hidden_TD + self.after_mlp(self.mlp(self.before_mlp.operand(hidden_TD)))
 
 
 def _text_part(hf_config: dict[str, Any]) -> tuple[dict[str, Any], str]:

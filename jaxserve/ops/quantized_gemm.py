@@ -3,8 +3,8 @@
 Two ways, chosen when a program is traced:
 
 - weight-only: the numbers are converted to the activations' dtype on the way into the product;
-- W8A8: each token's activations are brought to float8 by a scale of their own, and the product is
-  one of float8 numbers, twice a bfloat16 product's rate on GPUs that have it.
+- W8A8: each token's activations are brought to float8 by a scale of their own (`ops.float8_rows`), and
+  the product is one of float8 numbers, twice a bfloat16 product's rate on GPUs that have it.
 
 Scales come after the product, so neither way makes a copy of the weights. Weights lie [out, in], the
 order in which cuBLASLt takes float8 without a transposition.
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from jaxserve.ops.float8_rows import Float8Rows, Unscaled
+
 W8A8_MIN_ROWS = 16
 """Rows of a step, all dp ranks together, from which float8 weights meet float8 activations.
 
@@ -23,28 +25,16 @@ against 4.27, at 256 rows 5.09 against 10.12 (bfloat16: 7.07). Below 16 rows cuB
 and weight-only is the more accurate of the two.
 """
 
-FLOAT8_MAX = 448.0  # of float8_e4m3fn; XLA makes NaN of anything that rounds beyond
-
-
-def multiply(x_TI: jax.Array, numbers_OI: jax.Array, scale_O: jax.Array, out_dtype: DTypeLike) -> jax.Array:
-    """x times (numbers * scale) transposed: [T, O].
-
-    float32 activations are never quantised: what is computed in float32 is meant to be exact.
-    """
-    way = multiply_float8 if takes_float8(x_TI.shape[0], x_TI.dtype, numbers_OI.dtype) else multiply_wide
-    return way(x_TI, numbers_OI, scale_O, out_dtype)
-
 
 def multiply_float8(
-    x_TI: jax.Array, numbers_OI: jax.Array, scale_O: jax.Array, out_dtype: DTypeLike
-) -> jax.Array:
-    """W8A8. XLA:GPU makes one cuBLASLt call of it, `__cublas$lt$matmul$f8`, with two kernels before it and
-    one behind for the scales, and no transposition (read in the program compiled for an H100)."""
-    x_TI, scale_T1 = quantise_rows(x_TI)
+    rows: Float8Rows, numbers_OI: jax.Array, scale_O: jax.Array, out_dtype: DTypeLike
+) -> Unscaled:
+    """W8A8. XLA:GPU makes one cuBLASLt call of it, `__cublas$lt$matmul$f8`, and no transposition (read in
+    the program compiled for an H100); it joins the scales with what is elementwise behind them."""
     # bfloat16 holds any sum of float8 products and halves what is written, and summed over devices.
     sums = jnp.bfloat16 if out_dtype == jnp.bfloat16 else jnp.float32
-    y_TO = lax.dot_general(x_TI, numbers_OI, _LAST_AXES, preferred_element_type=sums)
-    return (y_TO.astype(jnp.float32) * scale_T1 * scale_O).astype(out_dtype)
+    sums_TO = lax.dot_general(rows.numbers_TI, numbers_OI, _LAST_AXES, preferred_element_type=sums)
+    return Unscaled(sums_TO, rows.scale_T1, scale_O, out_dtype)
 
 
 def multiply_wide(
@@ -63,17 +53,12 @@ def multiply_wide(
 
 
 def takes_float8(num_rows: float, activations: DTypeLike, numbers: DTypeLike) -> bool:
-    """Whether a product of so many rows is one of float8 numbers on both sides."""
+    """Whether a product of so many rows is one of float8 numbers on both sides.
+
+    float32 activations never are: what is computed in float32 is meant to be exact.
+    """
     short = jnp.dtype(activations).itemsize == 2
     return short and numbers == jnp.float8_e4m3fn and num_rows >= W8A8_MIN_ROWS
-
-
-def quantise_rows(x_TI: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(float8 numbers, float32 scale [T, 1]): each row's largest number becomes 448."""
-    x_TI = x_TI.astype(jnp.float32)
-    scale_T1 = jnp.maximum(jnp.max(jnp.abs(x_TI), axis=1, keepdims=True), 1e-12) / FLOAT8_MAX
-    numbers_TI = jnp.clip(x_TI / scale_T1, -FLOAT8_MAX, FLOAT8_MAX)
-    return numbers_TI.astype(jnp.float8_e4m3fn), scale_T1
 
 
 _LAST_AXES = (((1,), (1,)), ((), ()))

@@ -9,6 +9,7 @@ import pytest
 
 from jaxserve.ops import backend, routing
 from jaxserve.ops.grouped_gemm import rows, rows_fast
+from tests.ops import test_float8_rows as float8
 from tests.ops import test_grouped_gemm as experts
 from tests.ops import test_kv_write as kv
 from tests.ops import test_mla_attention as mla
@@ -78,3 +79,8 @@ def test_latent_attention_equals_a_dense_softmax(latents):
         decoded, prefilled = mla.run_decode(latents, "fast"), mla.run_prefill(latents, "fast")
     np.testing.assert_allclose(decoded, mla.expected_decode(latents), rtol=0, atol=atol)
     np.testing.assert_allclose(prefilled, mla.expected_prefill(latents), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("case", float8.CASES, ids=str)
+def test_rows_in_float8_equal_the_reference(case):
+    float8.check(case.run("fast"), case.expected(), case)

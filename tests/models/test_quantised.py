@@ -13,10 +13,20 @@ from safetensors.numpy import save_file
 
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.blueprint import draw_on_paper
-from jaxserve.layers.channel_quant import ChannelQuant, ChannelScaled, quantise, read_stored
-from jaxserve.ops.quantized_gemm import W8A8_MIN_ROWS, multiply
+from jaxserve.layers.channel_quant import (
+    ChannelQuant,
+    ChannelScaled,
+    quantise,
+    quantise_model,
+    read_stored,
+)
+from jaxserve.layers.mlp import GatedMLP
+from jaxserve.layers.norm import RMSNorm
+from jaxserve.ops import backend
+from jaxserve.ops.quantized_gemm import W8A8_MIN_ROWS
 from jaxserve.weights import CheckpointError, load, open_checkpoint
 from tests.models.tiny import GOLDEN, Golden, read_config, read_tensors
+from tests.ops.cases import H100
 from tools import convert_checkpoint
 
 CASES = (
@@ -123,6 +133,10 @@ def test_heads_have_a_scale_a_channel_of_each_head():
     np.testing.assert_allclose(scale, np.abs(wide).max(-1) / 127, rtol=1e-6)
 
 
+def product(x, numbers, scale):
+    return ChannelScaled(nnx.Param(numbers), nnx.Param(scale)).product(x, x.dtype)
+
+
 def test_few_rows_are_weight_only_and_many_meet_float8_activations():
     """Weight-only is exact but for bfloat16; W8A8 rounds each activation by 1/16 of it at most."""
     numbers, scale = quantise(jnp.asarray(weights(3, (32, 512)) / 1e3), "fp8", 1)
@@ -131,7 +145,7 @@ def test_few_rows_are_weight_only_and_many_meet_float8_activations():
 
     def error(x):
         want = np.asarray(x, np.float32) @ dense.T
-        got = np.asarray(multiply(x, numbers, scale, x.dtype), np.float32)
+        got = np.asarray(product(x, numbers, scale), np.float32)
         return np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
 
     assert error(x[:-1]) < 2**-8  # two roundings to bfloat16 of 2**-9 relative each, at most
@@ -145,12 +159,49 @@ def test_row_of_huge_activations_changes_no_other_row():
     x[3] *= 1e6
     calm = x.copy()
     calm[3] = 0
-    got, want = (
-        multiply(jnp.asarray(rows, jnp.bfloat16), numbers, scale, jnp.bfloat16) for rows in (x, calm)
-    )
+    got, want = (product(jnp.asarray(rows, jnp.bfloat16), numbers, scale) for rows in (x, calm))
     others = np.arange(32) != 3
     np.testing.assert_array_equal(np.asarray(got)[others], np.asarray(want)[others])
     assert np.isfinite(np.asarray(got, np.float32)).all()
+
+
+# ---- operands ----
+
+
+def feed_forward(is_alone):
+    """A norm and a gated layer in float8, and rows for them."""
+    norm = RMSNorm("norm", 64, eps=1e-5, dtype=jnp.bfloat16)
+    mlp = GatedMLP("mlp", 64, 48, activation="silu", dtype=jnp.bfloat16)
+    quantise_model(mlp, ChannelQuant("fp8"))
+    norm.weight.set_raw_value(jnp.linspace(0.5, 2, 64, dtype=jnp.bfloat16))
+    for seed, layer in enumerate((*mlp.gate_up.weights, mlp.down)):
+        numbers, scale = quantise(jnp.asarray(np.random.default_rng(seed).normal(size=layer.shape)), "fp8", 1)
+        layer.numbers.set_raw_value(numbers)
+        layer.scale.set_raw_value(scale)
+    if is_alone:
+        mlp.gate_up.fuse()
+        mlp.down.is_alone = True
+    x = np.random.default_rng(9).normal(size=(W8A8_MIN_ROWS, 64))
+    return jax.jit(lambda x: mlp(norm.operand(x))), jnp.asarray(x, jnp.bfloat16)
+
+
+def test_kernels_make_both_operands_of_a_feed_forward_layer_on_one_device():
+    function, x = feed_forward(is_alone=True)
+    with backend.use("interpret"):
+        got = function(x)
+    want = feed_forward(is_alone=False)[0](x)
+    # An activation that falls to float8's other side differs by 1/8; errors of 48 sum at random.
+    np.testing.assert_allclose(
+        *(np.asarray(y, np.float32) for y in (got, want)), atol=0.02 * jnp.abs(want).max()
+    )
+
+
+@pytest.mark.parametrize("is_alone, kernels", [(True, 2), (False, 0)])
+def test_norm_and_gate_are_a_kernel_each_and_none_where_a_mesh_spreads_rows(is_alone, kernels):
+    function, x = feed_forward(is_alone)
+    with backend.use("fast"), jax.sharding.use_abstract_mesh(H100):
+        text = function.trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("xla.gpu.triton") == kernels
 
 
 # ---- what is declared ----

@@ -36,6 +36,12 @@ def test_products_of_every_way_agree():
         assert np.sqrt(np.mean((got - want) ** 2)) < 0.06 * np.sqrt(np.mean(want**2)), way
 
 
+def test_rows_in_float8_count_what_is_read_and_written():
+    rows = bench_products.operand_rows(CARD, LayerSizes(D=32, F=48), (4,))
+    norm, gate = 4 * 32 * 2 + 32 * 4 + 4 * (32 + 4), 4 * 96 * 2 + 96 * 4 + 4 * 4 + 4 * (48 + 4)
+    assert [row.floor_us for row in rows] == pytest.approx([norm / 1e3, gate / 1e3])
+
+
 def test_experts_count_the_bytes_of_those_that_tokens_choose():
     row = bench_products.bench_experts(CARD, "int8", 64, ExpertSizes(E=4, X=2, D=16, F=8), 2)
     count, scales = 4 * 3 * 16 * 8, 4 * 4 * (8 + 8 + 16)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxserve.ops.quantized_gemm import FLOAT8_MAX
+from jaxserve.ops.float8_rows import FLOAT8_MAX
 
 
 def cached(x: jax.Array, dtype: DTypeLike) -> jax.Array:

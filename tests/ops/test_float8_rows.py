@@ -1,0 +1,136 @@
+"""Rows in float8: what they stand for, then the kernels against the reference on the same cases."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.ops import backend, float8_rows
+from jaxserve.ops.float8_rows import Unscaled, reference
+from tests.ops.cases import H100
+
+SILU = jax.nn.silu
+GELU = partial(jax.nn.gelu, approximate=True)
+ACTIVATIONS = {"silu": SILU, "gelu": GELU}
+
+
+@dataclass(frozen=True)
+class Case:
+    """`T` rows of `width` numbers, of sizes from a thousandth to a thousand."""
+
+    made_by: Literal["quantise", "normalise", "gate"]
+    T: int = 5
+    width: int = 64
+    dtype: str = "bfloat16"
+    activation: str = "silu"
+    offset: float = 0.0
+
+    def arguments(self) -> tuple[jax.Array, ...]:
+        rng = np.random.default_rng(self.width)
+        size_T1 = np.geomspace(1e-3, 1e3, self.T)[:, None]
+        if self.made_by == "gate":
+            sums = rng.normal(size=(self.T, 2 * self.width)) * 100
+            scale_O = jnp.asarray(rng.uniform(0.5, 2, 2 * self.width) / 100, jnp.float32)
+            return jnp.asarray(sums, self.dtype), jnp.asarray(size_T1**0.5, jnp.float32), scale_O
+        x = jnp.asarray(rng.normal(size=(self.T, self.width)) * size_T1, self.dtype)
+        gain = (jnp.asarray(rng.uniform(0.5, 2, self.width), self.dtype),)
+        return (x, *(gain if self.made_by == "normalise" else ()))
+
+    def traced(self):
+        """The operation of arrays alone."""
+
+        def function(*arrays):
+            if self.made_by == "gate":
+                product = Unscaled(*arrays, dtype=jnp.dtype(self.dtype))
+                return float8_rows.gate(product, ACTIVATIONS[self.activation])
+            if self.made_by == "normalise":
+                return float8_rows.normalise(*arrays, eps=1e-5, offset=self.offset)
+            return float8_rows.quantise(*arrays)
+
+        return jax.jit(function)
+
+    def run(self, where):
+        with backend.use(where):
+            return self.traced()(*self.arguments())
+
+    def expected(self):
+        """The reference, but that a gate's activation is computed in float32, as the kernel does and XLA
+        on a GPU; in jax.numpy each of its operations is rounded, and GELU's tail lost."""
+        if self.made_by != "gate":
+            return self.run("reference")
+        gate, up = jnp.split(Unscaled(*self.arguments(), jnp.dtype(self.dtype)).value(), 2, axis=1)
+        inner = ACTIVATIONS[self.activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        return reference.quantise(inner.astype(self.dtype))
+
+
+CASES = (
+    Case("quantise"),
+    Case("quantise", width=576),  # not a power of two: masked lanes hold zeros
+    Case("quantise", width=4096, dtype="float16"),
+    Case("normalise"),
+    Case("normalise", width=576, offset=1.0),
+    Case("normalise", width=4096),
+    Case("gate"),
+    Case("gate", width=192, activation="gelu"),
+    Case("gate", width=448, dtype="float16"),
+    Case("gate", T=3, width=14336),
+)
+
+
+def check(got, want, case):
+    """Scales to the rounding of `case.dtype`; numbers but where one rounding before tips another.
+
+    A sum or an exponential in another order changes a float32's last bits, which rarely changes the
+    bfloat16 they are rounded to (2**-8 relative), and that a float8 (2**-3).
+    """
+    (numbers, scale), (want_numbers, want_scale) = got, want
+    assert numbers.shape == want_numbers.shape and numbers.dtype == jnp.float8_e4m3fn
+    assert scale.shape == (case.T, 1) and scale.dtype == jnp.float32
+    np.testing.assert_allclose(scale, want_scale, rtol=2**-8)
+    numbers, want_numbers = (np.asarray(x, np.float32) for x in (numbers, want_numbers))
+    assert (np.abs(numbers).max(axis=1) == 448).all()
+    np.testing.assert_allclose(numbers, want_numbers, rtol=2**-3 * 1.01, atol=2**-9)
+    assert np.mean(numbers != want_numbers) < 0.005
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel_equals_the_reference(case):
+    check(case.run("interpret"), case.expected(), case)
+
+
+@pytest.mark.parametrize("where", ["reference", "interpret"])
+def test_numbers_times_scale_are_the_row(where):
+    """448 for the largest, three bits of mantissa for the others; a row of zeros stays one."""
+    x = jnp.asarray([[1, -2, 4, 0.5, -0.25], [0, 0, 0, 0, 0], [-3e4, 1e-3, 3e4, 1e4, 0]], jnp.bfloat16)
+    with backend.use(where):
+        numbers, scale = jax.jit(lambda x: float8_rows.quantise(x))(x)
+    expected = [[112, -224, 448, 56, -28], [0, 0, 0, 0, 0], [-448, 0, 448, 144, 0]]
+    assert np.asarray(numbers, np.float32).tolist() == expected
+    largest = np.asarray([[4], [1e-12], [np.float32(x[2, 2])]], np.float32)
+    np.testing.assert_allclose(scale, largest / 448, rtol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["reference", "interpret"])
+def test_gate_scales_its_halves_by_token_and_channel_before_the_activation(where):
+    sums = jnp.asarray([[1, 2, 3, 4], [10, 20, 30, 40]], jnp.bfloat16)
+    scale_T1 = jnp.asarray([[2], [0.25]], jnp.float32)
+    scale_O = jnp.asarray([0.5, 1, 2, -1], jnp.float32)
+    with backend.use(where):
+        gate = jax.jit(lambda *x: float8_rows.gate(Unscaled(*x, dtype=jnp.float32), SILU))
+        numbers, scale = gate(sums, scale_T1, scale_O)
+    halves = np.asarray(sums, np.float64) * np.asarray(scale_T1) * np.asarray(scale_O)
+    want = halves[:, :2] / (1 + np.exp(-halves[:, :2])) * halves[:, 2:]
+    np.testing.assert_allclose(np.asarray(numbers, np.float32) * scale, want, rtol=1 / 16)
+    np.testing.assert_allclose(scale[:, 0], np.abs(want).max(1) / 448, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel_lowers_to_cuda_without_a_gpu_and_is_one(case):
+    arguments = case.arguments()
+    with backend.use("fast"), jax.sharding.use_abstract_mesh(H100):
+        text = case.traced().trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("xla.gpu.triton") == 1
