@@ -14,8 +14,8 @@ from jax.experimental.pallas import triton as plt
 from jaxserve.ops.float8_rows.rows import FLOAT8_MAX, Float8Rows
 
 GATE_PROGRAMS = 132
-"""As many as a Hopper GPU has multiprocessors. Rows of 28,672 sums on an H200, us at 64, 256 and 2,064 rows: 13,
-19, 89; with a program a row, which reads the channels' scales again for each, 15, 23, 156."""
+"""As many as a Hopper GPU has multiprocessors. Rows of 28,672 sums on an H200, us at 64, 256 and 2,064 rows:
+13, 19, 89; with a program a row, which reads the channels' scales again for each, 15, 23, 156."""
 
 # Traced once for all layers, as `jax.jit` does: a kernel costs milliseconds to trace.
 
@@ -74,13 +74,13 @@ def _call(kernel, T, I, *inputs, programs, interpret, name):
 
 def _quantise_kernel(x_ref, numbers_ref, scale_ref):
     t = pl.program_id(0)
-    _store(_load_row(x_ref, t, 0, numbers_ref), t, numbers_ref, scale_ref)
+    _store(_load(x_ref, (t,), 0, numbers_ref), t, numbers_ref, scale_ref)
 
 
 def _normalise_kernel(x_ref, gain_ref, numbers_ref, scale_ref, *, eps, offset):
     t, D = pl.program_id(0), x_ref.shape[1]
-    x = _load_row(x_ref, t, 0, numbers_ref)
-    gain = _load_columns(gain_ref, 0, numbers_ref) + jnp.float32(offset)
+    x = _load(x_ref, (t,), 0, numbers_ref)
+    gain = _load(gain_ref, (), 0, numbers_ref) + jnp.float32(offset)
     mean = jnp.sum(x * x, axis=0) / D
     _store(_rounded(x * jax.lax.rsqrt(mean + eps) * gain, x_ref.dtype), t, numbers_ref, scale_ref)
 
@@ -90,13 +90,13 @@ def _gate_kernel(
 ):
     """Every `programs`-th row. The channels' scales are as many bytes as two rows, and read once."""
     first, F = pl.program_id(0), numbers_ref.shape[1]
-    channels = [_load_columns(scale_O_ref, begin, numbers_ref) for begin in (0, F)]
+    channels = [_load(scale_O_ref, (), begin, numbers_ref) for begin in (0, F)]
 
     def row(i, carry):
         t = first + i * programs
         scale = scale_T1_ref[t, 0]
         gate, up = (
-            _rounded(_load_row(sums_ref, t, begin, numbers_ref) * scale * channel, dtype)
+            _rounded(_load(sums_ref, (t,), begin, numbers_ref) * scale * channel, dtype)
             for begin, channel in zip((0, F), channels)
         )
         _store(_rounded(activation(gate) * up, dtype), t, numbers_ref, scale_ref)
@@ -105,17 +105,12 @@ def _gate_kernel(
     jax.lax.fori_loop(0, pl.cdiv(T - first, programs), row, 0)
 
 
-def _load_row(ref, t, begin, numbers_ref):
-    """As many columns of row t as a row of `numbers_ref` has, in float32; zeros in the lanes past them."""
+def _load(ref, row, begin, numbers_ref):
+    """Columns from `begin` on, as many as a row of `numbers_ref` has, of a row () or (t,); float32."""
     lane = jnp.arange(_power_of_two(numbers_ref.shape[1]))
     mask = lane < numbers_ref.shape[1]
-    return plt.load(ref.at[t, begin + lane], mask=mask, other=jnp.asarray(0, ref.dtype)).astype(jnp.float32)
-
-
-def _load_columns(ref, begin, numbers_ref):
-    lane = jnp.arange(_power_of_two(numbers_ref.shape[1]))
-    mask = lane < numbers_ref.shape[1]
-    return plt.load(ref.at[begin + lane], mask=mask, other=jnp.asarray(0, ref.dtype)).astype(jnp.float32)
+    loaded = plt.load(ref.at[*row, begin + lane], mask=mask, other=jnp.asarray(0, ref.dtype))
+    return loaded.astype(jnp.float32)
 
 
 def _store(x, t, numbers_ref, scale_ref):
