@@ -20,6 +20,7 @@ from jaxserve.layers.operand import Operand, wide
 from jaxserve.layers.quant import BlockScaled, Weight
 from jaxserve.ops.float8_rows import Unscaled
 from jaxserve.ops.kv_write import Heads
+from jaxserve.ops.latent_write import Columns
 
 
 def project(
@@ -79,13 +80,16 @@ class Projections(nnx.Module):
         if not self.fused:
             biases = self.biases or [None] * len(self.weights)
             return [project(hidden_TD, w, b) for w, b in zip(self.weights, biases)]
-        joined_TO = self._joined(hidden_TD)
+        parts = self.columns(hidden_TD)
+        return [part.value_TC.reshape(-1, *shape) for part, shape in zip(parts, self.out_shapes)]
+
+    def columns(self, hidden_TD: jax.Array | Operand) -> list[Columns]:
+        """As a call, but joined products stay where they are."""
+        if not self.fused:
+            return [Columns.whole(out_TX) for out_TX in self(hidden_TD)]
+        joined_TC = project(hidden_TD, self.weights[0], self.biases[0] if self.biases else None)
         sizes = [math.prod(shape) for shape in self.out_shapes]
-        ends = list(accumulate(sizes))
-        return [
-            joined_TO[:, end - size : end].reshape(-1, *shape)
-            for size, end, shape in zip(sizes, ends, self.out_shapes)
-        ]
+        return [Columns(joined_TC, end - size, size) for size, end in zip(sizes, accumulate(sizes))]
 
     def unscaled(self, hidden_TD: jax.Array | Operand) -> Unscaled | None:
         """What a call gives, side by side and to be scaled by whoever reads it; None where there is no
@@ -96,16 +100,13 @@ class Projections(nnx.Module):
         return weight.unscaled(hidden_TD, hidden_TD.dtype)
 
     def heads(self, hidden_TD: jax.Array | Operand) -> list[Heads]:
-        """As a call, for products that all are heads of one width: joined ones stay where they are."""
+        """As `columns`, for products that all are heads of one width."""
         if not self.fused:
             return [Heads.whole(out_THK) for out_THK in self(hidden_TD)]
         (width,) = {shape[-1] for shape in self.out_shapes}
-        joined_TXK = self._joined(hidden_TD).reshape(hidden_TD.shape[0], -1, width)
-        counts = [shape[0] for shape in self.out_shapes]
-        return [Heads(joined_TXK, end - n, n) for n, end in zip(counts, accumulate(counts))]
-
-    def _joined(self, hidden_TD: jax.Array | Operand) -> jax.Array:
-        return project(hidden_TD, self.weights[0], self.biases[0] if self.biases else None)
+        parts = self.columns(hidden_TD)
+        joined_TXK = parts[0].array_TC.reshape(hidden_TD.shape[0], -1, width)
+        return [Heads(joined_TXK, part.first // width, part.count // width) for part in parts]
 
     def fuse(self) -> None:
         """Join weights that are loaded; the separate ones are freed.

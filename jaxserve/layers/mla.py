@@ -28,7 +28,7 @@ from jaxserve.layers.rope import Rope
 from jaxserve.layers.weight import weight
 from jaxserve.mesh import GROUP
 from jaxserve.ops import mla_attention
-from jaxserve.ops.kv_write.reference import write
+from jaxserve.ops.latent_write import Columns, rotate_and_write_latent
 
 NORM_EPS = 1e-6  # of the norms inside; config.json's is for those of the residual stream
 
@@ -101,18 +101,40 @@ class LatentAttention(nnx.Module):
         self.out_bias = declare((D,), ("embed",), f"{name}.o_proj.bias") if bias else None
 
     def __call__(self, hidden_TD: jax.Array | Operand, step: StepContext) -> jax.Array:
-        turn = partial(step.rope(self.rope).rotate, interleaved=self.interleaved)
-        query, down_TC = self.from_hidden(hidden_TD)
-        with jax.named_scope("latent"):
-            latent_TL = self.latent_norm(down_TC[:, : self.sizes.latent])
-            rope_TK = turn(down_TC[:, None, self.sizes.latent :])[:, 0]
-        with jax.named_scope("query"):
-            if self.query is not None and self.query_norm is not None:
-                query = project(self.query_norm.operand(query), self.query)
-            query_THN, query_THK = query[..., : self.sizes.nope], turn(query[..., self.sizes.nope :])
-            query_THL = _by_head("thn,hnl->thl", query_THN, self.key_up)
-        out_THL = _attend(step, self.layer, query_THL, query_THK, latent_TL, rope_TK, self.scale)
-        return project(_by_head("thl,hvl->thv", out_THL, self.value_up), self.out, self.out_bias)
+        query, down = self.from_hidden.columns(hidden_TD)
+        if self.query is not None and self.query_norm is not None:
+            query = Columns.whole(project(self.query_norm.operand(query.value_TC), self.query))
+        out_THL = self._attend(step, query, down)
+        out_THV = _by_head("thl,hvl->thv", out_THL, self.value_up[...])
+        return project(out_THV, self.out, self.out_bias)
+
+    def _attend(self, step: StepContext, query: Columns, down: Columns) -> jax.Array:
+        """Writes the tokens' latents and rope parts into the layer's pages, then attends: out_THL.
+
+        The step's `key_pages` hold latents and its `value_pages` rope parts.
+        """
+        firsts = query.first, down.first
+        assert step.mesh is None or firsts == (0, 0), (
+            "products are joined, which a mesh would split elsewhere"
+        )
+        cut = (firsts, self.latent_norm.eps, self.interleaved, self.scale)
+        attend = step.once(("latent", *cut), lambda: _attention(step, *cut))
+        table = step.rope(self.rope)
+        out_THL, (step.key_pages, step.value_pages) = attend(
+            jnp.int32(self.layer * step.num_pages),
+            (step.key_pages, step.value_pages),
+            query.array_TC,
+            down.array_TC,
+            (table.cos_TK, table.sin_TK),
+            self.latent_norm.weight[...],
+            self.key_up[...],
+            step.page_table_SN,
+            step.position_T,
+            step.slot_T,
+            step.context_len_R,
+            step.blocks,
+        )
+        return out_THL
 
 
 @dataclass(frozen=True)
@@ -127,46 +149,46 @@ class _Rows:
         return stored.reshape(self.num_heads, -1, stored.shape[-1])[:, self.first : self.end]
 
 
-def _by_head(letters: str, x: jax.Array, matrix: nnx.Param) -> jax.Array:
+def _by_head(letters: str, x: jax.Array, matrix: jax.Array) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(letters, x, matrix[...], precision=precision, preferred_element_type=x.dtype)
+    return jnp.einsum(letters, x, matrix, precision=precision, preferred_element_type=x.dtype)
 
 
-def _attend(
-    step: StepContext,
-    layer: int,
-    query_THL: jax.Array,
-    query_THK: jax.Array,
-    latent_TL: jax.Array,
-    rope_TK: jax.Array,
-    scale: float,
-) -> jax.Array:
-    """Writes the tokens' latents and rope parts into `layer`'s pages, then attends. Returns out_THL.
-
-    The step's `key_pages` hold latents and its `value_pages` rope parts.
-    """
-    attend = step.once(("latent", scale), lambda: _attention(step, scale))
-    out_THL, (step.key_pages, step.value_pages) = attend(
-        jnp.int32(layer * step.num_pages),
-        (step.key_pages, step.value_pages),
-        (query_THL, query_THK),
-        (latent_TL, rope_TK),
-        step.page_table_SN,
-        step.position_T,
-        step.slot_T,
-        step.context_len_R,
-        step.blocks,
-    )
-    return out_THL
-
-
-def _attention(step: StepContext, scale: float) -> Callable[..., Any]:
+def _attention(
+    step: StepContext, firsts: tuple[int, int], eps: float, interleaved: bool, scale: float
+) -> Callable[..., Any]:
+    """What follows the projections, on each device."""
     R = step.R
 
-    def on_device(page_offset, pools, queries, new, table_SN, position_T, slot_T, context_len_R, blocks):
+    def on_device(
+        page_offset,
+        pools,
+        query_TC,
+        down_TC,
+        rotation,
+        norm_weight_L,
+        key_up_hNL,
+        table_SN,
+        position_T,
+        slot_T,
+        context_len_R,
+        blocks,
+    ):
+        (h, N, L), K = key_up_hNL.shape, pools[1].shape[-1]
         at_T = write_address(table_SN, position_T, slot_T, step.page_size)
-        latents, ropes = (write(pool, *at_T, page_offset, x) for pool, x in zip(pools, new))
-        query_ThL, query_ThK = queries
+        query_ThN, query_ThK, latents, ropes = rotate_and_write_latent(
+            Columns(query_TC, firsts[0], h * (N + K)),
+            Columns(down_TC, firsts[1], L + K),
+            norm_weight_L,
+            rotation,
+            *pools,
+            *at_T,
+            num_heads=h,
+            eps=eps,
+            interleaved=interleaved,
+            page_offset=page_offset,
+        )
+        query_ThL = _by_head("thn,hnl->thl", query_ThN, key_up_hNL)
         out = []
         if R:
             slot_R = jnp.maximum(slot_T[:R], 0)  # a padding row reads nothing: its context is 0
@@ -207,7 +229,7 @@ def _attention(step: StepContext, scale: float) -> Callable[..., Any]:
         on_device,
         mesh=step.mesh,
         # Every device of a group writes the same latents into its own copy of the pool.
-        in_specs=(P(), rank, heads, rank, rank, rank, rank, rank, rank),
+        in_specs=(P(), rank, heads, rank, rank, P(), P(GROUP), rank, rank, rank, rank, rank),
         out_specs=(heads, rank),
         check_vma=False,  # the kernels' outputs carry no replication types
     )

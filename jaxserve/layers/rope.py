@@ -1,7 +1,7 @@
 """Rotary position embedding and the scalings of its frequencies that config.json can ask for.
 
 Frequencies are computed once on the host, in float64, and kept as a hashable tuple, so that a
-model stays a static structure; angles, sines and the rotation are float32.
+model stays a static structure; angles and sines are float32. `jaxserve.ops` rotates.
 """
 
 import math
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.config import ConfigError
-from jaxserve.ops.kv_write.reference import rotate
 
 
 @dataclass(frozen=True)
@@ -23,17 +22,6 @@ class RopeTable:
 
     cos_TK: jax.Array
     sin_TK: jax.Array
-
-    def rotate(self, x_THK: jax.Array, *, interleaved: bool = False) -> jax.Array:
-        """Rotates the pairs (i, i + n/2) of the first n numbers of every head; the rest stays.
-
-        n is all of the head but where a family rotates a part. `interleaved`: pairs are (2i, 2i + 1)
-        and come out as (i, i + n/2), the same change for queries and keys, which no score sees.
-        """
-        n = 2 * self.cos_TK.shape[-1]
-        if interleaved:
-            x_THK = jnp.concatenate((x_THK[..., 0:n:2], x_THK[..., 1:n:2], x_THK[..., n:]), axis=-1)
-        return rotate(x_THK, (self.cos_TK, self.sin_TK))
 
 
 @dataclass(frozen=True)

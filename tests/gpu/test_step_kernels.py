@@ -12,6 +12,7 @@ from jaxserve.ops.grouped_gemm import rows, rows_fast
 from tests.ops import test_float8_rows as float8
 from tests.ops import test_grouped_gemm as experts
 from tests.ops import test_kv_write as kv
+from tests.ops import test_latent_write as latent
 from tests.ops import test_mla_attention as mla
 from tests.ops.test_routing import RULES
 
@@ -21,11 +22,32 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("case", kv.CASES, ids=str)
+@pytest.mark.parametrize("case", (*kv.CASES, *latent.CASES), ids=str)
 def test_rotation_and_write_equal_the_reference(case):
     for got, want in zip(case.run("fast"), case.run("reference"), strict=True):
         atol = kv.ROUNDING[str(got.dtype)]
         np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (got, want)), atol=atol)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_latents_are_normalized_turned_and_land_where_they_belong(interleaved):
+    latent.check_against_the_formulas(latent.Case(interleaved=interleaved), "fast")
+
+
+def test_float8_pool_of_latents_cuts_what_is_beyond_448():
+    latent.check_cut("fast")
+
+
+def test_latent_pools_are_written_in_place():
+    """As below: donated pools of 2.2 GB."""
+    case = latent.Case(T=8, H=16, N=128, K=64, L=512, dtype="bfloat16", pool_dtype="bfloat16")
+    function, (columns, page_offset, weight, rotation, _, _, *places) = case.traced()
+    pools = [jax.ShapeDtypeStruct((131072, 16, size), jnp.bfloat16) for size in (512, 64)]
+    donating = jax.jit(
+        lambda pools, columns, *rest: function(columns, *rest[:3], *pools, *rest[3:]), donate_argnums=0
+    )
+    compiled = donating.lower(pools, columns, page_offset, weight, rotation, *places).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1 << 20
 
 
 def test_pool_is_written_in_place():

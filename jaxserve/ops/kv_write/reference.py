@@ -16,12 +16,21 @@ def rotate_and_write(
     return query_THK[:R], query_THK[R:], key_pages, value_pages
 
 
-def rotate(x_THK: jax.Array, rotation: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-    """In float32, back to the dtype of `x_THK`. Source: Su et al. 2021, equation 34."""
+def rotate(
+    x_THK: jax.Array, rotation: tuple[jax.Array, jax.Array] | None, *, interleaved: bool = False
+) -> jax.Array:
+    """Rotates the pairs (i, i + n/2) of the first n numbers of every head; the rest stays.
+
+    n is all of the head but where a family rotates a part. `interleaved`: pairs are (2i, 2i + 1)
+    and come out as (i, i + n/2), the same change for queries and keys, which no score sees. In
+    float32, back to the dtype of `x_THK`. Source: Su et al. 2021, equation 34.
+    """
     if rotation is None:
         return x_THK
     cos, sin = (x[:, None, :] for x in rotation)
     n = 2 * cos.shape[-1]
+    if interleaved:
+        x_THK = jnp.concatenate((x_THK[..., 0:n:2], x_THK[..., 1:n:2], x_THK[..., n:]), axis=-1)
     first, second = jnp.split(x_THK[..., :n].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
     return jnp.concatenate((rotated.astype(x_THK.dtype), x_THK[..., n:]), axis=-1)
