@@ -174,14 +174,16 @@ def _attention(
         context_len_R,
         blocks,
     ):
-        (h, N, L), K = key_up_hNL.shape, pools[1].shape[-1]
+        latents, ropes = pools
+        (h, N, L), K = key_up_hNL.shape, ropes.shape[-1]
         at_T = write_address(table_SN, position_T, slot_T, step.page_size)
         query_ThN, query_ThK, latents, ropes = rotate_and_write_latent(
             Columns(query_TC, firsts[0], h * (N + K)),
             Columns(down_TC, firsts[1], L + K),
             norm_weight_L,
             rotation,
-            *pools,
+            latents,
+            ropes,
             *at_T,
             num_heads=h,
             eps=eps,

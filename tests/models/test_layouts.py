@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+from flax import nnx
 
+from jaxserve.layers.linear import Projections
 from jaxserve.mesh import Layout
+from jaxserve.ops import backend
 from tests.models.tiny import Chunk, Golden, TinyEngine, load_tiny
 
 TOLERANCE = 1e-4  # as in test_families.py; a mesh only splits the sums once more
@@ -61,3 +64,29 @@ def test_ranks_with_their_own_mix_of_work_give_the_recorded_logits(case):
 
 def close(got, want):
     np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
+
+
+LATENT_CASES = {"joined": ("deepseek_v2_lite", None), "heads_split": ("deepseek_v3", Layout(4, dp=2))}
+
+
+@pytest.mark.parametrize("case", LATENT_CASES.values(), ids=LATENT_CASES)
+def test_latent_attention_made_of_kernels_gives_the_logits_of_the_reference(case):
+    """Through the model: with products joined as one device has them, or heads split over devices."""
+    family, layout = case
+    model = load_tiny(family)
+    if layout is None:
+        for _, node in nnx.iter_graph(model):
+            if isinstance(node, Projections):
+                node.fuse()
+    prompt = np.arange(20) * 5
+
+    def logits(where):
+        with backend.use(where):
+            engine = TinyEngine(model, layout=layout)
+            nothing = [[] for _ in range(engine.ranks)]
+            first = engine.step(nothing, [[Chunk(0, 0, prompt[:17])] for _ in nothing], R=0, P=32)
+            decode = [[Chunk(0, 17, prompt[17:18])] for _ in nothing]
+            return *first, *engine.step(decode, [[Chunk(3, 0, prompt)] for _ in nothing], R=2, P=32)
+
+    for got, want in zip(logits("interpret"), logits("reference"), strict=True):
+        close(got, want)
