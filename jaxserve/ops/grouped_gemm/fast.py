@@ -48,6 +48,7 @@ def choose_tile(rows_per_expert: float, itemsize: int) -> Tile:
     return Tile(128, 128, 64, warps=8, stages=3)
 
 
+@functools.partial(jax.jit, static_argnames=("activation", "interpret", "tile", "workspace_bytes"))
 def feed_forward(
     hidden_TD,
     expert_TX,
@@ -60,6 +61,9 @@ def feed_forward(
     workspace_bytes: int = WORKSPACE_BYTES,
 ):
     """See `grouped_gemm.feed_forward`. `tile` is chosen from the shapes unless given.
+
+    Traced and lowered once for all layers: once for each of 26 it was 5 of the 6.6 s that Python took
+    for a program of DeepSeek-V2-Lite, where all programs take turns.
 
     There is a row for every (token, choice), though few of them may be of this device's experts: on
     8 devices with 2,048 prompt tokens each, DeepSeek-V3's would take 2.4 GB.

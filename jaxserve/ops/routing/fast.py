@@ -14,8 +14,9 @@ from jax.experimental.pallas import triton as plt
 NEVER = -1e30  # the choice's value of what cannot be chosen (again)
 
 
+@functools.partial(jax.jit, static_argnames=("routing", "interpret"))
 def choose(routing, logits_TE, bias_E=None, *, interpret: bool = False):
-    """See `routing.choose`."""
+    """See `routing.choose`. Traced and lowered once for all layers, as a kernel takes milliseconds."""
     T, E = logits_TE.shape
     X = routing.top_k
     bias_E = jnp.zeros((E,), jnp.float32) if bias_E is None else bias_E.astype(jnp.float32)
