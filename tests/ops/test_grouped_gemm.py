@@ -160,7 +160,8 @@ def test_many_tokens_go_in_parts_that_divide_them(T, parts):
     function = functools.partial(
         grouped_gemm.fast.feed_forward, activation=silu, workspace_bytes=3 * 2 * (32 + 16) * 4
     )
-    equations = jax.make_jaxpr(function)(*case.arguments()).eqns
+    [call] = jax.make_jaxpr(function)(*case.arguments()).eqns
+    equations = call.params["jaxpr"].eqns
     loops = [e.params["length"] for e in equations if e.primitive.name == "scan"]
     assert loops == ([parts] if parts > 1 else [])
 
