@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from jaxserve.ops.paged_attention import hopper
 from tests.ops.cases import Heads, Pool, Prefill, tolerance
@@ -59,6 +61,21 @@ def test_blocks_equal_a_dense_softmax(monkeypatch, heads, tile):
 def test_kernel_lowers_to_cuda_without_a_gpu(heads):
     case = uneven_case(heads)
     run = functools.partial(hopper.prefill, **case.pool.options())
+    lowered = jax.jit(run).trace(*case.arguments()).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_kernel_lowers_to_cuda_on_a_mesh_that_splits_heads():
+    case = uneven_case(Heads(4, 2, 128, dtype="bfloat16"))
+    mesh = jax.make_mesh((2,), ("tp",), axis_types=(AxisType.Auto,))
+    heads, pool, whole = P(None, "tp"), P(None, None, "tp"), P()
+    run = jax.shard_map(
+        functools.partial(hopper.prefill, **case.pool.options()),
+        mesh=mesh,
+        in_specs=(heads, pool, pool, *[whole] * 5),
+        out_specs=heads,
+        check_vma=False,
+    )
     lowered = jax.jit(run).trace(*case.arguments()).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
 
