@@ -65,7 +65,9 @@ def _call(kernel, T, I, *inputs, programs, interpret, name):
             jax.ShapeDtypeStruct((T, 1), jnp.float32),
         ),
         # 16 numbers a thread up to rows of 16,384, two loads of 16 bytes.
-        compiler_params=plt.CompilerParams(num_warps=min(32, max(1, _power_of_two(I) // 512)), num_stages=1),
+        compiler_params=plt.CompilerParams(
+            num_warps=min(32, max(1, pl.next_power_of_2(I) // 512)), num_stages=1
+        ),
         interpret=interpret,
         name=name,
     )(*inputs)
@@ -107,7 +109,7 @@ def _gate_kernel(
 
 def _load(ref, row, begin, numbers_ref):
     """Columns from `begin` on, as many as a row of `numbers_ref` has, of a row () or (t,); float32."""
-    lane = jnp.arange(_power_of_two(numbers_ref.shape[1]))
+    lane = jnp.arange(pl.next_power_of_2(numbers_ref.shape[1]))
     mask = lane < numbers_ref.shape[1]
     loaded = plt.load(ref.at[*row, begin + lane], mask=mask, other=jnp.asarray(0, ref.dtype))
     return loaded.astype(jnp.float32)
@@ -124,8 +126,3 @@ def _store(x, t, numbers_ref, scale_ref):
 def _rounded(x, dtype):
     """float32 as `dtype` would have kept it."""
     return x.astype(dtype).astype(jnp.float32)
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << (n - 1).bit_length()
