@@ -5,7 +5,9 @@ Runs the rows that engines are compared by, each on the same seeded token ids ev
 - decode: B requests of 128 tokens in, 256 out, at once; milliseconds a step and tokens a second;
 - prefill: N prompts of 4096 tokens, one token out; tokens a second;
 - mix: 256 requests of lognormal lengths at once (about 55k tokens in, 50k out);
-- shared: 128 requests over 8 prefixes of 1,024 tokens, with the prefix cache on and off.
+- shared: 128 requests over 8 prefixes of 1,024 tokens, with the prefix cache on and off;
+- text: B requests of 128 tokens of `--text`, 128 out, for models with real weights and their tokenizer:
+  what speculative decoding (`--speculative-algorithm`) brings depends on what is written.
 
 Every run starts from an empty prefix cache. Weights may be random (`--load-format dummy`): speed does
 not depend on them, except for the routing of experts. Random routers spread tokens over all experts, as
@@ -28,6 +30,7 @@ from flax import nnx
 from jaxserve.config import ServerConfig, add_flags
 from jaxserve.layers.moe import MoE
 from jaxserve.offline import Engine
+from jaxserve.text.tokenizer import Tokenizer
 
 LOWEST_ID, HIGHEST_ID = 1000, 30000  # valid in every vocabulary that is benchmarked
 Request = tuple[list[int], int]  # prompt, tokens out
@@ -44,12 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--batches", default="1,8,32,64,128,256", help="batch sizes of decode (default %(default)s)"
     )
+    parser.add_argument("--text", type=Path, help="UTF-8 file for the row `text`")
     parser.add_argument("--same-experts", action="store_true", help="all tokens choose the same experts")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     add_flags(parser, ServerConfig)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     rows, batches = given.pop("rows").split(","), [int(b) for b in given.pop("batches").split(",")]
-    target, same_experts = given.pop("json", None), given.pop("same_experts")
+    target, same_experts, text = given.pop("json", None), given.pop("same_experts"), given.pop("text", None)
+    if ("text" in rows) != (text is not None):
+        parser.error("--text FILE and the row text go together")
     begin_s = time.monotonic()
     with Engine(**given, skip_tokenizer_init=True) as engine:
         if same_experts:
@@ -63,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             seconds=round(time.monotonic() - begin_s, 1), load_s=round(info.load_weights_s, 1),
             compile_s=round(info.compile_s, 1),
         )  # fmt: skip
-        bench.run(make_decode(8), "warm-up", decode_figures)
+        token_ids = Tokenizer.from_dir(info.tokenizer_dir).encode(text.read_text()) if text else []
+        bench.run(make_text(token_ids, 1) if text else make_decode(8), "warm-up", decode_figures)
         if "decode" in rows:
             for batch in batches:
                 if batch <= info.max_running_requests:
@@ -77,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench.run(make_mix(), "mix", mix_figures)
         if "shared" in rows:
             bench.run(make_shared(), "shared", mix_figures)
+        if text:
+            for batch in batches:
+                bench.run(make_text(token_ids, batch), f"text B={batch}", decode_figures)
         stats = engine.stats()
         bench.note(
             "end", compiles_after_ready=stats["compiles_after_ready"], retractions=stats["retractions"]
@@ -117,8 +127,12 @@ class Bench:
         assert isinstance(replies, list)
         for (_, out), reply in zip(requests, replies):
             assert len(reply["output_ids"]) == out, (name, out, reply["meta_info"]["finish_reason"])
-        cached = sum(end["cached_tokens"]) - sum(begin["cached_tokens"])
-        self.note(name, **figures(requests, seconds, end["steps"] - begin["steps"]), cached_tokens=cached)
+        counted = {
+            name: sum(end[name]) - sum(begin[name])
+            for name in ("cached_tokens", "spec_drafted", "spec_accepted")
+            if name == "cached_tokens" or end[name] != begin[name]
+        }
+        self.note(name, **figures(requests, seconds, end["steps"] - begin["steps"]), **counted)
 
     def note(self, name: str, **values: Any) -> None:
         self.figures.append({"name": name, **values})
@@ -154,6 +168,17 @@ def make_shared(groups: int = 8, per_group: int = 16, prefix: int = 1024) -> lis
         for _ in range(per_group)
         for group in range(groups)
     ]
+
+
+def make_text(token_ids: list[int], batch: int, length: int = 128) -> list[Request]:
+    """Parts of a text that begin evenly spread over it.
+
+    Raises ValueError when there are not that many different beginnings.
+    """
+    spacing = (len(token_ids) - length) // batch
+    if spacing < 1:
+        raise ValueError(f"a text of {len(token_ids)} tokens is too short for {batch} parts of {length}")
+    return [(token_ids[at * spacing : at * spacing + length], 128) for at in range(batch)]
 
 
 def _ids(rng: np.random.Generator, count: int) -> list[int]:

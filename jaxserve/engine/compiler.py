@@ -29,10 +29,11 @@ def compiler_options(program: Any, has_int8: bool = False) -> dict[str, Any]:
     shape on an H100: 5.07 against 5.35 ms at 1 row, 5.77 against 5.35 at 64, 44.7 against 42.7 at
     2,048), and compile several times faster. Weights in int8 stay with Triton longer: only it widens them
     inside the product, while cuBLASLt is given a bfloat16 copy that every step makes anew (seen in
-    programs compiled for an H100), 5 bytes a number. Rematerialization counts the donated KV pool twice and
-    would "save" memory that is not used: its limit is raised out of the way. Products of one input
-    are joined when weights are loaded or not at all: XLA would join what is left, on a mesh, by
-    copying the weights in every step (120 MB for a dense layer of DeepSeek-V2-Lite).
+    programs compiled for an H100), 5 bytes a number. Rematerialization is off: where weights and KV take
+    more than 80 % of a device's memory, XLA (jaxlib 0.11.2) finds no room for anything else and computes
+    twice what it can, on two devices 11 kernels and an all-gather in each layer of DeepSeek-V2-Lite.
+    Products of one input are joined when weights are loaded or not at all: XLA would join what is left, on
+    a mesh, by copying the weights in every step (120 MB for a dense layer of DeepSeek-V2-Lite).
     """
     if jax.default_backend() != "gpu":
         return {}
@@ -46,7 +47,7 @@ def compiler_options(program: Any, has_int8: bool = False) -> dict[str, Any]:
         case _:
             rows = 0
     return {
-        "xla_gpu_memory_limit_slop_factor": 300,
+        "xla_disable_hlo_passes": "rematerialization",
         "xla_gpu_enable_triton_gemm": rows < (512 if has_int8 else 64),
         "xla_gpu_dot_merger_threshold_mb": 0,
     }

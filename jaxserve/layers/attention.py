@@ -247,8 +247,7 @@ class StepContext:
                 out.append(
                     paged_attention.prefill(query_PhK, key_pages, value_pages, table_SN, *blocks, **options)
                 )
-            out_ThK = out[0] if len(out) == 1 else jnp.concatenate(out)
-            return out_ThK, (key_pages, value_pages)
+            return read_first(jnp.concatenate(out) if len(out) > 1 else out[0], (key_pages, value_pages))
 
         attend = on_device
         if self.mesh is not None:
@@ -311,6 +310,14 @@ class StepContext:
         return jax.shard_map(
             count, mesh=self.mesh, in_specs=P(None, "dp"), out_specs=P("dp"), check_vma=False
         )(chosen_LTX)
+
+
+def read_first(out: jax.Array, pools: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple]:
+    """Both as they are, but whoever writes to the pools next does so after `out` was computed from them.
+
+    Between two halves of a step nothing else says so, and XLA would let each half have a copy of the pools.
+    """
+    return jax.lax.optimization_barrier((out, pools))
 
 
 def write_address(

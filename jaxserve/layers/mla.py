@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import StepContext, write_address
+from jaxserve.layers.attention import StepContext, read_first, write_address
 from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.operand import Operand
@@ -221,7 +221,7 @@ def _attention(
                     scale=scale,
                 )
             )
-        return jnp.concatenate(out) if len(out) > 1 else out[0], (latents, ropes)
+        return read_first(jnp.concatenate(out) if len(out) > 1 else out[0], (latents, ropes))
 
     if step.mesh is None:
         return on_device

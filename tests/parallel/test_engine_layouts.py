@@ -7,6 +7,7 @@ All of it: scripts/test tests/parallel/test_engine_layouts.py --slow (docs/layou
 
 import contextlib
 import json
+import re
 
 import jax
 import numpy as np
@@ -226,6 +227,9 @@ def test_steps_in_two_halves_give_the_same_tokens(engine, family, layout, backen
     chosen = {"moe_a2a_backend": backend} if backend else {}
     served = engine(family, **LAYOUTS[layout], **chosen, enable_two_batch_overlap=True)
     runner = served._engine.runner
+    pool = ",".join(map(str, runner._key_pages.sharding.shard_shape(runner._key_pages.shape)))
+    for bucket in runner.buckets:  # the second half writes where the first one has read
+        assert not re.search(rf"\[{pool}\]\S* copy\(", runner.hlo(bucket))
     before = runner.expert_load().sum() if family in MOE_FAMILIES else 0
     prompts = [prompt.tolist() for prompt in golden.prompts]
     replies = served.generate(input_ids=prompts, sampling_params=GREEDY)
