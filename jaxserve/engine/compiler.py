@@ -37,9 +37,11 @@ def compiler_options(program: Any, has_int8: bool = False) -> dict[str, Any]:
     """
     if jax.default_backend() != "gpu":
         return {}
+    triton_below = 64
     match program:
         case (Bucket() as bucket) | ("nextn" | "decode", Bucket() as bucket):
             rows = bucket.rows + bucket.prefill_tokens
+            triton_below = 512 if has_int8 else 64
         case ("score", _):
             rows = programs.SCORE_ROWS
         case (int(num_samples), Variant()):
@@ -48,7 +50,7 @@ def compiler_options(program: Any, has_int8: bool = False) -> dict[str, Any]:
             rows = 0
     return {
         "xla_disable_hlo_passes": "rematerialization",
-        "xla_gpu_enable_triton_gemm": rows < (512 if has_int8 else 64),
+        "xla_gpu_enable_triton_gemm": rows < triton_below,
         "xla_gpu_dot_merger_threshold_mb": 0,
     }
 

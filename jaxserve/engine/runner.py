@@ -277,18 +277,32 @@ class Runner:
         return jax.device_put(packed, self._by_rank)
 
     def compile_all(self, progress: Progress) -> None:
-        """Compile every program, the largest first; `progress(done, total)` counts programs."""
+        """Compile every program, the largest first; `progress(done, total)` counts programs.
+
+        Threads share what weights and KV leave of a GPU's memory for trying kernels out, which may be too
+        little for all of them at once: who found none tries again alone.
+        """
         tasks = self._tasks()
         self.program_keys = tuple(tasks)
         progress(0, len(tasks))
+
+        def compile_one(key: Any) -> None:
+            self._programs[key] = compile_program(*tasks[key], self._compiler_options(key), str(key))
+
+        done, crowded_out = itertools.count(1), []
         with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-            futures = {
-                pool.submit(compile_program, *task, self._compiler_options(key), str(key)): key
-                for key, task in tasks.items()
-            }
-            for done, future in enumerate(as_completed(futures), 1):
-                self._programs[futures[future]] = future.result()
-                progress(done, len(tasks))
+            futures = {pool.submit(compile_one, key): key for key in tasks}
+            for future in as_completed(futures):
+                try:
+                    future.result()
+                    progress(next(done), len(tasks))
+                except jax.errors.JaxRuntimeError as error:
+                    if "RESOURCE_EXHAUSTED" not in str(error):
+                        raise
+                    crowded_out.append(futures[future])
+        for key in crowded_out:
+            compile_one(key)
+            progress(next(done), len(tasks))
 
     def warm_up(self, progress: Progress) -> None:
         """Run every step program once, on padding; `progress(done, total)` counts steps.
