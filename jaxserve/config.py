@@ -74,7 +74,7 @@ class ServerConfig:
     enable_dp_attention: bool = key(False, "attention data-parallel over dp_size groups of the tp devices")
     ep: int = key(1, "expert-parallel size", aliases=("ep_size", "expert_parallel_size"), least=1)
     moe_a2a_backend: Literal["none", "allgather", "all_to_all", "ragged", "deepep"] | None = key(
-        None, "expert dispatch; default: chosen by layout; ragged: for GPUs, not tried on several yet"
+        None, "expert dispatch; default: chosen by layout; ragged: for GPUs, slower on two of one host"
     )
     moe_runner_backend: str | None = key(
         None, "grouped GEMM of the experts; names of other runtimes are mapped to ours"

@@ -75,14 +75,17 @@ class Assumptions:
         0.51, "of fp8 FLOP/s; measured on H100: 1,010 of 1,979 TFLOP/s in that stack, scales included"
     )
     prefill_attention_fraction: float = _assume(
-        0.25, "of bf16 FLOP/s; measured on H100: 250 TFLOP/s, own paged kernel at 4,096 tokens"
+        0.4, "of bf16 FLOP/s; measured on H200: 397 TFLOP/s, own kernel for Hopper at 4,096 tokens"
     )
     latent_attention_fraction: float = _assume(
         0.15, "of bf16 FLOP/s; measured on H100: 150 TFLOP/s, own absorbed MLA kernel with 128 heads"
     )
     link_fraction: float = _assume(0.75, "of a node's links; assumed, not measured here")
     network_fraction: float = _assume(0.8, "of the network between nodes; assumed, not measured here")
-    link_latency_s: float = _assume(10e-6, "a collective inside a node, beyond its bytes; assumed")
+    link_latency_s: float = _assume(
+        30e-6,
+        "a collective inside a node, beyond its bytes; measured on 2 H200, waiting for the other included",
+    )
     network_latency_s: float = _assume(30e-6, "a collective between nodes, beyond its bytes; assumed")
 
     def lines(self) -> list[str]:
