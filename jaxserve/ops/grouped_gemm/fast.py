@@ -213,4 +213,4 @@ def _dot(a, b):
 
 def _power_of_two(n: int) -> int:
     """The smallest power of two that is not below n, and at least 16, as a matrix product needs."""
-    return max(16, 1 << (n - 1).bit_length())
+    return max(16, pl.next_power_of_2(n))

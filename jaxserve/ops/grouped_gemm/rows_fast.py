@@ -22,7 +22,7 @@ def group(expert_TX: jax.Array, num_experts: int, block_rows: int, *, interpret:
     expert_M = expert_TX.reshape(-1)
     M, E = expert_M.shape[0], num_experts
     B = num_blocks(M, E, block_rows)
-    chunk = min(CHUNK, _power_of_two(M))
+    chunk = min(CHUNK, pl.next_power_of_2(M))
     call = functools.partial(
         pl.pallas_call,
         grid=(E,),
@@ -61,7 +61,7 @@ def _place_kernel(
 ):
     """The rows and the blocks of expert e, and the empty blocks of all."""
     expert, E, B = pl.program_id(0), size_ref.shape[0], owner_ref.shape[0]
-    other = jnp.arange(_power_of_two(E))
+    other = jnp.arange(pl.next_power_of_2(E))
     size = plt.load(size_ref.at[other], mask=other < E, other=jnp.int32(0))
     blocks = pl.cdiv(size, block_rows)
     first, first_block = _sum(size, other < expert), _sum(blocks, other < expert)
@@ -78,7 +78,7 @@ def _place_kernel(
 
     lax.fori_loop(0, pl.cdiv(expert_ref.shape[0], chunk), place, first)
 
-    block = jnp.arange(_power_of_two(B))
+    block = jnp.arange(pl.next_power_of_2(B))
     number = block - first_block
     is_mine = (number >= 0) & (number < pl.cdiv(own, block_rows))
     is_empty = (expert == 0) & (block >= total) & (block < B)
@@ -98,8 +98,3 @@ def _load_chunk(expert_ref, i, chunk):
 
 def _sum(value, where):
     return jnp.where(where, value, jnp.zeros_like(value)).sum(axis=0)
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << (n - 1).bit_length()

@@ -36,7 +36,7 @@ def rotate_and_write(
     H, P = query.count, T - R
     if T == 0:
         return query.value_THK, query.value_THK, key_pages, value_pages
-    heads = min(QUERY_HEADS, _power_of_two(H))
+    heads = min(QUERY_HEADS, pl.next_power_of_2(H))
     kernel = functools.partial(
         _kernel,
         first=(query.first, key.first, value.first),
@@ -102,7 +102,7 @@ def _kernel(
     for ref, row, is_row in ((query_R_ref, t, t < R), (query_P_ref, t - R, t >= R)):
         _store(ref, (jnp.where(is_row, row, ref.shape[0]),), head, is_head & is_row, query)
 
-    head = jnp.arange(_power_of_two(G))
+    head = jnp.arange(pl.next_power_of_2(G))
     is_written = (page_ref[t] >= 0) & (part == 0)
     is_head = (head < G) & is_written
     at = jnp.where(is_written, page_ref[t] + page_offset_ref[0], key_pages_ref.shape[0]), offset_ref[t]
@@ -113,7 +113,7 @@ def _kernel(
 
 
 def _load_rotation(cos_ref, sin_ref, t, half):
-    column = jnp.arange(_power_of_two(half))
+    column = jnp.arange(pl.next_power_of_2(half))
     return tuple(
         plt.load(ref.at[t, column], mask=column < half, other=jnp.float32(0))[None, :]
         for ref in (cos_ref, sin_ref)
@@ -124,7 +124,7 @@ def _load(ref, t, head, is_head, rotation, half):
     """Some heads of token t, rotated, as runs of columns: [(first column, columns, values)]."""
 
     def run(begin, count):
-        column = jnp.arange(_power_of_two(count))[None, :]
+        column = jnp.arange(pl.next_power_of_2(count))[None, :]
         mask = is_head[:, None] & (column < count)
         at = ref.at[t, head[:, None], begin + column]
         return plt.load(at, mask=mask, other=jnp.asarray(0, ref.dtype))
@@ -142,11 +142,6 @@ def _load(ref, t, head, is_head, rotation, half):
 
 def _store(ref, at, head, is_head, runs):
     for begin, count, value in runs:
-        column = jnp.arange(_power_of_two(count))[None, :]
+        column = jnp.arange(pl.next_power_of_2(count))[None, :]
         mask = is_head[:, None] & (column < count)
         plt.store(ref.at[*at, head[:, None], begin + column], cached(value, ref.dtype), mask=mask)
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << (n - 1).bit_length()

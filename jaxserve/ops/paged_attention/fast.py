@@ -229,7 +229,7 @@ def _decode_kernel(
     share = pl.cdiv(end_block - first_block, splits)
     begin = first_block + split * share
 
-    row = jnp.arange(max(16, _power_of_two(group)))  # a matrix product has at least 16 rows
+    row = jnp.arange(max(16, pl.next_power_of_2(group)))  # a matrix product has at least 16 rows
     head, is_head = g * group + row, row < group
     query = _load_heads(query_ref, (r, head[:, None]), K, is_head)
     pages = _PageTable(table_ref, slot_ref[r], key_ref.shape[1], offset_ref[0])
@@ -260,7 +260,7 @@ def _combine_kernel(part_ref, lse_ref, out_ref):
     split = jnp.arange(splits)
     lse = plt.load(lse_ref.at[r, split, h])
     weight = jnp.exp2(lse - lse.max(axis=0))
-    column = jnp.arange(_power_of_two(K))
+    column = jnp.arange(pl.next_power_of_2(K))
     part = plt.load(
         part_ref.at[r, split[:, None], h, column[None, :]],
         mask=(split >= 0)[:, None] & (column < K)[None, :],
@@ -357,7 +357,7 @@ class _PageTable(NamedTuple):
 
 def _load_heads(ref, index, K, is_row):
     """[rows, K up to a power of two] of `ref[*index]`; 0 outside and in rows that are not."""
-    column = jnp.arange(_power_of_two(K))[None, :]
+    column = jnp.arange(pl.next_power_of_2(K))[None, :]
     mask = _mask(column, K, is_row)
     if mask is None:
         return plt.load(ref.at[*index, column])
@@ -365,7 +365,7 @@ def _load_heads(ref, index, K, is_row):
 
 
 def _store_heads(ref, index, K, is_row, value):
-    column = jnp.arange(_power_of_two(K))[None, :]
+    column = jnp.arange(pl.next_power_of_2(K))[None, :]
     plt.store(ref.at[*index, column], value.astype(ref.dtype), mask=_mask(column, K, is_row))
 
 
@@ -424,8 +424,3 @@ def _product_dtype(query, pages):
 
 def _sinks(sinks_H, H):
     return jnp.full((H,), NEG_INF, jnp.float32) if sinks_H is None else sinks_H.astype(jnp.float32)
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << (n - 1).bit_length()

@@ -32,7 +32,7 @@ def choose(routing, logits_TE, bias_E=None, *, interpret: bool = False):
 
 def _kernel(logits_ref, bias_ref, expert_ref, weight_ref, *, routing):
     t, E, X = pl.program_id(0), logits_ref.shape[1], routing.top_k
-    lane = jnp.arange(_power_of_two(E))
+    lane = jnp.arange(pl.next_power_of_2(E))
     is_expert = lane < E
     logit = plt.load(logits_ref.at[t, lane], mask=is_expert, other=jnp.float32(NEVER))
     bias = plt.load(bias_ref.at[lane], mask=is_expert, other=jnp.float32(0))
@@ -48,7 +48,7 @@ def _kernel(logits_ref, bias_ref, expert_ref, weight_ref, *, routing):
     if routing.top_groups < routing.num_groups:
         choice = jnp.where(_in_best_groups(choice, lane, routing), choice, jnp.float32(NEVER))
 
-    place = jnp.arange(_power_of_two(X))
+    place = jnp.arange(pl.next_power_of_2(X))
     expert, weight = jnp.zeros(place.shape, jnp.int32), jnp.zeros(place.shape, jnp.float32)
     for x in range(X):
         best = _first_of_best(choice, lane)
@@ -87,8 +87,3 @@ def _in_best_groups(choice, lane, routing):
 
 def _first_of_best(choice, lane):
     return jnp.where(choice == choice.max(axis=0), lane, lane.shape[0]).min(axis=0)
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << (n - 1).bit_length()
