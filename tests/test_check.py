@@ -233,6 +233,14 @@ def test_engine_becomes_what_the_report_says(engine, family, options):
     assert report.blueprint.state_bytes_of_device == sum(states)
 
 
+def test_cpu_has_sample_programs_for_two_numbers_of_rows_at_most():
+    """Each number takes four programs; 32 slots and 4 chunks of a prompt give up to 36 tokens a step."""
+    for slots, want in ((1, {2}), (4, {8}), (32, {8, 36})):
+        config = ServerConfig.from_keywords(model_path=str(GOLDEN / "llama"), max_running_requests=slots)
+        blueprint = draw_on_paper(config, find_hf_config(config), on_cpu=True)
+        assert {bucket.num_samples for bucket in blueprint.buckets(num_pages=64)} == want
+
+
 REFUSED = {
     "heads": ("llama", {"tp": 3}, "attention heads do not divide over 3 devices"),
     "ep_dense": ("llama", {"tp": 2, "ep": 2}, "ep=2: this model has no experts; use ep 1"),

@@ -323,12 +323,12 @@ def choose_buckets(
 ) -> list[Bucket]:
     """The step shapes to compile: decode alone at several widths, and prompts beside few rows or all.
 
-    On CPU few, since compiling is slow there. On GPU powers of two, since a step's time is that of its
-    bucket: from 8 rows on, which take no longer than one (Llama-3.1-8B on an H100: 6.6 against 6.7 ms,
-    since XLA splits a norm of one row into more kernels), and from 256 tokens of prompts on. Rows
-    beside prompts, and those from 16 on, are a multiple of 16, or XLA pads and cuts both sides of each
-    float8 product (Llama-3.1-8B, 2,056 tokens: 4 of 33 ms). `draft_rows` may be more than the
-    `num_slots` rows that decode alone takes.
+    On CPU few, since compiling is slow there, and two numbers of samples, each of which takes four
+    programs. On GPU powers of two, since a step's time is that of its bucket: from 8 rows on, which take
+    no longer than one (Llama-3.1-8B on an H100: 6.6 against 6.7 ms, since XLA splits a norm of one row
+    into more kernels), and from 256 tokens of prompts on. Rows beside prompts, and those from 16 on, are
+    a multiple of 16, or XLA pads and cuts both sides of each float8 product (Llama-3.1-8B, 2,056 tokens:
+    4 of 33 ms). `draft_rows` may be more than the `num_slots` rows that decode alone takes.
     """
     num_rows = max(num_slots, draft_rows)
     chunk = config.chunked_prefill_size or (256 if on_cpu else 2048)
@@ -344,7 +344,9 @@ def choose_buckets(
         mixed = {_multiple_of_16(w) for w in (min(widths), num_rows)}
         num_rows = max(mixed)
     chunks = {p: min(num_slots, max(4, p // 64)) for p in prefills}
-    samples = sorted({min(8, num_slots), min(64, num_rows), num_rows, num_rows + max(chunks.values())})
+    total = num_rows + max(chunks.values())
+    counts = {min(8, total)} if on_cpu else {min(8, num_slots), min(64, num_rows), num_rows}
+    samples = sorted({*counts, total})
 
     def bucket(width: int, tokens: int) -> Bucket:
         count = chunks[tokens] if tokens else 0
