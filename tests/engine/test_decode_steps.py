@@ -24,13 +24,18 @@ LAYOUTS = {
 
 @pytest.fixture
 def steps_of(engine):
-    """`steps_of(family, **layout)`: an engine that launches several steps, and one that does not."""
+    """`steps_of(family, **layout)`: an engine that launches several steps."""
 
-    def both(family="llama", **layout):
-        single = engine(family, **layout)  # first: making an engine may close those made before
-        return engine(family, num_continuous_decode_steps=STEPS, **layout), single
+    def several(family="llama", **layout):
+        return engine(family, num_continuous_decode_steps=STEPS, **layout)
 
-    return both
+    return several
+
+
+@pytest.fixture
+def single(engine):
+    """An engine that launches one at a time."""
+    return engine("llama")
 
 
 def launches(served, rows, **fields):
@@ -54,7 +59,7 @@ def launches(served, rows, **fields):
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "deepseek_v2_lite", "qwen2_moe"])
 def test_greedy_tokens_are_those_of_the_reference(steps_of, family):
     assert family in (*FAMILIES, *MOE_FAMILIES)
-    served, _ = steps_of(family)
+    served = steps_of(family)
     golden = Golden.read(family)
     for _ in range(2):  # the second time from the cache
         replies, steps, count = launches(served, golden_rows(golden))
@@ -65,7 +70,7 @@ def test_greedy_tokens_are_those_of_the_reference(steps_of, family):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_greedy_tokens_are_those_of_the_reference_on_a_mesh(steps_of, layout):
     family, options = LAYOUTS[layout]
-    served, _ = steps_of(family, **options)
+    served = steps_of(family, **options)
     golden = Golden.read(family)
     replies, steps, count = launches(served, golden_rows(golden))
     check_greedy(golden, replies)
@@ -74,8 +79,8 @@ def test_greedy_tokens_are_those_of_the_reference_on_a_mesh(steps_of, layout):
         assert served.stats()["experts"]["moved"] > 0
 
 
-def test_crowd_of_other_lengths_and_temperatures_gets_the_tokens_of_single_steps(steps_of):
-    served, single = steps_of()
+def test_crowd_of_other_lengths_and_temperatures_gets_the_tokens_of_single_steps(steps_of, single):
+    served = steps_of()
     rows = [
         greedy([5 + i, 9, 30 + 7 * i, 4], new=1 + 3 * i, temperature=0.7 * (i % 3), sampling_seed=i)
         for i in range(11)
@@ -85,8 +90,8 @@ def test_crowd_of_other_lengths_and_temperatures_gets_the_tokens_of_single_steps
     assert count < steps
 
 
-def test_stop_token_between_launches_ends_the_answer_and_its_cache_is_right(steps_of):
-    served, single = steps_of()
+def test_stop_token_between_launches_ends_the_answer_and_its_cache_is_right(steps_of, single):
+    served = steps_of()
     prompt = [9 + 13 * i % 300 for i in range(35)]
     [whole] = tokens(ask(single, [greedy(prompt, new=60)]))
     for stop in range(3, 14):
@@ -101,8 +106,8 @@ def test_stop_token_between_launches_ends_the_answer_and_its_cache_is_right(step
         assert more == want
 
 
-def test_what_needs_the_host_between_steps_gets_single_ones(steps_of):
-    served, single = steps_of()
+def test_what_needs_the_host_between_steps_gets_single_ones(steps_of, single):
+    served = steps_of()
     plain = greedy([5, 6, 7, 8], new=24)
     for params in ({"repetition_penalty": 1.3}, {"top_k": 5, "temperature": 1.0, "sampling_seed": 3}):
         rows = [plain, greedy([9, 10, 11], new=24, **params)]
@@ -124,8 +129,8 @@ def test_pages_that_run_out_are_given_step_by_step(engine):
     assert sum(reply["meta_info"]["num_retractions"] for reply in replies) > 0
 
 
-def test_request_that_comes_between_is_let_in_after_the_launch(steps_of):
-    served, single = steps_of()
+def test_request_that_comes_between_is_let_in_after_the_launch(steps_of, single):
+    served = steps_of()
     long, short = greedy([5, 6, 7], new=100), greedy([8, 9], new=12)
     stream = served.generate(input_ids=long.prompt, sampling_params=long.params, stream=True)
     first = next(iter(stream))
@@ -156,7 +161,7 @@ def test_steps_of_a_launch_follow_from_what_a_step_reads(shape, options, steps):
 
 
 def test_abort_in_the_middle_leaves_nothing(steps_of):
-    served, _ = steps_of()
+    served = steps_of()
     stream = served.generate(input_ids=[5, 6, 7], sampling_params=greedy([1], new=100).params, stream=True)
     next(iter(stream))
     stream.close()

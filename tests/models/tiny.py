@@ -96,33 +96,38 @@ class TinyEngine:
         self.ranks = layout.dp if layout else 1
         self.mesh = make_mesh(layout, jax.devices()) if layout else None
         self.num_pages = self.num_slots * self.pages_per_slot + 5
-        layouts = pool_layouts(
+        self.layouts = pool_layouts(
             model.kv, model.num_q_heads, num_pages=self.num_pages, page_size=self.page_size, mesh=self.mesh
         )
+        self.dtype, self.state_spec = dtype, getattr(model, "states", None)
         rng = np.random.default_rng(seed)
         used = self.num_slots * self.pages_per_slot
         tables = [rng.permutation(self.num_pages)[:used] for _ in range(self.ranks)]
         self.page_table = np.concatenate(tables).reshape(-1, self.pages_per_slot).astype(np.int32)
-        # A page that was never written holds NaN, so that reading one shows.
-        self.pools = [jnp.full(shape, jnp.nan, dtype) for shape, _ in layouts]
-        self.states = None
-        if spec := getattr(model, "states", None):
-            shape, _ = state_layout(spec, self.num_slots)
-            self.states = jnp.full(shape, jnp.nan)  # as unwritten pages
         self.structure, self.params = nnx.split(model)
         if layout:
-            assert self.states is None, "layouts of models with states are tested with the whole engine"
+            assert self.state_spec is None, "layouts of models with states are tested with the whole engine"
             heads = {"num_q_heads": model.num_q_heads, "num_kv_heads": model.kv.num_kv_heads}
             table = rules(layout, **heads)
             shardings = nnx.map_state(
                 lambda path, param: param.replace(weight_sharding(self.mesh, table, param)), self.params
             )
             self.params = jax.device_put(self.params, shardings)
+        self.forget()
+        self._forward = jax.jit(self._trace, static_argnames="R", donate_argnums=(1, 2))
+
+    def forget(self) -> None:
+        """Make the pools as they were; a page or state that was never written holds NaN, so that reading one
+        shows."""
+        self.pools = [jnp.full(shape, jnp.nan, self.dtype) for shape, _ in self.layouts]
+        if self.mesh is not None:
             self.pools = [
                 jax.device_put(pool, NamedSharding(self.mesh, spec))
-                for pool, (_, spec) in zip(self.pools, layouts, strict=True)
+                for pool, (_, spec) in zip(self.pools, self.layouts, strict=True)
             ]
-        self._forward = jax.jit(self._trace, static_argnames="R", donate_argnums=(1, 2))
+        self.states = None
+        if self.state_spec is not None:
+            self.states = jnp.full(state_layout(self.state_spec, self.num_slots)[0], jnp.nan)
 
     def step(self, decode: list[list[Chunk]], prefill: list[list[Chunk]], R: int, P: int):
         """Runs one step; a list per rank. Returns each rank's logits [R + P, V]."""

@@ -1,5 +1,7 @@
 """Expert dispatch over virtual devices: every backend on every layout equals the layer on one device."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,13 @@ def arrays(T, seed=0, biases=True, skew=False):
     return normal(T, D), jnp.asarray(expert), jnp.asarray(rng.random((T, X)), jnp.float32), weights
 
 
+@functools.cache
+def on_one_device(T, seed):
+    """The layer's arguments and its result."""
+    inputs = arrays(T, seed)
+    return inputs, np.asarray(feed_forward(*inputs, silu))
+
+
 def dispatched(layout, backend, inputs, slots=None):
     """The layer over a mesh, with every array placed as the engine places it."""
     mesh = make_mesh(layout, jax.devices())
@@ -87,8 +96,7 @@ def dispatched(layout, backend, inputs, slots=None):
 def test_every_backend_equals_one_device(cell):
     layout, backend = cell
     for T_rank, seed in ((1, 0), (5, 1), (32, 2)):
-        inputs = arrays(T_rank * layout.dp, seed)
-        want = np.asarray(feed_forward(*inputs, silu))
+        inputs, want = on_one_device(T_rank * layout.dp, seed)
         got, _ = dispatched(layout, backend, inputs)
         np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
 
