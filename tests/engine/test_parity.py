@@ -76,7 +76,7 @@ def ask_pressed(tight, row: Row, **fields):
 UNSCORED = {"return_logprob": False, "logprob_start_len": -1}
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)  # so that a family's tests follow each other
 def family(request):
     return request.param
 
