@@ -235,7 +235,7 @@ def test_engine_becomes_what_the_report_says(engine, family, options):
 
 def test_cpu_has_sample_programs_for_two_numbers_of_rows_at_most():
     """Each number takes four programs; 32 slots and 4 chunks of a prompt give up to 36 tokens a step."""
-    for slots, want in ((1, {2}), (4, {8}), (32, {8, 36})):
+    for slots, want in ((1, {2}), (8, {12}), (12, {16}), (13, {8, 17}), (32, {8, 36})):
         config = ServerConfig.from_keywords(model_path=str(GOLDEN / "llama"), max_running_requests=slots)
         blueprint = draw_on_paper(config, find_hf_config(config), on_cpu=True)
         assert {bucket.num_samples for bucket in blueprint.buckets(num_pages=64)} == want

@@ -323,7 +323,7 @@ def choose_buckets(
 ) -> list[Bucket]:
     """The step shapes to compile: decode alone at several widths, and prompts beside few rows or all.
 
-    On CPU few, since compiling is slow there, and two numbers of samples, each of which takes four
+    On CPU few, since compiling is slow there, and one number of samples or two, each of which takes four
     programs. On GPU powers of two, since a step's time is that of its bucket: from 8 rows on, which take
     no longer than one (Llama-3.1-8B on an H100: 6.6 against 6.7 ms, since XLA splits a norm of one row
     into more kernels), and from 256 tokens of prompts on. Rows beside prompts, and those from 16 on, are
@@ -345,8 +345,10 @@ def choose_buckets(
         num_rows = max(mixed)
     chunks = {p: min(num_slots, max(4, p // 64)) for p in prefills}
     total = num_rows + max(chunks.values())
-    counts = {min(8, total)} if on_cpu else {min(8, num_slots), min(64, num_rows), num_rows}
-    samples = sorted({*counts, total})
+    if on_cpu:
+        samples = [8, total] if total > 16 else [total]
+    else:
+        samples = sorted({min(8, num_slots), min(64, num_rows), num_rows, total})
 
     def bucket(width: int, tokens: int) -> Bucket:
         count = chunks[tokens] if tokens else 0
