@@ -13,11 +13,12 @@ OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1018
 
 @pytest.fixture
 def compile_all(engine, monkeypatch):
-    """`compile_all(compile_program)` of an engine's programs by another function: (programs, progress)."""
+    """`compile_all(compile_program)`: an engine's programs, compiled once more by another function."""
+    runner = engine()._engine.runner  # first, or it would be compiled by that function too
 
     def run(compile_program):
         monkeypatch.setattr(runner_module, "compile_program", compile_program)
-        again = copy.copy(engine()._engine.runner)
+        again = copy.copy(runner)
         again._programs, seen = {}, []
         again.compile_all(lambda done, total: seen.append((done, total)))
         assert seen == [(done, len(again.program_keys)) for done in range(len(again.program_keys) + 1)]
