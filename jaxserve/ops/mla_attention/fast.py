@@ -18,6 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jaxserve.ops.output import with_zeros
+
 NEG_INF = -1e30  # finite: the maximum over no key at all makes no NaN
 LOG2_E = math.log2(math.e)
 
@@ -126,6 +128,7 @@ def prefill(
     B = block_slot_B.shape[0]
     tile = tile or prefill_tile(block_size, latent_pages.dtype.itemsize)
     parts = pl.cdiv(block_size, tile.rows)
+    query_latent_PHL, zeros_PHL = with_zeros(query_latent_PHL)
     inputs = (
         query_latent_PHL.astype(_product_dtype(query_latent_PHL, latent_pages)),
         query_rope_PHK.astype(_product_dtype(query_rope_PHK, rope_pages)),
@@ -137,7 +140,7 @@ def prefill(
         block_len_B,
         block_pos_B,
         _scalar(page_offset),
-        jnp.zeros_like(query_latent_PHL),  # becomes the output: tokens of no block stay 0
+        zeros_PHL,  # becomes the output: tokens of no block stay 0
     )
     return pl.pallas_call(
         functools.partial(_prefill_kernel, tile=tile, parts=parts, scale=scale * LOG2_E),

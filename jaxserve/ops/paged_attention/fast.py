@@ -20,6 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jaxserve.ops.output import with_zeros
+
 NEG_INF = -1e30  # finite: the maximum over no key at all makes no NaN
 LOG2_E = math.log2(math.e)
 
@@ -175,6 +177,7 @@ def prefill(
         score=_score(scale, softcap),
         window=window,
     )
+    query_PHK, zeros_PHK = with_zeros(query_PHK)
     inputs = (
         query_PHK.astype(_product_dtype(query_PHK, key_pages)),
         key_pages,
@@ -186,7 +189,7 @@ def prefill(
         block_pos_B,
         _sinks(sinks_H, H),
         _scalar(page_offset),
-        jnp.zeros_like(query_PHK),  # becomes the output: tokens of no block stay 0
+        zeros_PHK,  # becomes the output: tokens of no block stay 0
     )
     return pl.pallas_call(
         kernel,

@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxserve.ops.output import with_zeros
 from jaxserve.ops.paged_attention.fast import LOG2_E, NEG_INF
 
 ROWS = 64  # query rows of a warpgroup: a tensor core instruction has 64
@@ -80,7 +81,7 @@ def prefill(
     tile: Tile | None = None,
 ):
     """See `paged_attention.prefill`; blocks are of `BLOCK` tokens."""
-    P, H, K = query_PHK.shape
+    _, H, K = query_PHK.shape
     page_size, G = key_pages.shape[1:3]
     tile = tile or Tile()
     dtype = key_pages.dtype
@@ -114,9 +115,10 @@ def prefill(
         interpret=interpret,
     )
     sinks = jnp.full((H,), NEG_INF, jnp.float32) if sinks_H is None else sinks_H.astype(jnp.float32)
-    out = jax.new_ref(jnp.zeros((P, H, K), dtype))  # tokens of no block stay 0
+    typed_PHK, zeros_PHK = with_zeros(query_PHK.astype(dtype))
+    out = jax.new_ref(zeros_PHK)  # tokens of no block stay 0
     run(
-        query_PHK.astype(dtype),
+        typed_PHK,
         key_pages,
         value_pages,
         page_table_SN,
