@@ -1,14 +1,15 @@
-"""Where a kernel writes its result when it does not write all of it."""
+"""Where a result goes that is written in parts, or not whole."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 
-def with_zeros(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`x`, and zeros of its shape and type that become a kernel's output (`input_output_aliases`).
+def with_zeros(x: jax.Array, dtype: DTypeLike | None = None) -> tuple[jax.Array, jax.Array]:
+    """`x`, and zeros of its shape, of its type unless another is given, to become an output.
 
-    They are made when `x` is there. XLA would make those of all layers at the program's start: 16 GB for a
-    step of 2,048 prompt tokens of DeepSeek-V3.
+    They are made when `x` is there. XLA would make those of all layers at the program's start: in a step of
+    2,048 prompt tokens a rank of DeepSeek-V3 on 8 devices 268 MB a layer for attention, 476 for experts.
     """
-    return lax.optimization_barrier((x, jnp.zeros_like(x)))
+    return lax.optimization_barrier((x, jnp.zeros_like(x, dtype)))

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxserve.ops.grouped_gemm.rows_fast import group
+from jaxserve.ops.output import with_zeros
 
 WORKSPACE_BYTES = 512 << 20  # of the rows between the products; more tokens go in several parts
 
@@ -82,8 +83,14 @@ def feed_forward(
             tile=tile,
             workspace_bytes=workspace_bytes,
         )
-        split = [x.reshape(parts, T // parts, -1) for x in (hidden_TD, expert_TX, weight_TX)]
-        return lax.map(lambda part: one_part(*part), tuple(split)).reshape(T, D)
+        size = T // parts
+        hidden_TD, zeros_TD = with_zeros(hidden_TD, jnp.float32)
+
+        def add_part(i, out_TD):
+            tokens = [lax.dynamic_slice_in_dim(x, i * size, size) for x in (hidden_TD, expert_TX, weight_TX)]
+            return lax.dynamic_update_slice_in_dim(out_TD, one_part(*tokens), i * size, axis=0)
+
+        return lax.fori_loop(0, parts, add_part, zeros_TD)
     tile = tile or choose_tile(T * X / E, hidden_TD.dtype.itemsize)
     blocks = group(expert_TX, E, tile.rows, interpret=interpret)
     call = functools.partial(_call, blocks=blocks, num_choices=X, tile=tile, interpret=interpret)
