@@ -7,6 +7,9 @@ import jax
 import pytest
 
 from jaxserve.engine import runner as runner_module
+from jaxserve.engine.batch import Bucket
+from jaxserve.engine.compiler import compiler_options
+from jaxserve.engine.programs import GREEDY
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1018.00MiB"
 
@@ -54,3 +57,12 @@ def test_program_that_cannot_be_compiled_ends_the_start(compile_all, message):
 
     with pytest.raises(jax.errors.JaxRuntimeError, match=message.split(":")[0]):
         compile_all(compile_program)
+
+
+@pytest.mark.parametrize("rows, wide, int8", [(32, True, True), (256, False, True), (512, False, False)])
+def test_only_products_with_int8_stay_with_triton_above_64_rows(monkeypatch, rows, wide, int8):
+    """Heads are never in int8: their products go by the rows alone."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    step, head = Bucket(rows, 0, 0, rows, 128), (rows, GREEDY)
+    for program, has_int8, triton in ((step, False, wide), (step, True, int8), (head, True, wide)):
+        assert compiler_options(program, has_int8)["xla_gpu_enable_triton_gemm"] is triton
