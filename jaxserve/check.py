@@ -137,20 +137,20 @@ def lines(report: Report) -> Iterator[str]:
         f"{blueprint.num_slots * dp:,} running requests"
     )
     buckets = blueprint.buckets(report.num_pages)
-    decode = " ".join(str(b.rows) for b in buckets if not b.prefill_tokens)
-    mixed = " ".join(f"{b.rows}+{b.prefill_tokens}" for b in buckets if b.prefill_tokens)
-    yield f"buckets    decode rows of a dp rank: {decode}; decode rows + prompt tokens: {mixed}"
+    decode = " ".join(str(b.rows) for b in buckets if not b.chunks)
+    mixed = " ".join(f"{b.num_tokens}/{b.rows}" for b in buckets if b.chunks)
+    yield f"buckets    decode rows of a dp rank: {decode}; tokens with prompts / rows among them: {mixed}"
     if not blueprint.on_cpu:
         yield from _step_lines(report)
 
 
 def _memory_lines(report: Report) -> Iterator[str]:
     device, cost, blueprint = report.device, report.cost, report.blueprint
-    largest = max(blueprint.buckets(report.num_pages), key=lambda b: b.rows + b.prefill_tokens)
+    largest = max(blueprint.buckets(report.num_pages), key=lambda b: (b.num_tokens, b.rows))
     name = "this host's memory divided by devices" if blueprint.on_cpu else device.name
     states = blueprint.state_bytes_of_device
     static = cost.weight_bytes_of_device + states + report.kv_bytes_of_device
-    workspace = cost.workspace_bytes(largest.rows, largest.prefill_tokens)
+    workspace = cost.workspace_bytes(largest.num_tokens, largest.num_samples)
     left = device.memory_bytes - static
     enough = "" if workspace < left else ": TOO LITTLE, lower mem_fraction_static"
     yield f"memory     {_size(device.memory_bytes)} a device ({name}), of which"
@@ -206,7 +206,7 @@ def _step_lines(report: Report) -> Iterator[str]:
     for rows in sorted({n for n in (1, 8, 64) if n < slots} | {slots}):
         if rows * context <= report.num_pages * config.page_size:
             yield row(f"decode {rows} x {dp} rows", cost.decode(rows, context), rows * dp)
-    chunk = max(b.prefill_tokens for b in report.blueprint.buckets(report.num_pages))
+    chunk = report.blueprint.prefill_tokens(report.num_pages)
     prefill = cost.prefill(chunk, context)
     yield row(f"prefill {chunk} x {dp} tokens", prefill, chunk * dp)
     for c in prefill.collectives:

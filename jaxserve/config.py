@@ -147,7 +147,9 @@ class ServerConfig:
         None, "rows of one dp rank's running batch; default 256 on GPU, 32 on CPU", least=1
     )
     chunked_prefill_size: int | None = key(
-        None, "prompt tokens of one step on one dp rank; default 2048 on GPU, 256 on CPU", least=16
+        None,
+        "tokens of one step on one dp rank: decode rows, and prompts; default 2048 on GPU, 256 on CPU",
+        least=16,
     )
     disable_radix_cache: bool = key(False, "share no prefixes")
     compile_cache_dir: str | None = key(

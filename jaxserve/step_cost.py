@@ -101,13 +101,13 @@ class StepCost:
             return 0
         return states.num_layers * states.num_heads / self.layout.group * states.head_dim**2 * 4
 
-    def workspace_bytes(self, rows: int, prefill_tokens: int) -> float:
+    def workspace_bytes(self, tokens: int, samples: int) -> float:
         """An estimate: residual stream, the widest inner activations, logits, and sampling state of slots.
 
         It must fit into what weights and KV leave; the compiler's own figure is known only after
         compiling.
         """
-        tokens, blueprint = rows + prefill_tokens, self.blueprint
+        blueprint = self.blueprint
         widest = max(w.local_params / self.hidden for w in self.weights if w.is_matrix and w.part == "dense")
         inner = 3 * widest * tokens
         if blueprint.experts:
@@ -117,11 +117,11 @@ class StepCost:
             of_device = tokens * self.layout.dp * self.top_k / self.layout.num_devices
             inner = max(inner, 3 * per_expert * of_device) + tokens * self.layout.dp * self.hidden
         if states := blueprint.states:  # before, added by and after each block of a prompt, a layer at a time
-            blocks = prefill_tokens / 128 + 32
+            blocks = tokens / 128 + 32
             inner += 3 * blocks * self.state_bytes_of_sequence / states.num_layers / self.itemsize
         stream = 4 * tokens * self.hidden
         slots = blueprint.num_slots * blueprint.model.vocab_size
-        return (stream + inner) * self.itemsize + rows * blueprint.model.vocab_size * 4 * 3 + slots * 3
+        return (stream + inner) * self.itemsize + samples * blueprint.model.vocab_size * 4 * 3 + slots * 3
 
     # ---- steps ----
 

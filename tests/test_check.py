@@ -32,7 +32,7 @@ def test_llama_8b_on_one_h100():
     pool_bytes = int(79.1 * 2**30) * 0.88 - 16_060_522_496
     assert report.num_pages == pool_bytes // (16 * 131_072)
     assert report.kv_tokens == report.num_pages * 16
-    assert [b.rows for b in report.blueprint.buckets(report.num_pages) if not b.prefill_tokens] == [
+    assert [b.rows for b in report.blueprint.buckets(report.num_pages) if not b.chunks] == [
         8, 16, 32, 64, 128, 256,
     ]  # fmt: skip
 

@@ -60,9 +60,9 @@ def test_deployment_fits_its_devices(name):
     assert report.kv_tokens > least_tokens
     # Every rank can hold one sequence of full length.
     assert report.blueprint.max_req_len(report.num_pages) == config.context_length
-    largest = max(report.blueprint.buckets(report.num_pages), key=lambda b: b.rows + b.prefill_tokens)
+    largest = max(report.blueprint.buckets(report.num_pages), key=lambda b: (b.num_tokens, b.rows))
     left = report.device.memory_bytes - report.cost.weight_bytes_of_device - report.kv_bytes_of_device
-    assert report.cost.workspace_bytes(largest.rows, largest.prefill_tokens) < left / 2
+    assert report.cost.workspace_bytes(largest.num_tokens, largest.num_samples) < left / 2
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)

@@ -53,7 +53,7 @@ def compare(runner: Runner, cost: StepCost) -> list[Comparison]:
     """Every step shape of a compiled engine, sampled at random."""
     out = []
     for bucket in runner.buckets:
-        tokens, samples = bucket.rows + bucket.prefill_tokens, bucket.num_samples
+        tokens, samples = bucket.num_tokens, bucket.num_samples
         programs = (bucket, (samples, RANDOM))
         sent = [c for program in programs for c in collectives(runner.hlo(program))]
         forecast = bytes_by_group(cost.collectives(tokens, samples))
@@ -63,7 +63,7 @@ def compare(runner: Runner, cost: StepCost) -> list[Comparison]:
 
 def lines(name: str, shape: tuple[int, int, int], found: Sequence[Comparison]) -> Iterator[str]:
     for one in found:
-        step = f"{one.bucket.rows} rows, {one.bucket.prefill_tokens} prompt tokens a rank"
+        step = f"{one.bucket.num_tokens} tokens a rank, {one.bucket.rows} of them rows"
         yield f"{name} ({'x'.join(map(str, shape))}), {step}: {'agree' if one.agrees else 'DIFFER'}"
         for group in sorted(one.forecast.keys() | one.compiled.keys()):
             kind, size, stride = group

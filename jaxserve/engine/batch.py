@@ -23,28 +23,23 @@ NUM_TOP_LOGPROBS = 20  # most `top_logprobs_num` of a request
 
 @dataclass(frozen=True)
 class Bucket:
-    """The static shape of a step on one rank."""
+    """The static shape of a step on one rank: decode rows first, then tokens of prompts."""
 
-    rows: int  # decode rows
-    prefill_tokens: int
-    chunks: int  # prompts that the prefill tokens may belong to
+    rows: int  # decode rows at most
+    num_tokens: int  # of rows and prompts together
+    chunks: int  # prompts that tokens may belong to; 0: a step of decode alone, with a row for each token
     num_samples: int  # rows that may be sampled: at least rows + chunks
     block_size: int  # query tokens of an attention block
 
     @property
     def num_blocks(self) -> int:
-        """Enough for any split of the prefill tokens over `chunks` prompts, and never 0.
-
-        Partitioning a zero-sized array crashes XLA's CPU compiler (jaxlib 0.11.2).
-        """
-        if not self.prefill_tokens:
-            return 1
-        return min(self.prefill_tokens, self.prefill_tokens // self.block_size + self.chunks)
+        """Query blocks, enough for any split of the tokens over `chunks` prompts."""
+        return min(self.num_tokens, self.num_tokens // self.block_size + self.chunks) if self.chunks else 0
 
     @property
     def num_updates(self) -> int:
         """Page-table entries that ride along; more go ahead in a program of their own."""
-        return self.rows + self.prefill_tokens // 8
+        return self.rows + (self.num_tokens // 8 if self.chunks else 0)
 
 
 class Packing:
@@ -63,9 +58,14 @@ class Packing:
         return {name: row[part].view(dtype) for name, (part, dtype) in self.slices.items()}
 
     def unpack(self, packed_RM: jax.Array) -> dict[str, jax.Array]:
-        """The fields of all ranks, each flat with the ranks one after the other."""
+        """The fields of all ranks, each flat with the ranks one after the other.
+
+        Without empty ones: partitioning a zero-sized array crashes XLA's CPU compiler (jaxlib 0.11.2).
+        """
         out = {}
         for name, (part, dtype) in self.slices.items():
+            if part.start == part.stop:
+                continue
             field = packed_RM[:, part].reshape(-1)
             out[name] = jax.lax.bitcast_convert_type(field, jnp.float32) if dtype is np.float32 else field
         return out
@@ -73,16 +73,14 @@ class Packing:
 
 def forward_packing(bucket: Bucket, with_states: bool = False) -> Packing:
     """`with_states`: for a model with recurrent layers; see `jaxserve.layers.kv.StateBlocks`."""
-    r, p, b = bucket.rows, bucket.prefill_tokens, bucket.num_blocks
+    r, t, b = bucket.rows, bucket.num_tokens, bucket.num_blocks
     i = np.int32
     states = dict(state_from=(b, i), state_end=(b, i), state_kept=(b, i)) if with_states else {}
     return Packing(
-        row_slot=(r, i),
-        row_token=(r, i),  # -1: the last that was sampled for the slot
-        row_len=(r, i),  # context length with the new token; 0 is padding
-        token=(p, i),
-        position=(p, i),
-        token_slot=(p, i),
+        slot=(t, i),  # of each token; -1 is padding
+        token=(t, i),  # -1: the last that was sampled for the slot
+        position=(t, i),
+        row_len=(r, i),  # context length with the new token, of the decode rows; 0: the token is none
         block_slot=(b, i),
         block_start=(b, i),
         block_len=(b, i),
@@ -100,21 +98,22 @@ def pack_forward(bucket: Bucket, packing: Packing, plans: Sequence[RankPlan]) ->
     packed = np.zeros((len(plans), packing.length), np.int32)
     for row, plan in zip(packed, plans):
         f = packing.views(row)
-        for name in ("row_slot", "row_token", "token_slot", "block_slot", "update_slot"):
+        for name in ("slot", "block_slot", "update_slot"):
             f[name].fill(-1)
         n = plan.num_rows
         if n:
-            f["row_slot"][:n], f["row_len"][:n], f["row_token"][:n] = _decode_rows(plan)
+            f["slot"][:n], f["row_len"][:n], f["token"][:n] = _decode_rows(plan)
+            f["position"][:n] = f["row_len"][:n] - 1
         f["sample_index"][:n] = np.arange(n)
         set_blocks(f, bucket, plan)
-        at, sample = 0, n
+        at, sample = plan.first_prompt_token, n
         for chunk in plan.chunks:
-            end, slot = at + chunk.length, chunk.request.slot
+            end = at + chunk.length
+            f["slot"][at:end] = chunk.request.slot
             f["token"][at:end] = chunk.request.tokens[chunk.start : chunk.start + chunk.length]
             f["position"][at:end] = np.arange(chunk.start, chunk.start + chunk.length)
-            f["token_slot"][at:end] = slot
             if chunk.samples:
-                f["sample_index"][sample] = bucket.rows + end - 1
+                f["sample_index"][sample] = end - 1
                 sample += 1
             at = end
         if "state_from" in f:
@@ -124,8 +123,8 @@ def pack_forward(bucket: Bucket, packing: Packing, plans: Sequence[RankPlan]) ->
 
 
 def set_blocks(fields: dict[str, np.ndarray], bucket: Bucket, plan: RankPlan) -> None:
-    """The query blocks of the prefill tokens; none for a request that has left."""
-    at, block = 0, 0
+    """The query blocks of the prompts' tokens; none for a request that has left."""
+    at, block = plan.first_prompt_token, 0
     for chunk in plan.chunks:
         here = range(0, chunk.length, bucket.block_size) if chunk.request.slot >= 0 else ()
         for offset in here:
@@ -167,8 +166,8 @@ def decode_packing(bucket: Bucket) -> Packing:
     """For several decode steps in one program."""
     r, u, i = bucket.rows, bucket.num_updates, np.int32
     return Packing(
-        row_slot=(r, i),
-        row_token=(r, i),  # -1: the last that was sampled for the slot
+        slot=(r, i),  # -1 is padding
+        token=(r, i),  # -1: the last that was sampled for the slot
         row_len=(r, i),  # context length with the first new token; 0 is padding
         row_count=(r, i),  # steps in which the row takes part
         position=(r, i),  # of the first token that is sampled
@@ -185,11 +184,11 @@ def pack_decode(packing: Packing, plans: Sequence[RankPlan]) -> np.ndarray:
     packed = np.zeros((len(plans), packing.length), np.int32)
     for row, plan in zip(packed, plans):
         f = packing.views(row)
-        for name in ("row_slot", "row_token", "update_slot"):
+        for name in ("slot", "update_slot"):
             f[name].fill(-1)
         n, rows = len(plan.decode), list(zip(plan.decode, plan.counts))
-        f["row_slot"][:n] = [r.slot for r in plan.decode]
-        f["row_token"][:n] = [r.tokens[-1] if r.pending == count else -1 for r, count in rows]
+        f["slot"][:n] = [r.slot for r in plan.decode]
+        f["token"][:n] = [r.tokens[-1] if r.pending == count else -1 for r, count in rows]
         f["row_len"][:n] = [r.computed - count + 1 for r, count in rows]
         f["row_count"][:n] = plan.counts
         f["position"][:n] = [len(r.tokens) + r.pending - count for r, count in rows]
@@ -301,9 +300,9 @@ def bias_table(request: Request) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score_packing(bucket: Bucket) -> Packing:
-    """For the logprobs of prompt tokens: what follows each prefill token, and which ids are asked for."""
-    p, c = bucket.prefill_tokens, bucket.chunks
-    return Packing(target=(p, np.int32), chunk=(p, np.int32), ids=(c * NUM_LOGPROB_IDS, np.int32))
+    """For the logprobs of prompt tokens: what follows each token, and which ids are asked for."""
+    t, c = bucket.num_tokens, bucket.chunks
+    return Packing(target=(t, np.int32), chunk=(t, np.int32), ids=(c * NUM_LOGPROB_IDS, np.int32))
 
 
 def pack_score(bucket: Bucket, packing: Packing, plans: Sequence[RankPlan]) -> np.ndarray:
@@ -311,7 +310,7 @@ def pack_score(bucket: Bucket, packing: Packing, plans: Sequence[RankPlan]) -> n
     for row, plan in zip(packed, plans):
         f = packing.views(row)
         ids = f["ids"].reshape(bucket.chunks, NUM_LOGPROB_IDS)
-        at = 0
+        at = plan.first_prompt_token
         for number, chunk in enumerate(plan.chunks):
             following = chunk.request.tokens[chunk.start + 1 : chunk.start + chunk.length + 1]
             f["target"][at : at + len(following)] = following

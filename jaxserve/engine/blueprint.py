@@ -20,6 +20,8 @@ from jaxserve import speculation
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.batch import Bucket
 from jaxserve.engine.drafting import Drafter, NextnDrafter, NgramDrafter
+from jaxserve.engine.plan import tokens_of_rows
+from jaxserve.engine.programs import SCORE_ROWS
 from jaxserve.engine.quantization import declare_model, kv_dtype
 from jaxserve.layers.kv import KVSpec, LatentSpec, PoolLayout, StateSpec, pool_layouts, state_layout
 from jaxserve.layers.moe import ExpertSpec
@@ -160,8 +162,12 @@ class Blueprint:
         return min(self.context_len, num_pages * self.config.page_size)
 
     def buckets(self, num_pages: int) -> list[Bucket]:
-        limit = self.max_req_len(num_pages)
-        return choose_buckets(self.config, self.num_slots, limit, self.on_cpu, self.draft_rows)
+        return choose_buckets(self.prefill_tokens(num_pages), self.num_slots, self.on_cpu, self.draft_rows)
+
+    def prefill_tokens(self, num_pages: int) -> int:
+        """Tokens of prompts in one step of a dp rank, at most."""
+        chunk = self.config.chunked_prefill_size or (256 if self.on_cpu else 2048)
+        return min(chunk, _power_of_two(self.max_req_len(num_pages)))
 
     @property
     def num_nextn(self) -> int:
@@ -318,51 +324,53 @@ def _weight_bytes_of_device(model: nnx.Module, mesh: Mesh | AbstractMesh, table:
     return total
 
 
-def choose_buckets(
-    config: ServerConfig, num_slots: int, max_req_len: int, on_cpu: bool, draft_rows: int = 0
-) -> list[Bucket]:
+def choose_buckets(prefill_tokens: int, num_slots: int, on_cpu: bool, draft_rows: int = 0) -> list[Bucket]:
     """The step shapes to compile: decode alone at several widths, and prompts beside few rows or all.
+
+    Rows and prompts share a step's tokens, `prefill_tokens` of them, so that rows beside prompts cost no
+    more than prompts; where rows alone could take half of that, there are more, for prompts to go on.
 
     On CPU few, since compiling is slow there, and one number of samples or two, each of which takes four
     programs. On GPU powers of two, since a step's time is that of its bucket: from 8 rows on, which take
     no longer than one (Llama-3.1-8B on an H100: 6.6 against 6.7 ms, since XLA splits a norm of one row
-    into more kernels), and from 256 tokens of prompts on. Rows beside prompts, and those from 16 on, are
-    a multiple of 16, or XLA pads and cuts both sides of each float8 product (Llama-3.1-8B, 2,056 tokens:
-    4 of 33 ms). `draft_rows` may be more than the `num_slots` rows that decode alone takes.
+    into more kernels), and from 256 tokens with prompts on. They suit the matrix products, which come in
+    tiles: 2,064 rows of Llama-3.1-8B take 4.8 % longer than 2,048. Rows from 16 on are a multiple of 16,
+    or XLA pads and cuts both sides of each float8 product. `draft_rows` may be more than the `num_slots`
+    rows that decode alone takes.
     """
     num_rows = max(num_slots, draft_rows)
-    chunk = config.chunked_prefill_size or (256 if on_cpu else 2048)
-    chunk = min(chunk, _power_of_two(max_req_len))
+    places = tokens_of_rows(num_rows)
+    most = _multiple(max(prefill_tokens, places + min(prefill_tokens, places)), 16)
+    most = most if most <= SCORE_ROWS else _multiple(most, SCORE_ROWS)
     if on_cpu:
-        widths, prefills, block = {min(4, num_slots), num_slots, num_rows}, {min(32, chunk), chunk}, 32
-        mixed = {num_rows}
+        widths, block = {min(4, num_slots), num_slots, num_rows}, 32
+        sizes, mixed = {t for t in (32,) if t < most} | {most}, {num_rows}
     else:
-        widths = {w for w in (8, 16, 32, 64, 128) if w < num_rows} | {num_slots, num_rows}
-        prefills, block = {p for p in (256 << i for i in range(8)) if p < chunk} | {chunk}, 128
-        widths = {w if w < 16 else _multiple_of_16(w) for w in widths}
-        # Few rows beside a prompt are common, and cost less GEMM.
-        mixed = {_multiple_of_16(w) for w in (min(widths), num_rows)}
+        widths, block = {w for w in (8, 16, 32, 64, 128) if w < num_rows} | {num_slots, num_rows}, 128
+        sizes = {t for t in (256 << i for i in range(8)) if t < most} | {most}
+        widths = {w if w < 16 else _multiple(w, 16) for w in widths}
+        # Few rows beside a prompt are common, and their attention is shared by more programs.
+        mixed = {_multiple(w, 16) for w in (min(widths), num_rows)}
         num_rows = max(mixed)
-    chunks = {p: min(num_slots, max(4, p // 64)) for p in prefills}
+    chunks = {t: min(num_slots, max(4, t // 64)) for t in sizes}
     total = num_rows + max(chunks.values())
     if on_cpu:
         samples = [8, total] if total > 16 else [total]
     else:
         samples = sorted({min(8, num_slots), min(64, num_rows), num_rows, total})
 
-    def bucket(width: int, tokens: int) -> Bucket:
-        count = chunks[tokens] if tokens else 0
+    def bucket(width: int, tokens: int, count: int) -> Bucket:
         num_samples = next(n for n in samples if n >= width + count)
-        return Bucket(width, tokens, count, num_samples, min(block, tokens or block))
+        return Bucket(width, tokens, count, num_samples, min(block, tokens) if count else block)
 
     return [
-        *(bucket(width, 0) for width in sorted(widths)),
-        *(bucket(width, tokens) for tokens in sorted(prefills) for width in sorted(mixed)),
+        *(bucket(width, width, 0) for width in sorted(widths)),
+        *(bucket(min(width, t), t, chunks[t]) for t in sorted(sizes) for width in sorted(mixed)),
     ]
 
 
-def _multiple_of_16(least: int) -> int:
-    return -(-least // 16) * 16
+def _multiple(least: int, of: int) -> int:
+    return -(-least // of) * of
 
 
 def _power_of_two(least: int) -> int:

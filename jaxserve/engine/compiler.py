@@ -40,7 +40,7 @@ def compiler_options(program: Any, has_int8: bool = False) -> dict[str, Any]:
     triton_below = 64
     match program:
         case (Bucket() as bucket) | ("nextn" | "decode", Bucket() as bucket):
-            rows = bucket.rows + bucket.prefill_tokens
+            rows = bucket.num_tokens
             triton_below = 512 if has_int8 else 64
         case ("score", _):
             rows = programs.SCORE_ROWS

@@ -46,25 +46,23 @@ class Launches:
     ):
         self._num_ranks, self._buckets, self._nextn = num_ranks, buckets, nextn
         self.forward = {b: batch.forward_packing(b, states) for b in buckets}
-        self.score = {b: batch.score_packing(b) for b in buckets if b.prefill_tokens}
+        self.score = {b: batch.score_packing(b) for b in buckets if b.chunks}
         self.sample = {
             (b.num_samples, v): batch.sample_packing(b.num_samples, v.random, v.filters, v.logprobs)
             for b in buckets
             for v in VARIANTS
         }
-        self.decode = {
-            b: batch.decode_packing(b) for b in buckets if decode_steps > 1 and not b.prefill_tokens
-        }
+        self.decode = {b: batch.decode_packing(b) for b in buckets if decode_steps > 1 and not b.chunks}
 
     def bucket_of(self, plan: StepPlan) -> Bucket:
         """The first that holds the plan."""
         rows = max(rank.num_rows for rank in plan.ranks)
-        tokens = max(rank.num_prefill_tokens for rank in plan.ranks)
+        tokens = max(rank.num_tokens for rank in plan.ranks)
         chunks = max(len(rank.chunks) for rank in plan.ranks)
         for b in self._buckets:
-            if b.rows >= rows and b.prefill_tokens >= tokens and b.chunks >= chunks:
+            if b.rows >= rows and b.num_tokens >= tokens and b.chunks >= chunks:
                 return b
-        raise AssertionError(f"no bucket for {rows} rows, {tokens} prefill tokens in {chunks} chunks")
+        raise AssertionError(f"no bucket for {tokens} tokens, {rows} of them rows, and {chunks} chunks")
 
     def of_step(self, plan: StepPlan, bucket: Bucket) -> list[Launch]:
         """The programs of a step in their order; empties what table updates overflow."""

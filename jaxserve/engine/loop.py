@@ -290,7 +290,7 @@ class EngineLoop:
         if result.scored is None:
             return
         for plan, scored in zip(step.plan.ranks, result.scored):
-            at = 0
+            at = plan.first_prompt_token
             for chunk in plan.chunks:
                 spec = chunk.request.spec
                 if chunk.request.wants_prompt_logprobs and chunk.request.finish is None:

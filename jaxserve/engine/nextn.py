@@ -10,7 +10,7 @@ sequence's, perhaps. That costs drafts, never tokens: every draft is checked.
 Source: DeepSeek-V3 technical report, section 2.2.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,7 @@ class NextnLayer:
         sizes: (pages a layer, tokens a page).
 
     Attributes:
-        hidden: of the last forward program: states of the sample rows, and of any prefill tokens.
+        hidden: of the last forward program: states of the sample rows, and of a step with prompts all.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class NextnLayer:
         tasks = {}
         for b, packing in self._packing.items():
             options = (b, packing, self._num_drafts, self._sizes, self._mesh)
-            states = (hidden(b.num_samples), *([hidden(b.prefill_tokens)] if b.prefill_tokens else []))
+            states = (hidden(b.num_samples), *([hidden(b.num_tokens)] if b.chunks else []))
             args = (*arrays, states, packed(packing))
             if not self._kept:
                 model = model.part(partial(make_drafts, model, *options), leaves, *args)
@@ -106,11 +106,12 @@ class NextnLayer:
 
 
 def nextn_packing(bucket: Bucket, num_requests: int) -> Packing:
-    t, b, n, i = bucket.rows + bucket.prefill_tokens, bucket.num_blocks, num_requests, np.int32
+    t, b, n, i = bucket.num_tokens, bucket.num_blocks, num_requests, np.int32
     return Packing(
         slot=(t, i),  # of the step's tokens; -1 is padding, or a draft that was wrong
         position=(t, i),
         following=(t, i),  # the token after it
+        row_len=(bucket.rows, i),  # as in `forward_packing`
         block_slot=(b, i),
         block_start=(b, i),
         block_len=(b, i),
@@ -140,8 +141,10 @@ def pack_nextn(
         for name in ("slot", "last_slot", "block_slot"):
             f[name].fill(-1)
         set_blocks(f, bucket, plan)
-        for number, (request, start, at, following) in enumerate(_runs(bucket, plan, sampled)):
+        for number, (request, start, at, following) in enumerate(_runs(plan, sampled)):
             end = at + len(following)
+            if at < plan.num_rows and request.slot >= 0:
+                f["row_len"][at:end] = np.arange(start + 1, start + len(following) + 1)
             f["position"][at:end] = np.arange(start, start + len(following))
             f["following"][at:end] = following
             f["slot"][at:end] = f["last_slot"][number] = request.slot
@@ -150,9 +153,7 @@ def pack_nextn(
     return packed
 
 
-def _runs(
-    bucket: Bucket, plan: RankPlan, sampled: Sequence[int]
-) -> Iterator[tuple[Request, int, int, Sequence[int]]]:
+def _runs(plan: RankPlan, sampled: Sequence[int]) -> Iterator[tuple[Request, int, int, Sequence[int]]]:
     """(request, position, place in the step's T tokens, tokens after each) of each request's tokens."""
     row = 0
     for request in plan.decode:
@@ -160,7 +161,7 @@ def _runs(
         right = num_right(drafts, sampled[row:])
         yield request, request.computed - 1, row, sampled[row : row + right + 1]
         row += 1 + len(drafts)
-    at = bucket.rows
+    at = plan.first_prompt_token
     for chunk in plan.chunks:
         following = chunk.request.tokens[chunk.start + 1 : chunk.start + chunk.length + 1]
         if chunk.samples:
@@ -186,31 +187,35 @@ def make_drafts(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the pools and the drafts [ranks * requests, count].
 
-    `hidden` are the sample rows' states, whose first are the decode rows', and those of prefill tokens.
+    `hidden` are the sample rows' states, whose first are the decode rows', and those of all tokens where
+    there are prompts.
     """
     f = packing.unpack(packed_RM)
     module = model.call(leaves)
 
     def context(
-        pools: tuple[jax.Array, jax.Array], slot_T: jax.Array, position_T: jax.Array, rows: int
+        fields: Mapping[str, jax.Array],
+        pools: tuple[jax.Array, jax.Array],
+        slot_T: jax.Array,
+        position_T: jax.Array,
+        row_len_R: jax.Array,
     ) -> StepContext:
-        num_ranks = packed_RM.shape[0]
-        row_len_R = jnp.where(slot_T >= 0, position_T + 1, 0).reshape(num_ranks, -1)[:, :rows].reshape(-1)
         return step_context(
-            model, bucket, sizes, mesh, f, (*pools, table_SN),
-            position_T=position_T, slot_T=slot_T, R=rows, context_len_R=row_len_R,
+            model, bucket, sizes, mesh, fields, (*pools, table_SN),
+            position_T=position_T, slot_T=slot_T, context_len_R=row_len_R,
         )  # fmt: skip
 
-    hidden_TD = per_rank(mesh, lambda *parts: jnp.concatenate([parts[0][: bucket.rows], *parts[1:]]), *hidden)
-    step = context((key_pages, value_pages), f["slot"], f["position"], bucket.rows)
+    samples_SD, *all_of_them = hidden
+    (hidden_TD,) = all_of_them or (per_rank(mesh, lambda samples: samples[: bucket.rows], samples_SD),)
+    step = context(f, (key_pages, value_pages), f["slot"], f["position"], f["row_len"])
     hidden_TD = module.next_token(f["following"], hidden_TD, step)
     hidden_ND = per_rank(mesh, lambda hidden, index: hidden[index], hidden_TD, f["last"])
     drafts = [sampling.greedy(module.logits(hidden_ND))]
     for number in range(1, count):
-        pools = step.key_pages, step.value_pages
         position_N = f["last_position"] + number
         slot_N = jnp.where(position_N < f["room"], f["last_slot"], -1)
-        step = context(pools, slot_N, position_N, slot_N.shape[0] // packed_RM.shape[0])
+        len_N = jnp.where(slot_N >= 0, position_N + 1, 0)
+        step = context({}, (step.key_pages, step.value_pages), slot_N, position_N, len_N)
         hidden_ND = module.next_token(drafts[-1], hidden_ND, step)
         drafts.append(sampling.greedy(module.logits(hidden_ND)))
     return step.key_pages, step.value_pages, jnp.stack(drafts, 1)

@@ -6,6 +6,16 @@ from dataclasses import dataclass, field
 from jaxserve.engine.request import Request
 
 
+def tokens_of_rows(num_rows: int) -> int:
+    """The places that decode rows take before prompts: a multiple of 8, where a GPU copies whole tiles."""
+    return -(-num_rows // 8) * 8
+
+
+def rows_before(num_tokens: int) -> int:
+    """The decode rows that have room in so many places before prompts."""
+    return num_tokens // 8 * 8
+
+
 @dataclass(slots=True)
 class Chunk:
     """`length` tokens of a prompt, from position `start`; the last chunk samples a token.
@@ -49,6 +59,16 @@ class RankPlan:
     @property
     def num_prefill_tokens(self) -> int:
         return sum(chunk.length for chunk in self.chunks)
+
+    @property
+    def first_prompt_token(self) -> int:
+        """Where the prompts' tokens begin among the step's; the decode rows come before."""
+        return tokens_of_rows(self.num_rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the step, those between decode rows and prompts included."""
+        return self.first_prompt_token + self.num_prefill_tokens if self.chunks else self.num_rows
 
     @property
     def sampled(self) -> list[Request]:

@@ -22,7 +22,7 @@ from jaxserve.engine.batch import (
     Bucket,
     Packing,
 )
-from jaxserve.layers.attention import StepContext
+from jaxserve.layers.attention import QueryBlocks, StepContext
 from jaxserve.layers.kv import StateBlocks
 from jaxserve.layers.moe import ExpertSpec
 from jaxserve.ops import sampling
@@ -103,20 +103,18 @@ def step_context(
     bucket: Bucket,
     sizes: tuple[int, int],  # pages a layer, tokens a page
     mesh: Mesh | None,
-    fields: Mapping[str, jax.Array],  # unpacked, with the query blocks
+    fields: Mapping[str, jax.Array],  # unpacked, with the query blocks of a step with prompts
     pages: tuple[jax.Array, jax.Array, jax.Array],  # both pools, page table
     **own: Any,
 ) -> StepContext:
     """What a step of the bucket is computed in; `own`: the arguments that its packing does not settle."""
     key_pages, value_pages, page_table_SN = pages
+    names = ("block_slot", "block_start", "block_len", "block_pos")
     return StepContext(
         key_pages=key_pages,
         value_pages=value_pages,
         page_table_SN=page_table_SN,
-        block_slot_B=fields["block_slot"],
-        block_start_B=fields["block_start"],
-        block_len_B=fields["block_len"],
-        block_pos_B=fields["block_pos"],
+        blocks=QueryBlocks(*(fields[name] for name in names)) if names[0] in fields else None,
         block_size=bucket.block_size,
         num_pages=sizes[0],
         page_size=sizes[1],
@@ -142,36 +140,27 @@ def forward(
     """One step without sampling.
 
     Returns what is carried on, the state pool, the hidden states of the sample rows and, when the bucket
-    has any, those of the prefill tokens (for prompt logprobs). `expert_slots` says where experts are when
+    has prompts, those of all tokens (for prompt logprobs). `expert_slots` says where experts are when
     they may move. `states` is empty but for a model with recurrent layers, see `state_layout`.
     """
     f = packing.unpack(packed_RM)
-    carried, last_R = _begin(mesh, f, carried, last_token_S)
-
-    def join(row_R: jax.Array, token_P: jax.Array) -> jax.Array:
-        if not bucket.prefill_tokens:
-            return row_R
-        return per_rank(mesh, lambda row, token: jnp.concatenate([row, token]), row_R, token_P)
-
-    token_T = join(last_R, f["token"])
+    carried, token_T = _begin(mesh, f, carried, last_token_S)
+    in_blocks = "state_from" in f
     step = step_context(
         model, bucket, sizes, mesh, f, carried.pages,
-        position_T=join(jnp.maximum(f["row_len"] - 1, 0), f["position"]),
-        slot_T=join(f["row_slot"], f["token_slot"]),
-        R=bucket.rows,
+        position_T=f["position"],
+        slot_T=f["slot"],
         context_len_R=f["row_len"],
         expert_slots=expert_slots,
         states=states[0] if states else None,
-        state_blocks=StateBlocks(f["state_from"], f["state_end"], f["state_kept"]) if states else None,
+        state_blocks=StateBlocks(f["state_from"], f["state_end"], f["state_kept"]) if in_blocks else None,
         two_batches=model.two_batches,
     )  # fmt: skip
     hidden_TD = model.call(leaves)(token_T, step)
     samples_SD = per_rank(mesh, lambda hidden, index: hidden[index], hidden_TD, f["sample_index"])
     states = () if step.states is None else (step.states,)
     out = _hand_on(model, carried, step), states, samples_SD
-    if not bucket.prefill_tokens:
-        return out
-    return *out, per_rank(mesh, lambda hidden: hidden[bucket.rows :], hidden_TD)
+    return (*out, hidden_TD) if bucket.chunks else out
 
 
 def decode(
@@ -194,8 +183,6 @@ def decode(
     """
     f = packing.unpack(packed_RM)
     carried, last_R = _begin(mesh, f, carried, last_token_S)
-    no_block = jnp.zeros((packed_RM.shape[0] * bucket.num_blocks,), jnp.int32)
-    blocks = dict.fromkeys(("block_start", "block_len", "block_pos"), no_block) | {"block_slot": no_block - 1}
     module = model.call(leaves)
 
     def step(i: jax.Array, state: tuple[Carried, jax.Array, jax.Array]) -> tuple[Any, ...]:
@@ -203,10 +190,9 @@ def decode(
         taking_part_R = i < f["row_count"]
         len_R = jnp.where(taking_part_R, f["row_len"] + i, 0)
         context = step_context(
-            model, bucket, sizes, mesh, blocks, carried.pages,
+            model, bucket, sizes, mesh, f, carried.pages,
             position_T=jnp.maximum(len_R - 1, 0),
-            slot_T=jnp.where(taking_part_R, f["row_slot"], -1),
-            R=bucket.rows,
+            slot_T=jnp.where(taking_part_R, f["slot"], -1),
             context_len_R=len_R,
             expert_slots=expert_slots,
             two_batches=model.two_batches,
@@ -220,18 +206,18 @@ def decode(
 
     out_NR = jnp.zeros((num_steps, *last_R.shape), last_R.dtype)
     carried, token_R, out_NR = jax.lax.fori_loop(0, num_steps, step, (carried, last_R, out_NR))
-    last_token_S = per_rank(mesh, _set_rows, last_token_S, f["row_slot"], token_R)
+    last_token_S = per_rank(mesh, _set_rows, last_token_S, f["slot"], token_R)
     return carried, last_token_S, out_NR.T
 
 
 def _begin(
     mesh: Mesh | None, f: Mapping[str, jax.Array], carried: Carried, last_token_S: jax.Array
 ) -> tuple[Carried, jax.Array]:
-    """With the page table brought up to date; and the decode rows' tokens."""
+    """With the page table brought up to date; and the tokens, those sampled before among them."""
     updates = (f["update_slot"], f["update_index"], f["update_page"])
     table_SN = per_rank(mesh, _set_entries, carried.table_SN, *updates)
-    last_R = per_rank(mesh, lambda last, slot: last[jnp.maximum(slot, 0)], last_token_S, f["row_slot"])
-    return carried._replace(table_SN=table_SN), jnp.where(f["row_token"] < 0, last_R, f["row_token"])
+    last_T = per_rank(mesh, lambda last, slot: last[jnp.maximum(slot, 0)], last_token_S, f["slot"])
+    return carried._replace(table_SN=table_SN), jnp.where(f["token"] < 0, last_T, f["token"])
 
 
 def _hand_on(model: ModelFunction, carried: Carried, step: StepContext) -> Carried:
@@ -363,18 +349,18 @@ def score(
     packing: Packing,
     mesh: Mesh | None,
     leaves: list[jax.Array],
-    prefill_PD: jax.Array,
+    hidden_TD: jax.Array,
     packed_RM: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Logprobs of the token after each prefill token, SCORE_ROWS rows of logits at a time."""
+    """Logprobs of the token after each token of a prompt, SCORE_ROWS rows of logits at a time."""
     f = packing.unpack(packed_RM)
     module = model.call(leaves)
-    num_ranks, total = packed_RM.shape[0], prefill_PD.shape[0]
+    num_ranks, total = packed_RM.shape[0], hidden_TD.shape[0]
     rows = min(SCORE_ROWS, total // num_ranks)
-    ids_PI = per_rank(mesh, lambda ids, chunk: ids.reshape(-1, NUM_LOGPROB_IDS)[chunk], f["ids"], f["chunk"])
+    ids_TI = per_rank(mesh, lambda ids, chunk: ids.reshape(-1, NUM_LOGPROB_IDS)[chunk], f["ids"], f["chunk"])
 
     def split(x: jax.Array) -> jax.Array:
-        """[ranks * P, ...] -> [P / rows, ranks * rows, ...], each rank's rows staying on it."""
+        """[ranks * T, ...] -> [T / rows, ranks * rows, ...], each rank's rows staying on it."""
         x = x.reshape(num_ranks, -1, rows, *x.shape[1:])
         return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], num_ranks * rows, *x.shape[3:])
 
@@ -386,7 +372,7 @@ def score(
         hidden_CD, target_C, ids_CI = args
         return per_rank(mesh, _logprobs, module.logits(hidden_CD), target_C, ids_CI)
 
-    return jax.tree.map(join, jax.lax.map(part, (split(prefill_PD), split(f["target"]), split(ids_PI))))
+    return jax.tree.map(join, jax.lax.map(part, (split(hidden_TD), split(f["target"]), split(ids_TI))))
 
 
 # ---- a slot's sampling state ----

@@ -17,7 +17,7 @@ from operator import attrgetter
 
 from jaxserve.engine.drafting import Drafter, Drafting
 from jaxserve.engine.pages import PagePool
-from jaxserve.engine.plan import Chunk, RankPlan
+from jaxserve.engine.plan import Chunk, RankPlan, rows_before, tokens_of_rows
 from jaxserve.engine.radix import Node, RadixTree
 from jaxserve.engine.request import Request, SamplingWork
 from jaxserve.engine.states import Checkpoints
@@ -32,7 +32,8 @@ class Limits:
     num_pages: int
     page_size: int
     num_slots: int  # rows of the running batch
-    prefill_tokens: int  # of one step
+    step_tokens: int  # of one step, rows and prompts together
+    prefill_tokens: int  # of prompts in one step
     prefill_chunks: int  # different prompts in one step
     max_req_len: int  # prompt and output together
     num_checkpoints: int | None = None  # states that can be kept; None: the model has no recurrent state
@@ -87,7 +88,8 @@ class Rank:
                 and (request.computed < len(request.pages) * page_size or self._grow(request))
             ):
                 plan.decode.append(request)
-        budget = self.limits.prefill_tokens
+        left = self.limits.step_tokens - tokens_of_rows(len(plan.decode))
+        budget = min(self.limits.prefill_tokens, left)
         for request in self.running:
             if request.in_prefill:
                 budget -= self._add_chunks(plan, request, budget)
@@ -133,7 +135,10 @@ class Rank:
     def _add_drafts(self, plan: RankPlan, drafter: Drafter) -> None:
         """Guess what follows the decode rows, while rows and pages are left that nobody else needs."""
         drafting = [r for r in plan.decode if r.pending == 1 and r.may_draft]
-        room = drafter.max_rows - len(plan.decode)
+        rows = drafter.max_rows
+        if plan.chunks:
+            rows = min(rows, rows_before(self.limits.step_tokens - plan.num_prefill_tokens))
+        room = rows - len(plan.decode)
         for i, request in enumerate(drafting):
             count = min(
                 max(room, 0) // (len(drafting) - i),

@@ -68,7 +68,7 @@ class StepResult:
 
     tokens: list[list[int]]
     sampled: list[dict[str, np.ndarray]]  # empty dicts unless logprobs were computed
-    scored: list[dict[str, np.ndarray]] | None  # by prefill token
+    scored: list[dict[str, np.ndarray]] | None  # by token of the step
 
 
 class Runner:
@@ -97,7 +97,7 @@ class Runner:
         decode_steps: int = 1,
     ):
         self.sizes = sizes
-        self.buckets = sorted(buckets, key=lambda b: (b.prefill_tokens, b.rows))
+        self.buckets = sorted(buckets, key=lambda b: (b.chunks > 0, b.num_tokens, b.rows))
         self._model = model
         self._leaves = leaves
         self._head_leaves: list[jax.Array] = []  # what makes logits; known once programs are traced
@@ -147,7 +147,7 @@ class Runner:
     def carry_out(self, launches: Sequence[Launch]) -> Launched:
         """Start programs in order on this host's devices; returns at once."""
         made = Launched()
-        prefill: list[jax.Array] = []
+        hidden: list[jax.Array] = []
         for launch in launches:
             program, packed = self._programs[launch.program], self._put(launch.packed)
             match launch.program:
@@ -162,10 +162,10 @@ class Runner:
                     assert self.experts is not None
                     made.last = self.experts.carry_out(program, launch.packed, self._leaves, packed)
                 case Bucket():
-                    self._states, samples, *prefill = self._step(program, self._states, packed)
+                    self._states, samples, *hidden = self._step(program, self._states, packed)
                     made.last = samples
                     if self.nextn is not None:
-                        self.nextn.hidden = (samples, *prefill)
+                        self.nextn.hidden = (samples, *hidden)
                 case ("decode", _):
                     self._last_token, tokens = self._step(program, packed)
                     made.last, made.sampled = tokens, {"token": tokens}
@@ -177,7 +177,7 @@ class Runner:
                     )
                     made.last = made.drafts
                 case ("score", _):
-                    made.scored = program(self._head_leaves, *prefill, packed)
+                    made.scored = program(self._head_leaves, *hidden, packed)
                 case (_, Variant(filters=filters)):
                     slots = self._slots if filters else {}
                     self._last_token, slots, made.sampled = program(
@@ -214,12 +214,12 @@ class Runner:
                 for rows, plan in zip(by_rank, step.plan.ranks)
             ]
             return StepResult(tokens, [{} for _ in ranks], None)
-        n, p = step.bucket.num_samples, step.bucket.prefill_tokens
+        n, t = step.bucket.num_samples, step.bucket.num_tokens
         counts = [rank.num_samples for rank in step.plan.ranks]
         scored = None
         if step.results.scored is not None:
             whole = {name: np.asarray(array) for name, array in step.results.scored.items()}
-            scored = [{name: a[r * p : (r + 1) * p] for name, a in whole.items()} for r in ranks]
+            scored = [{name: a[r * t : (r + 1) * t] for name, a in whole.items()} for r in ranks]
         return StepResult(
             tokens=[token[r * n : r * n + counts[r]].tolist() for r in ranks],
             sampled=[{name: a[r * n : (r + 1) * n] for name, a in sampled.items()} for r in ranks],
@@ -351,7 +351,7 @@ class Runner:
                 self._map_mesh,
             )
             args = (leaves, carried, expert_slots, last, states, packed(packing))
-            hidden_parts = [rank, rank] if b.prefill_tokens else [rank]
+            hidden_parts = [rank, rank] if b.chunks else [rank]
             of_states = tuple(x.sharding for x in states)
             tasks[b] = (function, args, (1, 4), (of_carried, of_states, *hidden_parts))
             width = width or jax.eval_shape(function, *args)[2]
@@ -368,7 +368,7 @@ class Runner:
         head_leaves = [leaves[i] for i in head.kept]
         for b, packing in self.launches.score.items():
             function = partial(programs.score, head, packing, self._map_mesh)
-            args = (head_leaves, hidden(b.prefill_tokens), packed(packing))
+            args = (head_leaves, hidden(b.num_tokens), packed(packing))
             tasks["score", b] = (function, args, (), self._readable)
         for key, packing in self.launches.sample.items():
             num_samples, variant = key

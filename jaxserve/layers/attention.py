@@ -6,7 +6,7 @@ blocks and the mesh.
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,24 +28,33 @@ from jaxserve.ops.kv_write import Heads
 from jaxserve.parallel.dispatch import Backend, Dispatch
 from jaxserve.parallel.slots import SlotTable
 
-__all__ = ["Attention", "KVSpec", "LatentSpec", "StepContext", "pool_layout", "pool_layouts"]
+__all__ = ["Attention", "KVSpec", "LatentSpec", "QueryBlocks", "StepContext", "pool_layout", "pool_layouts"]
+
+
+class QueryBlocks(NamedTuple):
+    """Runs of a step's tokens that are of one prompt, see `paged_attention.prefill`. int32 [B] each."""
+
+    slot_B: jax.Array
+    start_B: jax.Array
+    len_B: jax.Array
+    pos_B: jax.Array
 
 
 class StepContext:
     """One forward call's view of the KV pool. Trace-time object: make one a call, inside jit.
 
-    Tokens are R decode rows, then prefill tokens, then the next dp rank's. Every array has the
-    ranks' parts joined on axis 0, and ids (slots, pages, block starts) count within a rank.
+    A rank's tokens are decode rows, R at most, and then those of prompts, which query blocks say; some may
+    be padding. Every array has the ranks' parts joined on axis 0, and ids (slots, pages, block starts)
+    count within a rank.
 
     Args:
         key_pages, value_pages: [dp * num_layers * num_pages, page_size, G, K], see `pool_layout`.
         page_table_SN: pages of each slot, without a layer.
         position_T: position of each token in its sequence.
         slot_T: slot of each token; -1 is padding, whose key and value are dropped.
-        R: decode rows of a rank, static.
-        context_len_R: tokens each decode row attends, itself included; 0 is padding.
-        block_slot_B, block_start_B, block_len_B, block_pos_B, block_size: the query blocks of the
-            prefill tokens, as `jaxserve.ops.paged_attention.prefill` takes them.
+        context_len_R: of each rank's first R tokens, how many a decode row attends, itself included; 0:
+            the token is no decode row. None: R is 0.
+        blocks, block_size: the query blocks of a step with prompts, as `paged_attention.prefill` takes them.
         num_pages: of one layer on one rank.
         mesh: `Mesh((dp, ep, tp))` when the arrays are sharded over one.
         expert_backend: how tokens reach experts on other devices.
@@ -66,12 +75,8 @@ class StepContext:
         page_table_SN: jax.Array,
         position_T: jax.Array,
         slot_T: jax.Array,
-        R: int,
-        context_len_R: jax.Array,
-        block_slot_B: jax.Array,
-        block_start_B: jax.Array,
-        block_len_B: jax.Array,
-        block_pos_B: jax.Array,
+        context_len_R: jax.Array | None,
+        blocks: QueryBlocks | None,
         block_size: int,
         num_pages: int,
         page_size: int,
@@ -87,8 +92,7 @@ class StepContext:
         self.position_T = position_T
         self.slot_T = slot_T
         self.context_len_R = context_len_R
-        self.blocks = (block_slot_B, block_start_B, block_len_B, block_pos_B)
-        self.R, self.block_size = R, block_size
+        self.blocks, self.block_size = blocks, block_size
         self.num_pages, self.page_size = num_pages, page_size
         self.mesh = mesh
         self.dispatch = Dispatch(mesh, expert_backend)
@@ -103,24 +107,18 @@ class StepContext:
         self,
         position_T: jax.Array,
         slot_T: jax.Array,
-        R: int,
-        context_len_R: jax.Array,
-        blocks: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+        context_len_R: jax.Array | None,
+        blocks: QueryBlocks | None,
     ) -> "StepContext":
         """The same step for some of its tokens."""
-        slot_B, start_B, len_B, pos_B = blocks
         return StepContext(
             key_pages=self.key_pages,
             value_pages=self.value_pages,
             page_table_SN=self.page_table_SN,
             position_T=position_T,
             slot_T=slot_T,
-            R=R,
             context_len_R=context_len_R,
-            block_slot_B=slot_B,
-            block_start_B=start_B,
-            block_len_B=len_B,
-            block_pos_B=pos_B,
+            blocks=blocks,
             block_size=self.block_size,
             num_pages=self.num_pages,
             page_size=self.page_size,
@@ -128,6 +126,15 @@ class StepContext:
             expert_backend=self.dispatch.backend,
             expert_slots=self.expert_slots,
         )
+
+    @property
+    def num_ranks(self) -> int:
+        return 1 if self.mesh is None else self.mesh.shape["dp"]
+
+    @property
+    def R(self) -> int:
+        """Decode rows of a rank, at most."""
+        return 0 if self.context_len_R is None else self.context_len_R.shape[0] // self.num_ranks
 
     def rope(self, rope: Rope) -> RopeTable:
         """The rotation of this step's positions, computed once for all layers that share `rope`."""
@@ -216,7 +223,7 @@ class StepContext:
                 key_TxK, value_TxK = (jnp.take(x, mine, axis=1) for x in (key_TxK, value_TxK))
             key_pages, value_pages = pools
             at_T = write_address(table_SN, position_T, slot_T, self.page_size)
-            query_RhK, query_PhK, key_pages, value_pages = kv_write.rotate_and_write(
+            query_ThK, key_pages, value_pages = kv_write.rotate_and_write(
                 Heads(query_TxK, firsts[0], split.num_q),
                 Heads(key_TxK, firsts[1], split.num_kv),
                 Heads(value_TxK, firsts[2], split.num_kv),
@@ -225,7 +232,6 @@ class StepContext:
                 value_pages,
                 *at_T,
                 page_offset=page_offset,
-                R=self.R,
             )
             options: dict[str, Any] = {
                 "page_offset": page_offset,
@@ -234,20 +240,15 @@ class StepContext:
                 "softcap": softcap,
                 "sinks_H": sinks_h,
             }
-            out = []
-            if query_RhK.shape[0]:
-                slot_R = jnp.maximum(slot_T[: self.R], 0)  # a padding row reads nothing: its context is 0
-                out.append(
-                    paged_attention.decode(
-                        query_RhK, key_pages, value_pages, table_SN, slot_R, context_len_R, **options
-                    )
-                )
-            if query_PhK.shape[0]:
-                options["block_size"] = self.block_size
-                out.append(
-                    paged_attention.prefill(query_PhK, key_pages, value_pages, table_SN, *blocks, **options)
-                )
-            return read_first(jnp.concatenate(out) if len(out) > 1 else out[0], (key_pages, value_pages))
+            arrays = query_ThK, key_pages, value_pages, table_SN
+            out_ThK = attend_rows_and_blocks(
+                partial(paged_attention.decode, *arrays, **options),
+                partial(paged_attention.prefill, *arrays, **options, block_size=self.block_size),
+                slot_T,
+                context_len_R,
+                blocks,
+            )
+            return read_first(out_ThK, (key_pages, value_pages))
 
         attend = on_device
         if self.mesh is not None:
@@ -318,6 +319,30 @@ def read_first(out: jax.Array, pools: tuple[jax.Array, jax.Array]) -> tuple[jax.
     Between two halves of a step nothing else says so, and XLA would let each half have a copy of the pools.
     """
     return jax.lax.optimization_barrier((out, pools))
+
+
+def attend_rows_and_blocks(
+    decode: Callable[..., jax.Array],
+    prefill: Callable[..., jax.Array],
+    slot_T: jax.Array,
+    context_len_R: jax.Array | None,
+    blocks: QueryBlocks | None,
+) -> jax.Array:
+    """Attention of a step's decode rows by `decode(slot_R, context_len_R)`, and of the query blocks by
+    `prefill(*blocks, into=out)`, which writes among what the rows gave. Padding gives 0."""
+    out = None
+    if context_len_R is not None:
+        slot_R = jnp.maximum(slot_T[: context_len_R.shape[0]], 0)  # whose context is 0 reads nothing
+        out = decode(slot_R, context_len_R)
+    if blocks is not None:
+        out = prefill(*blocks, into=None if out is None else padded(out, slot_T.shape[0]))
+    assert out is not None, "a step without rows and prompts"
+    return out
+
+
+def padded(x_R: jax.Array, num_tokens: int) -> jax.Array:
+    """With zeros up to `num_tokens`."""
+    return jnp.pad(x_R, [(0, num_tokens - x_R.shape[0])] + [(0, 0)] * (x_R.ndim - 1))
 
 
 def write_address(

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import StepContext
+from jaxserve.layers.attention import StepContext, padded
 from jaxserve.layers.linear import project
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.operand import Operand
@@ -107,8 +107,8 @@ def attend(
 
     `layer` counts the layers that have states.
     """
-    assert step.states is not None and step.state_blocks is not None, "this step has no state pool"
-    blocks = step.state_blocks
+    assert step.states is not None, "this step has no state pool"
+    rows = step.state_blocks
     run = step.once("lightning", lambda: _on_devices(step))
     out_THK, step.states = run(
         jnp.int32(layer),
@@ -118,41 +118,42 @@ def attend(
         value_THK,
         slope_H,
         step.slot_T,
+        step.context_len_R,
         step.blocks,
-        (blocks.start_B, blocks.end_B, blocks.keep_B),
+        None if rows is None else (rows.start_B, rows.end_B, rows.keep_B),
     )
     return out_THK
 
 
 def _on_devices(step: StepContext) -> Callable[..., Any]:
-    R, block_size = step.R, step.block_size
+    block_size = step.block_size
 
-    def on_device(layer, states, query_ThK, key_ThK, value_ThK, slope_h, slot_T, blocks, rows):
+    def on_device(layer, states, query_ThK, key_ThK, value_ThK, slope_h, slot_T, len_R, blocks, rows):
         inputs = [x.astype(jnp.float32) for x in (query_ThK, key_ThK, value_ThK)]
-        out = []
-        if R:
-            slot_R = slot_T[:R]
+        out_ThK = jnp.zeros_like(inputs[0])
+        if len_R is not None:
+            R = len_R.shape[0]
+            slot_R = jnp.where(len_R > 0, slot_T[:R], -1)
             before = states[jnp.maximum(slot_R, 0), layer]
             query_RhK, key_RhK, value_RhK = (x[:R] for x in inputs)
             out_RhK, after = decode(query_RhK, key_RhK, value_RhK, before, slope_h)
             states = write_rows(states, slot_R, layer, after)
-            out.append(out_RhK)
-        if (num_prefill := slot_T.shape[0] - R) > 0:
+            out_ThK = padded(jnp.where((slot_R >= 0)[:, None, None], out_RhK, 0), slot_T.shape[0])
+        if blocks is not None:
             slot_B, start_B, len_B, pos_B = blocks
             from_B, end_B, keep_B = rows
             token_Q = jnp.arange(block_size)
             at_BQ = start_B[:, None] + token_Q
-            query, key, value = (jnp.take(x[R:], at_BQ, axis=0, mode="clip") for x in inputs)
+            query, key, value = (jnp.take(x, at_BQ, axis=0, mode="clip") for x in inputs)
             before = jnp.where(
                 (from_B >= 0)[:, None, None, None], states[jnp.maximum(from_B, 0), layer], 0
             )  # a row that nobody wrote may hold anything
             out_BQhK, after = prefill(query, key, value, before, slope_h, slot_B, len_B, pos_B)
             for row_B in (end_B, keep_B):
                 states = write_rows(states, row_B, layer, after)
-            at_BQ = jnp.where(token_Q < len_B[:, None], at_BQ, num_prefill)
-            out_PhK = jnp.zeros((num_prefill, *out_BQhK.shape[2:]), jnp.float32)
-            out.append(out_PhK.at[at_BQ].set(out_BQhK, mode="drop"))
-        return out[0] if len(out) == 1 else jnp.concatenate(out), states
+            at_BQ = jnp.where(token_Q < len_B[:, None], at_BQ, slot_T.shape[0])
+            out_ThK = out_ThK.at[at_BQ].set(out_BQhK, mode="drop")
+        return out_ThK, states
 
     if step.mesh is None:
         return on_device
@@ -161,7 +162,7 @@ def _on_devices(step: StepContext) -> Callable[..., Any]:
     return jax.shard_map(
         on_device,
         mesh=step.mesh,
-        in_specs=(P(), pool, heads, heads, heads, P(GROUP), rank, rank, rank),
+        in_specs=(P(), pool, heads, heads, heads, P(GROUP), rank, rank, rank, rank),
         out_specs=(heads, pool),
         check_vma=False,
     )

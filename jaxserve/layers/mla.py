@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import StepContext, read_first, write_address
+from jaxserve.layers.attention import StepContext, attend_rows_and_blocks, read_first, write_address
 from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.operand import Operand
@@ -158,7 +158,6 @@ def _attention(
     step: StepContext, firsts: tuple[int, int], eps: float, interleaved: bool, scale: float
 ) -> Callable[..., Any]:
     """What follows the projections, on each device."""
-    R = step.R
 
     def on_device(
         page_offset,
@@ -191,37 +190,16 @@ def _attention(
             page_offset=page_offset,
         )
         query_ThL = _by_head("thn,hnl->thl", query_ThN, key_up_hNL)
-        out = []
-        if R:
-            slot_R = jnp.maximum(slot_T[:R], 0)  # a padding row reads nothing: its context is 0
-            out.append(
-                mla_attention.decode(
-                    query_ThL[:R],
-                    query_ThK[:R],
-                    latents,
-                    ropes,
-                    table_SN,
-                    slot_R,
-                    context_len_R,
-                    page_offset=page_offset,
-                    scale=scale,
-                )
-            )
-        if query_ThL.shape[0] > R:
-            out.append(
-                mla_attention.prefill(
-                    query_ThL[R:],
-                    query_ThK[R:],
-                    latents,
-                    ropes,
-                    table_SN,
-                    *blocks,
-                    block_size=step.block_size,
-                    page_offset=page_offset,
-                    scale=scale,
-                )
-            )
-        return read_first(jnp.concatenate(out) if len(out) > 1 else out[0], (latents, ropes))
+        arrays = query_ThL, query_ThK, latents, ropes, table_SN
+        options: dict[str, Any] = {"page_offset": page_offset, "scale": scale}
+        out_ThL = attend_rows_and_blocks(
+            partial(mla_attention.decode, *arrays, **options),
+            partial(mla_attention.prefill, *arrays, **options, block_size=step.block_size),
+            slot_T,
+            context_len_R,
+            blocks,
+        )
+        return read_first(out_ThL, (latents, ropes))
 
     if step.mesh is None:
         return on_device

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jaxserve.layers.attention import StepContext
+from jaxserve.layers.attention import QueryBlocks, StepContext
 
 Block = Callable[[jax.Array, StepContext], jax.Array]
 
@@ -41,60 +41,46 @@ def run_blocks(blocks: Iterable[Block], hidden_TD: jax.Array, step: StepContext)
 
 @dataclass(frozen=True)
 class Cut:
-    """Where each rank's decode rows and prefill tokens are cut in two."""
+    """Where each rank's tokens are cut in two."""
 
-    R: int  # rows of a rank
-    rows: int  # of the first half
-    tokens: int  # prefill tokens of the first half
+    tokens: int  # of the first half
+    rows: int  # of those, decode rows at most
 
     @classmethod
     def of(cls, step: StepContext) -> "Cut | None":
-        """None where the step runs whole: it is to, or it has one row."""
-        if not step.two_batches or step.R < 2:
+        """None where the step runs whole: it is to, or it has one token."""
+        num_tokens = step.slot_T.shape[0] // step.num_ranks
+        if not step.two_batches or num_tokens < 2:
             return None
-        ranks = 1 if step.mesh is None else step.mesh.shape["dp"]
-        prefill_tokens = step.slot_T.shape[0] // ranks - step.R
-        return cls(step.R, -(-step.R // 2), -(-prefill_tokens // 2))
+        half = -(-num_tokens // 2)
+        return cls(half, min(step.R, half))
 
     def split(self, step: StepContext, x_T: jax.Array) -> tuple[jax.Array, jax.Array]:
         """An array over the step's tokens, as one over each half's."""
-
-        def on_rank(x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-            row, token = x[: self.R], x[self.R :]
-            first = _concatenate(row[: self.rows], token[: self.tokens])
-            return first, _concatenate(row[self.rows :], token[self.tokens :])
-
-        return step.per_rank(on_rank, x_T)
+        return step.per_rank(lambda x, _: (x[: self.tokens], x[self.tokens :]), x_T)
 
     def join(self, step: StepContext, first_T: jax.Array, second_T: jax.Array) -> jax.Array:
         """What `split` gives, as it was."""
-
-        def on_rank(parts: tuple[jax.Array, jax.Array], _: None) -> jax.Array:
-            first, second = parts
-            rows = self.R - self.rows
-            return _concatenate(first[: self.rows], second[:rows], first[self.rows :], second[rows:])
-
-        return step.per_rank(on_rank, (first_T, second_T))
+        return step.per_rank(lambda halves, _: jnp.concatenate(halves), (first_T, second_T))
 
     def halve(self, step: StepContext) -> tuple[StepContext, StepContext]:
         """The step's view of each half; a query block that lies across the cut is in both, a part in each."""
         position, slot = self.split(step, step.position_T), self.split(step, step.slot_T)
-        rows = Cut(self.R, self.rows, 0)
-        context_len = rows.split(step, step.context_len_R)
-        slot_B, start_B, len_B, pos_B = step.blocks
-        before_B = jnp.clip(self.tokens - start_B, 0, len_B)  # tokens of a block before the cut
-        after_B = len_B - before_B
-        blocks = (
-            (slot_B, jnp.where(before_B > 0, start_B, 0), before_B, pos_B),
-            (slot_B, jnp.maximum(start_B - self.tokens, 0), after_B, pos_B + before_B),
-        )
-        first, second = (
-            step.part(position[i], slot[i], R, context_len[i], blocks[i])
-            for i, R in enumerate((self.rows, self.R - self.rows))
-        )
+        context_len, blocks = self._rows(step), self._blocks(step.blocks)
+        first, second = (step.part(position[i], slot[i], context_len[i], blocks[i]) for i in (0, 1))
         return first, second
 
+    def _rows(self, step: StepContext) -> tuple[jax.Array | None, jax.Array | None]:
+        if step.context_len_R is None or self.rows == step.R:
+            return step.context_len_R, None
+        return Cut(self.rows, self.rows).split(step, step.context_len_R)
 
-def _concatenate(*parts: jax.Array) -> jax.Array:
-    """Without empty parts, on which XLA's CPU compiler may crash (jaxlib 0.11.2)."""
-    return jnp.concatenate([part for part in parts if part.size])
+    def _blocks(self, blocks: QueryBlocks | None) -> tuple[QueryBlocks | None, QueryBlocks | None]:
+        if blocks is None:
+            return None, None
+        slot_B, start_B, len_B, pos_B = blocks
+        before_B = jnp.clip(self.tokens - start_B, 0, len_B)  # tokens of a block before the cut
+        return (
+            QueryBlocks(slot_B, jnp.where(before_B > 0, start_B, 0), before_B, pos_B),
+            QueryBlocks(slot_B, jnp.maximum(start_B - self.tokens, 0), len_B - before_B, pos_B + before_B),
+        )

@@ -63,6 +63,6 @@ def test_program_that_cannot_be_compiled_ends_the_start(compile_all, message):
 def test_only_products_with_int8_stay_with_triton_above_64_rows(monkeypatch, rows, wide, int8):
     """Heads are never in int8: their products go by the rows alone."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    step, head = Bucket(rows, 0, 0, rows, 128), (rows, GREEDY)
+    step, head = Bucket(rows, rows, 0, rows, 128), (rows, GREEDY)
     for program, has_int8, triton in ((step, False, wide), (step, True, int8), (head, True, wide)):
         assert compiler_options(program, has_int8)["xla_gpu_enable_triton_gemm"] is triton

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.engine.drafting import NextnDrafter
+from jaxserve.engine.plan import tokens_of_rows
 from jaxserve.engine.rank import Limits
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.messages import Finish, Generate, Sampling
@@ -199,7 +200,16 @@ def test_crowds_share_are_retracted_stop_and_are_aborted_on_the_way(num_checkpoi
 
 def serve(mix, num_pages, num_slots, num_ranks, share, num_checkpoints=None, drafter=None):
     """Run a mix to its end, auditing after every action; returns the requests."""
-    limits = Limits(num_pages, 4, num_slots, 8, 3, max_req_len=num_pages * 4, num_checkpoints=num_checkpoints)
+    limits = Limits(
+        num_pages=num_pages,
+        page_size=4,
+        num_slots=num_slots,
+        step_tokens=16,
+        prefill_tokens=12,
+        prefill_chunks=3,
+        max_req_len=num_pages * 4,
+        num_checkpoints=num_checkpoints,
+    )
     seeds = random.Random(1)
     scheduler = Scheduler(limits, num_ranks, share, clock=lambda: 0.0, seeds=seeds, drafter=drafter)
     device = Device(scheduler, limits)
@@ -224,6 +234,9 @@ def serve(mix, num_pages, num_slots, num_ranks, share, num_checkpoints=None, dra
             in_flight = None
         plan = scheduler.plan()
         scheduler.check()
+        if plan:
+            assert all(rank.num_tokens <= limits.step_tokens for rank in plan.ranks)
+            assert all(rank.num_prefill_tokens <= limits.prefill_tokens for rank in plan.ranks)
         if plan and drafter:
             assert all(rank.num_rows <= max(num_slots, drafter.max_rows) for rank in plan.ranks)
         sampled = device.launch(plan) if plan else None
@@ -261,10 +274,25 @@ def run(scheduler: Scheduler, device: Device, steps: int = 200) -> None:
 
 
 def make(
-    num_pages=32, num_slots=4, prefill_tokens=16, chunks=4, num_checkpoints=None
+    num_pages=32,
+    num_slots=4,
+    prefill_tokens=16,
+    chunks=4,
+    num_checkpoints=None,
+    step_tokens=None,
+    drafter=None,
 ) -> tuple[Scheduler, Device]:
-    limits = Limits(num_pages, 4, num_slots, prefill_tokens, chunks, num_pages * 4, num_checkpoints)
-    scheduler = Scheduler(limits, clock=lambda: 0.0)
+    limits = Limits(
+        num_pages=num_pages,
+        page_size=4,
+        num_slots=num_slots,
+        step_tokens=step_tokens or prefill_tokens + tokens_of_rows(num_slots),
+        prefill_tokens=prefill_tokens,
+        prefill_chunks=chunks,
+        max_req_len=num_pages * 4,
+        num_checkpoints=num_checkpoints,
+    )
+    scheduler = Scheduler(limits, clock=lambda: 0.0, drafter=drafter)
     return scheduler, Device(scheduler, limits)
 
 
@@ -334,6 +362,28 @@ def test_higher_priority_is_served_first():
     assert [c.request.spec.rid for c in scheduler.plan().ranks[0].chunks] == ["high"]
 
 
+def test_rows_and_prompts_share_the_tokens_of_a_step():
+    scheduler, device = make(num_pages=200, num_slots=9, prefill_tokens=24, step_tokens=24, chunks=9)
+    for rid in "abcdefgh":
+        scheduler.submit(ask(rid, [ord(rid)], new=10))
+    device.launch(scheduler.plan())
+    scheduler.submit(ask("long", list(range(60))))
+    (plan,) = scheduler.plan().ranks  # eight rows take eight places, and leave sixteen
+    assert (plan.num_rows, plan.num_prefill_tokens, plan.first_prompt_token) == (8, 16, 8)
+    assert plan.num_tokens == 24
+
+
+def test_guesses_take_only_the_places_that_prompts_leave():
+    scheduler, device = make(num_pages=64, num_slots=9, prefill_tokens=24, step_tokens=24, drafter=Guesses())
+    scheduler.submit(ask("a", prompt_of(1, 9), new=20))
+    plan = scheduler.plan()
+    scheduler.retire(plan, device.launch(plan))
+    scheduler.submit(ask("b", list(range(15)), new=1))
+    (plan,) = scheduler.plan().ranks  # 15 tokens leave nine places, of which rows can have eight
+    assert plan.num_prefill_tokens == 15
+    assert 1 < plan.num_rows <= 8 and plan.num_tokens <= 24
+
+
 def test_long_prompt_is_cut_into_chunks_while_others_decode():
     scheduler, device = make(prefill_tokens=4)
     first = scheduler.submit(ask("a", [1, 2], new=10))
@@ -354,7 +404,7 @@ def test_long_prompt_is_cut_into_chunks_while_others_decode():
 
 
 def test_request_goes_to_the_rank_that_holds_its_prefix():
-    limits = Limits(32, 4, 4, 16, 4, 128)
+    limits = Limits(32, 4, 4, 32, 16, 4, 128)
     scheduler = Scheduler(limits, num_ranks=2, clock=lambda: 0.0)
     device = Device(scheduler, limits)
     other = scheduler.submit(ask("other", [9] * 12, dp_rank=1))
@@ -373,7 +423,7 @@ class Silence:
 
 
 def test_request_that_drafts_do_not_help_goes_ahead_of_the_device_and_tries_again():
-    limits = Limits(32, 4, 4, 16, 4, 128)
+    limits = Limits(32, 4, 4, 32, 16, 4, 128)
     scheduler = Scheduler(limits, clock=lambda: 0.0, drafter=Silence())
     device = Device(scheduler, limits)
     scheduler.submit(ask("a", [1], new=60))
@@ -393,7 +443,7 @@ def test_request_that_drafts_do_not_help_goes_ahead_of_the_device_and_tries_agai
 
 def test_step_waits_for_one_whose_states_the_model_guesses_from_though_nobody_runs():
     """A step may outlive its requests, and the next one's states must not take the place of its own."""
-    scheduler = Scheduler(Limits(32, 4, 4, 16, 4, 128), clock=lambda: 0.0, drafter=NextnDrafter(1, 8))
+    scheduler = Scheduler(Limits(32, 4, 4, 32, 16, 4, 128), clock=lambda: 0.0, drafter=NextnDrafter(1, 8))
     scheduler.submit(ask("a", [1]))
     assert scheduler.plan() is not None
     scheduler.abort("a", Finish("abort"))

@@ -4,32 +4,26 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jaxserve.engine.batch import Bucket
-from jaxserve.layers.attention import StepContext
+from jaxserve.layers.attention import QueryBlocks, StepContext
 from jaxserve.layers.overlap import Cut
 from jaxserve.mesh import Layout, make_mesh
 
 COLLECTIVES = ("all-gather", "all-to-all", "reduce-scatter", "all-reduce", "collective-permute")
 
 
-def context(R, P, ranks=1, mesh=None, blocks=((0, 0, 0, 0),), two_batches=True):
+def context(R, P, ranks=1, mesh=None, blocks=(), two_batches=True):
     T = ranks * (R + P)
-    blocks = np.array(blocks, np.int32).T
     return StepContext(
         key_pages=jnp.zeros(1),
         value_pages=jnp.zeros(1),
         page_table_SN=jnp.zeros((1, 1), jnp.int32),
         position_T=jnp.arange(T),
         slot_T=jnp.arange(T) + 100,
-        R=R,
-        context_len_R=jnp.arange(ranks * R) + 10,
-        block_slot_B=blocks[0],
-        block_start_B=blocks[1],
-        block_len_B=blocks[2],
-        block_pos_B=blocks[3],
+        context_len_R=jnp.arange(ranks * R) + 10 if R else None,
+        blocks=QueryBlocks(*jnp.array(blocks, jnp.int32).T) if blocks else None,
         block_size=4,
         num_pages=1,
         page_size=4,
@@ -38,23 +32,30 @@ def context(R, P, ranks=1, mesh=None, blocks=((0, 0, 0, 0),), two_batches=True):
     )
 
 
-def test_rows_and_tokens_of_every_rank_are_cut_in_two_and_joined_again():
-    step = context(3, 4, ranks=2, mesh=make_mesh(Layout(2, dp=2), jax.devices()))
+def test_tokens_of_every_rank_are_cut_in_two_and_joined_again():
+    step = context(5, 2, ranks=2, mesh=make_mesh(Layout(2, dp=2), jax.devices()))
     cut = Cut.of(step)
-    assert cut == Cut(R=3, rows=2, tokens=2)
+    assert cut == Cut(tokens=4, rows=4)
     first, second = cut.halve(step)
-    assert first.position_T.tolist() == [0, 1, 3, 4, 7, 8, 10, 11]
-    assert second.position_T.tolist() == [2, 5, 6, 9, 12, 13]
-    assert (first.R, second.R) == (2, 1)
-    assert (first.context_len_R.tolist(), second.context_len_R.tolist()) == ([10, 11, 13, 14], [12, 15])
-    assert second.slot_T.tolist() == [102, 105, 106, 109, 112, 113]
+    assert first.position_T.tolist() == [0, 1, 2, 3, 7, 8, 9, 10]
+    assert second.position_T.tolist() == [4, 5, 6, 11, 12, 13]
+    assert (first.R, second.R) == (4, 1)
+    assert first.context_len_R.tolist() == [10, 11, 12, 13, 15, 16, 17, 18]
+    assert second.context_len_R.tolist() == [14, 19]
+    assert second.slot_T.tolist() == [104, 105, 106, 111, 112, 113]
     whole = cut.join(step, *cut.split(step, step.position_T))
     assert whole.tolist() == list(range(14))
 
 
+def test_rows_that_fit_into_the_first_half_are_all_there():
+    first, second = Cut(tokens=4, rows=3).halve(context(3, 5))
+    assert (first.R, first.context_len_R.tolist()) == (3, [10, 11, 12])
+    assert (second.R, second.context_len_R) == (0, None)
+
+
 def test_query_block_across_the_cut_is_in_both_halves_with_its_part():
     blocks = [(7, 0, 3, 5), (8, 3, 4, 20), (9, 7, 1, 0), (-1, 0, 0, 0)]
-    first, second = Cut(R=2, rows=1, tokens=4).halve(context(2, 8, blocks=blocks))
+    first, second = Cut(tokens=4, rows=0).halve(context(0, 8, blocks=blocks))
     _, start, length, _ = first.blocks
     assert (start.tolist(), length.tolist()) == ([0, 3, 0, 0], [3, 1, 0, 0])
     slot, start, length, position = second.blocks
@@ -62,10 +63,10 @@ def test_query_block_across_the_cut_is_in_both_halves_with_its_part():
     assert (slot[1:3].tolist(), position[1:3].tolist()) == ([8, 9], [21, 0])
 
 
-def test_step_of_one_row_runs_whole():
-    assert Cut.of(context(1, 8)) is None
+def test_step_of_one_token_runs_whole():
+    assert Cut.of(context(1, 0)) is None
     assert Cut.of(context(4, 0, two_batches=False)) is None
-    assert Cut.of(context(2, 0)) == Cut(R=2, rows=1, tokens=0)
+    assert Cut.of(context(2, 0)) == Cut(tokens=1, rows=1)
 
 
 class Program:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxserve.layers.attention import KVSpec, StepContext, pool_layout
+from jaxserve.layers.attention import KVSpec, QueryBlocks, StepContext, pool_layout
 from jaxserve.layers.kv import HeadSplit
 from jaxserve.mesh import Layout, make_mesh
 from jaxserve.ops.kv_write import Heads
@@ -19,27 +19,23 @@ def arrays(seed=0, T=8, H=4, G=2):
     return tuple(jnp.asarray(rng.normal(size=(T, n, K)), jnp.float32) for n in (H, G, G))
 
 
-def step_inputs(R, positions, slots, blocks, table):
-    blocks = np.array(blocks or [(0, 0, 0, 0)], np.int32).T
+def step_inputs(R, rows, positions, slots, blocks, table):
+    """A step whose first `rows` tokens are decode rows, of which there could be `R`."""
     return {
         "page_table_SN": jnp.asarray(table, jnp.int32),
         "position_T": jnp.asarray(positions, jnp.int32),
         "slot_T": jnp.asarray(slots, jnp.int32),
         "context_len_R": jnp.asarray(
-            [p + 1 if s >= 0 else 0 for p, s in zip(positions[:R], slots[:R], strict=True)], jnp.int32
+            [positions[t] + 1 if t < rows and slots[t] >= 0 else 0 for t in range(R)], jnp.int32
         ),
-        "block_slot_B": jnp.asarray(blocks[0]),
-        "block_start_B": jnp.asarray(blocks[1]),
-        "block_len_B": jnp.asarray(blocks[2]),
-        "block_pos_B": jnp.asarray(blocks[3]),
+        "blocks": QueryBlocks(*jnp.array(blocks, jnp.int32).T) if blocks else None,
     }
 
 
-def attend(layer, pools, qkv, inputs, R, mesh=None, num_pages=NUM_PAGES, **options):
+def attend(layer, pools, qkv, inputs, mesh=None, num_pages=NUM_PAGES, **options):
     context = StepContext(
         key_pages=pools[0],
         value_pages=pools[1],
-        R=R,
         block_size=4,
         num_pages=num_pages,
         page_size=S,
@@ -50,13 +46,14 @@ def attend(layer, pools, qkv, inputs, R, mesh=None, num_pages=NUM_PAGES, **optio
     return out, (context.key_pages, context.value_pages)
 
 
-# One decode row at position 5 of slot 1, a padding row, four prefill tokens of slot 0 from
-# position 2 on, two padding tokens.
+# One decode row at position 5 of slot 1, a padding row, four prompt tokens of slot 0 from
+# position 2 on, two padding tokens. There could be more rows: they end among the prompt's tokens.
 MIXED = step_inputs(
-    R=2,
+    R=4,
+    rows=2,
     positions=[5, 0, 2, 3, 4, 5, 0, 0],
     slots=[1, -1, 0, 0, 0, 0, -1, -1],
-    blocks=[(0, 0, 4, 2)],
+    blocks=[(0, 2, 4, 2)],
     table=[[3, 0], [5, 1]],
 )
 
@@ -64,7 +61,7 @@ MIXED = step_inputs(
 def test_keys_and_values_land_in_their_layers_pages_and_nowhere_else():
     pools = [jnp.full((3 * NUM_PAGES, S, 2, K), fill, jnp.float32) for fill in (7.0, 8.0)]
     qkv = arrays()
-    _, written = attend(1, pools, qkv, MIXED, R=2)
+    _, written = attend(1, pools, qkv, MIXED)
     where = {  # token -> (page of layer 1, row)
         0: (6 + 1, 1),  # slot 1, position 5: second page, row 1
         2: (6 + 3, 2),
@@ -81,7 +78,7 @@ def test_keys_and_values_land_in_their_layers_pages_and_nowhere_else():
 
 def test_padding_rows_and_uncovered_tokens_come_out_as_zero():
     pools = [jnp.zeros((NUM_PAGES, S, 2, K), jnp.float32)] * 2
-    out, _ = attend(0, pools, arrays(), MIXED, R=2)
+    out, _ = attend(0, pools, arrays(), MIXED)
     assert not np.asarray(out[jnp.array([1, 6, 7])]).any()
     assert np.abs(np.asarray(out[jnp.array([0, 2, 5])])).min() > 0
 
@@ -90,15 +87,15 @@ def test_token_attends_its_own_key_written_in_this_step():
     """The first token of a sequence sees only itself: the output is its value."""
     pools = [jnp.full((NUM_PAGES, S, 2, K), jnp.nan, jnp.float32)] * 2
     qkv = arrays(T=1)
-    inputs = step_inputs(R=1, positions=[0], slots=[1], blocks=[], table=[[0, 1], [2, 3]])
-    out, _ = attend(0, pools, qkv, inputs, R=1)
+    inputs = step_inputs(R=1, rows=1, positions=[0], slots=[1], blocks=[], table=[[0, 1], [2, 3]])
+    out, _ = attend(0, pools, qkv, inputs)
     np.testing.assert_allclose(out, np.repeat(qkv[2], 2, axis=1), atol=1e-6)
 
 
 def test_pool_in_a_narrower_dtype_takes_the_rounded_keys():
     pools = [jnp.zeros((NUM_PAGES, S, 2, K), jnp.bfloat16)] * 2
     qkv = arrays()
-    out, written = attend(0, pools, qkv, MIXED, R=2)
+    out, written = attend(0, pools, qkv, MIXED)
     assert out.dtype == jnp.float32
     np.testing.assert_array_equal(written[0][1, 1], qkv[1][0].astype(jnp.bfloat16))
 
@@ -116,7 +113,7 @@ def test_no_layer_copies_the_pool(devices):
     def three_layers(pools, x_THK):
         for layer in range(3):  # as in a model, keys of a layer depend on the layer before
             qkv = (x_THK, x_THK[:, :2] + 1, x_THK[:, 2:] - 1)
-            x_THK, pools = attend(layer, pools, qkv, MIXED, 2, mesh, num_pages)
+            x_THK, pools = attend(layer, pools, qkv, MIXED, mesh, num_pages)
         return x_THK, pools
 
     compiled = jax.jit(three_layers, donate_argnums=0).lower(pools, arrays()[0]).compile()
@@ -152,9 +149,7 @@ def test_mesh_of_any_head_split_attends_like_one_device(H, G, group, options):
         pools = [jnp.zeros(shape, jnp.float32) for _ in range(2)]
         if mesh is not None:
             pools = [jax.device_put(pool, NamedSharding(mesh, spec)) for pool in pools]
-        step = jax.jit(
-            lambda pools, qkv: attend(0, pools, qkv, MIXED, 2, mesh, sinks_H=sinks_H, **options)[0]
-        )
+        step = jax.jit(lambda pools, qkv: attend(0, pools, qkv, MIXED, mesh, sinks_H=sinks_H, **options)[0])
         return step(pools, qkv)
 
     mesh = make_mesh(Layout(group), jax.devices())
@@ -164,4 +159,4 @@ def test_mesh_of_any_head_split_attends_like_one_device(H, G, group, options):
 def test_pool_of_another_layout_is_reported_with_both_numbers():
     pools = [jnp.zeros((NUM_PAGES, S, 3, K), jnp.float32)] * 2
     with pytest.raises(AssertionError, match="pool has 3 heads, the layout 1 x 2"):
-        attend(0, pools, arrays(), MIXED, R=2)
+        attend(0, pools, arrays(), MIXED)

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from safetensors.numpy import load_file
 
-from jaxserve.layers.attention import StepContext, pool_layouts
+from jaxserve.layers.attention import QueryBlocks, StepContext, pool_layouts
 from jaxserve.layers.kv import StateBlocks, state_layout
 from jaxserve.mesh import Layout, make_mesh, rules, weight_sharding
 from jaxserve.models import resolve
@@ -114,7 +114,9 @@ class TinyEngine:
             )
             self.params = jax.device_put(self.params, shardings)
         self.forget()
-        self._forward = jax.jit(self._trace, static_argnames="R", donate_argnums=(1, 2))
+        self._forward = jax.jit(
+            self._trace, static_argnames=("has_rows", "has_prompts"), donate_argnums=(1, 2)
+        )
 
     def forget(self) -> None:
         """Make the pools as they were; a page or state that was never written holds NaN, so that reading one
@@ -130,20 +132,33 @@ class TinyEngine:
             self.states = jnp.full(state_layout(self.state_spec, self.num_slots)[0], jnp.nan)
 
     def step(self, decode: list[list[Chunk]], prefill: list[list[Chunk]], R: int, P: int):
-        """Runs one step; a list per rank. Returns each rank's logits [R + P, V]."""
+        """Runs one step; a list per rank. Returns each rank's logits [R + P, V], those of prompts from R on.
+
+        In the step prompts follow the rows that are there, so that some of the first R tokens may be theirs.
+        """
         ranks = [self._pack(d, p, R, P) for d, p in zip(decode, prefill, strict=True)]
         arrays = {name: np.concatenate([rank[name] for rank in ranks], axis=-1) for name in ranks[0]}
         arrays["page_table_SN"] = self.page_table
-        logits, self.pools, self.states = self._forward(self.params, self.pools, self.states, arrays, R=R)
-        return np.split(np.asarray(logits), self.ranks)
+        static = {"has_rows": R > 0, "has_prompts": P > 0}
+        logits, self.pools, self.states = self._forward(
+            self.params, self.pools, self.states, arrays, **static
+        )
+        out = np.zeros(logits.shape, logits.dtype).reshape(self.ranks, R + P, -1)
+        for rank, logits_TV in enumerate(np.split(np.asarray(logits), self.ranks)):
+            rows, tokens = len(decode[rank]), sum(len(chunk.tokens) for chunk in prefill[rank])
+            out[rank, :rows] = logits_TV[:rows]
+            out[rank, R : R + tokens] = logits_TV[rows : rows + tokens]
+        return list(out)
 
-    def _trace(self, params, pools, states, arrays, R):
+    def _trace(self, params, pools, states, arrays, has_rows, has_prompts):
         model = nnx.merge(self.structure, params)
         token_T, state_blocks = arrays.pop("token_T"), StateBlocks(*arrays.pop("state_rows"))
+        blocks, context_len_R = QueryBlocks(*arrays.pop("blocks")), arrays.pop("context_len_R")
         step = StepContext(
             key_pages=pools[0],
             value_pages=pools[1],
-            R=R,
+            context_len_R=context_len_R if has_rows else None,
+            blocks=blocks if has_prompts else None,
             block_size=self.block_size,
             num_pages=self.num_pages,
             page_size=self.page_size,
@@ -167,25 +182,24 @@ class TinyEngine:
         for row, chunk in enumerate(decode):
             token[row], position[row], slot[row] = chunk.tokens[0], chunk.start, chunk.slot
             context_len[row] = chunk.start + 1
-        at, block = R, 0
+        at, block = len(decode), 0
         for chunk in prefill:
             n = len(chunk.tokens)
             token[at : at + n], slot[at : at + n] = chunk.tokens, chunk.slot
             position[at : at + n] = chunk.start + np.arange(n)
             for first in range(0, n, self.block_size):
                 length = min(self.block_size, n - first)
-                blocks[:, block] = chunk.slot, at - R + first, length, chunk.start + first
+                blocks[:, block] = chunk.slot, at + first, length, chunk.start + first
                 state_rows[0, block] = chunk.slot if chunk.start else -1
                 block += 1
             state_rows[1, block - 1] = chunk.slot
             at += n
         assert at <= R + P
-        names = ("block_slot_B", "block_start_B", "block_len_B", "block_pos_B")
         return {
             "token_T": token,
             "position_T": position,
             "slot_T": slot,
             "context_len_R": context_len,
-            **dict(zip(names, blocks, strict=True)),
+            "blocks": blocks,
             "state_rows": state_rows,
         }

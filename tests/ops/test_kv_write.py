@@ -18,10 +18,9 @@ ROUNDING = {"float32": 1e-6, "bfloat16": 2e-2, "float8_e4m3fn": 0.25}
 
 @dataclass(frozen=True)
 class Case:
-    """`T` tokens, the first `R` of them decode rows; `turned` numbers of a head rotate."""
+    """`T` tokens; `turned` numbers of a head rotate."""
 
     T: int = 7
-    R: int = 3
     H: int = 4
     G: int = 2
     K: int = 16
@@ -53,7 +52,7 @@ class Case:
 
         def function(arrays_TXK, *arrays):
             parts = [Heads(array, *place) for array, place in zip(arrays_TXK, places)]
-            return kv_write.rotate_and_write(*parts, *arrays, page_offset=OFFSET, R=self.R)
+            return kv_write.rotate_and_write(*parts, *arrays, page_offset=OFFSET)
 
         return jax.jit(function), ([part.array_TXK for part in heads], *arrays)
 
@@ -67,8 +66,8 @@ CASES = (
     Case(),
     Case(joined=False, turned=0),
     Case(H=3, G=3, K=24, turned=12),  # a part of the head turns, nothing is a power of two
-    Case(R=0, H=20, G=1, dtype="bfloat16", pool_dtype="bfloat16"),
-    Case(R=7, H=16, G=8, K=128, turned=128, dtype="bfloat16", pool_dtype="bfloat16"),
+    Case(H=20, G=1, dtype="bfloat16", pool_dtype="bfloat16"),
+    Case(H=16, G=8, K=128, turned=128, dtype="bfloat16", pool_dtype="bfloat16"),
     Case(dtype="bfloat16", pool_dtype="float8_e4m3fn", joined=False),
 )
 
@@ -77,7 +76,7 @@ CASES = (
 def test_pairs_turn_by_their_angle_and_land_where_they_belong(where):
     case = Case(turned=8)
     (query, key, value), (cos, sin), _, _, page_T, offset_T = case.arguments()
-    query_RHK, query_PHK, key_pages, value_pages = case.run(where)
+    query_THK, key_pages, value_pages = case.run(where)
 
     def turned(x_THK):
         x = np.asarray(x_THK, np.float64)
@@ -85,8 +84,7 @@ def test_pairs_turn_by_their_angle_and_land_where_they_belong(where):
         pairs = (x[..., :4] + 1j * x[..., 4:8]) * turn
         return np.concatenate((pairs.real, pairs.imag, x[..., 8:]), axis=-1)
 
-    got = np.concatenate((query_RHK, query_PHK))
-    np.testing.assert_allclose(got, turned(query.value_THK), atol=1e-6)  # float32 against float64
+    np.testing.assert_allclose(query_THK, turned(query.value_THK), atol=1e-6)  # float32 against float64
     for pool, heads, fill in ((key_pages, turned(key.value_THK), 7), (value_pages, value.value_THK, 8)):
         want = np.full(pool.shape, fill, np.float64)
         for token, (page, offset) in enumerate(zip(page_T, offset_T)):

@@ -58,7 +58,7 @@ def test_whoever_needs_whole_rows_of_logits_gathers_them_within_the_group_and_no
     runner, layout = engine(family, **options)._engine.runner, forecast_of(family, options).layout
     vocab = read_config(family)["vocab_size"]
     bucket = runner.buckets[-1]
-    samples, rows = bucket.num_samples, bucket.prefill_tokens
+    samples, rows = bucket.num_samples, bucket.num_tokens
     sent = {
         "full": (collectives(runner.hlo((samples, FULL))), samples),
         "logprobs": (collectives(runner.hlo((samples, LOGPROBS))), samples),

@@ -89,4 +89,4 @@ def test_no_step_is_longer_than_a_chunk_however_many_ranks_compute_prompts(plans
     chunks = [[sum(lengths) for _, lengths in step] for step in seen]
     assert max(max(step) for step in chunks) == CHUNK
     assert [CHUNK] * 4 in chunks
-    assert max(b.prefill_tokens for b in served._engine.runner.buckets) == CHUNK
+    assert max(b.num_tokens for b in served._engine.runner.buckets) == CHUNK

@@ -40,9 +40,8 @@ def rotate_and_write(
     offset_T: jax.Array,
     *,
     page_offset: int | jax.Array,
-    R: int,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(query_RHK of the first R tokens, query_PHK of the others, key_pages, value_pages).
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(query_THK, key_pages, value_pages).
 
     Args:
         rotation: cosines and sines, float32 [T, n / 2]: the pairs (i, i + n / 2) of the first n numbers
@@ -53,5 +52,5 @@ def rotate_and_write(
     """
     arrays = (query, key, value, rotation, key_pages, value_pages, page_T, offset_T)
     if (chosen := backend.chosen()) == "reference":
-        return reference.rotate_and_write(*arrays, page_offset=page_offset, R=R)
-    return fast.rotate_and_write(*arrays, page_offset=page_offset, R=R, interpret=chosen == "interpret")
+        return reference.rotate_and_write(*arrays, page_offset=page_offset)
+    return fast.rotate_and_write(*arrays, page_offset=page_offset, interpret=chosen == "interpret")

@@ -28,21 +28,19 @@ def rotate_and_write(
     offset_T,
     *,
     page_offset,
-    R: int,
     interpret: bool = False,
 ):
     """See `kv_write.rotate_and_write`."""
     T, _, K = query.array_TXK.shape
-    H, P = query.count, T - R
+    H = query.count
     if T == 0:
-        return query.value_THK, query.value_THK, key_pages, value_pages
+        return query.value_THK, key_pages, value_pages
     heads = min(QUERY_HEADS, pl.next_power_of_2(H))
     kernel = functools.partial(
         _kernel,
         first=(query.first, key.first, value.first),
         H=H,
         heads=heads,
-        R=R,
         half=0 if rotation is None else rotation[0].shape[1],
     )
     turn = (jnp.zeros((T, 1), jnp.float32),) * 2 if rotation is None else rotation
@@ -51,20 +49,18 @@ def rotate_and_write(
     heads_TXK = (query.array_TXK, key.array_TXK, value.array_TXK)
     inputs = (*heads_TXK, *turn, page_T, offset_T, page_offset_1, key_pages, value_pages)
     pools = len(inputs) - 2
-    # An output of no rows has one that nobody writes or reads: a kernel takes no empty arrays.
-    query_RHK, query_PHK, key_pages, value_pages = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         grid=(T, pl.cdiv(H, heads)),
         out_shape=(
-            *(jax.ShapeDtypeStruct((max(1, rows), H, K), query.array_TXK.dtype) for rows in (R, P)),
+            jax.ShapeDtypeStruct((T, H, K), query.array_TXK.dtype),
             *(jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in (key_pages, value_pages)),
         ),
-        input_output_aliases={pools: 2, pools + 1: 3},
+        input_output_aliases={pools: 1, pools + 1: 2},
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="rotate_and_write",
     )(*inputs)
-    return query_RHK[:R], query_PHK[:P], key_pages, value_pages
 
 
 def _kernel(
@@ -78,15 +74,13 @@ def _kernel(
     page_offset_ref,
     old_keys_ref,
     old_values_ref,
-    query_R_ref,
-    query_P_ref,
+    out_ref,
     key_pages_ref,
     value_pages_ref,
     *,
     first,
     H,
     heads,
-    R,
     half,
 ):
     del old_keys_ref, old_values_ref  # the same memory as key_pages_ref and value_pages_ref
@@ -98,13 +92,12 @@ def _kernel(
     head = part * heads + jnp.arange(heads)
     is_head = head < H
     query = _load(query_ref, t, first[0] + head, is_head, rotation, half)
-    # Lanes that store nothing point past the end: in interpret mode they write back what they read.
-    for ref, row, is_row in ((query_R_ref, t, t < R), (query_P_ref, t - R, t >= R)):
-        _store(ref, (jnp.where(is_row, row, ref.shape[0]),), head, is_head & is_row, query)
+    _store(out_ref, (t,), head, is_head, query)
 
     head = jnp.arange(pl.next_power_of_2(G))
     is_written = (page_ref[t] >= 0) & (part == 0)
     is_head = (head < G) & is_written
+    # Lanes that store nothing point past the end: in interpret mode they write back what they read.
     at = jnp.where(is_written, page_ref[t] + page_offset_ref[0], key_pages_ref.shape[0]), offset_ref[t]
     key = _load(key_ref, t, first[1] + head, is_head, rotation, half)
     value = _load(value_ref, t, first[2] + head, is_head, None, 0)

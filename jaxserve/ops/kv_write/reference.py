@@ -6,14 +6,12 @@ import jax.numpy as jnp
 from jaxserve.ops.kv_write.cached import cached
 
 
-def rotate_and_write(
-    query, key, value, rotation, key_pages, value_pages, page_T, offset_T, *, page_offset, R: int
-):
+def rotate_and_write(query, key, value, rotation, key_pages, value_pages, page_T, offset_T, *, page_offset):
     """See `kv_write.rotate_and_write`."""
     query_THK, key_TGK = (rotate(heads.value_THK, rotation) for heads in (query, key))
     key_pages = write(key_pages, page_T, offset_T, page_offset, key_TGK)
     value_pages = write(value_pages, page_T, offset_T, page_offset, value.value_THK)
-    return query_THK[:R], query_THK[R:], key_pages, value_pages
+    return query_THK, key_pages, value_pages
 
 
 def rotate(

@@ -16,8 +16,8 @@ from jaxserve.ops.mla_attention import fast, reference
 
 
 def decode(
-    query_latent_RHL: jax.Array,
-    query_rope_RHK: jax.Array,
+    query_latent_THL: jax.Array,
+    query_rope_THK: jax.Array,
     latent_pages: jax.Array,
     rope_pages: jax.Array,
     page_table_SN: jax.Array,
@@ -27,11 +27,11 @@ def decode(
     page_offset: int,
     scale: float,
 ) -> jax.Array:
-    """One query a row, at position context_len - 1 of its slot; [R, H, L] in the query's dtype.
+    """The first R queries, each at position context_len - 1 of its slot; [R, H, L] in the query's dtype.
 
     A row with context_len 0 is padding and gives 0.
     """
-    arrays = (query_latent_RHL, query_rope_RHK, latent_pages, rope_pages, page_table_SN, slot_R)
+    arrays = (query_latent_THL, query_rope_THK, latent_pages, rope_pages, page_table_SN, slot_R)
     options = {"page_offset": page_offset, "scale": scale}
     if (chosen := backend.chosen()) == "reference":
         return reference.decode(*arrays, context_len_R, **options)
@@ -39,8 +39,8 @@ def decode(
 
 
 def prefill(
-    query_latent_PHL: jax.Array,
-    query_rope_PHK: jax.Array,
+    query_latent_THL: jax.Array,
+    query_rope_THK: jax.Array,
     latent_pages: jax.Array,
     rope_pages: jax.Array,
     page_table_SN: jax.Array,
@@ -52,11 +52,15 @@ def prefill(
     block_size: int,
     page_offset: int,
     scale: float,
+    into: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal attention of packed prompt chunks; [P, H, L]. Tokens that no block covers give 0."""
-    arrays = (query_latent_PHL, query_rope_PHK, latent_pages, rope_pages, page_table_SN)
+    """Causal attention of packed prompt chunks; [T, H, L].
+
+    Tokens that no block covers keep what `into` has of them, or else give 0.
+    """
+    arrays = (query_latent_THL, query_rope_THK, latent_pages, rope_pages, page_table_SN)
     blocks = (block_slot_B, block_start_B, block_len_B, block_pos_B)
-    options = {"block_size": block_size, "page_offset": page_offset, "scale": scale}
+    options = {"block_size": block_size, "page_offset": page_offset, "scale": scale, "into": into}
     if (chosen := backend.chosen()) == "reference":
         return reference.prefill(*arrays, *blocks, **options)
     return fast.prefill(*arrays, *blocks, **options, interpret=chosen == "interpret")

@@ -53,8 +53,8 @@ def num_splits(programs: int, max_context: int, keys: int) -> int:
 
 
 def decode(
-    query_latent_RHL,
-    query_rope_RHK,
+    query_latent_THL,
+    query_rope_THK,
     latent_pages,
     rope_pages,
     page_table_SN,
@@ -68,7 +68,7 @@ def decode(
     splits: int | None = None,
 ):
     """See `mla_attention.decode`. `tile` and `splits` are chosen from the shapes unless given."""
-    R, H, L = query_latent_RHL.shape
+    R, (_, H, L), dtype = slot_R.shape[0], query_latent_THL.shape, query_latent_THL.dtype
     tile = tile or decode_tile(H, latent_pages.dtype.itemsize)
     head_tiles = pl.cdiv(H, tile.rows)
     max_context = page_table_SN.shape[1] * latent_pages.shape[1]
@@ -78,15 +78,15 @@ def decode(
         functools.partial(_decode_kernel, tile=tile, splits=splits, scale=scale * LOG2_E),
         grid=(R, head_tiles, splits),
         out_shape=(
-            jax.ShapeDtypeStruct((R, splits, H, L), query_latent_RHL.dtype if single else jnp.float32),
+            jax.ShapeDtypeStruct((R, splits, H, L), dtype if single else jnp.float32),
             jax.ShapeDtypeStruct((R, splits, H), jnp.float32),
         ),
         compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="mla_decode",
     )(
-        query_latent_RHL.astype(_product_dtype(query_latent_RHL, latent_pages)),
-        query_rope_RHK.astype(_product_dtype(query_rope_RHK, rope_pages)),
+        query_latent_THL.astype(_product_dtype(query_latent_THL, latent_pages)),
+        query_rope_THK.astype(_product_dtype(query_rope_THK, rope_pages)),
         latent_pages,
         rope_pages,
         page_table_SN,
@@ -99,7 +99,7 @@ def decode(
     return pl.pallas_call(
         _combine_kernel,
         grid=(R, H),
-        out_shape=jax.ShapeDtypeStruct(query_latent_RHL.shape, query_latent_RHL.dtype),
+        out_shape=jax.ShapeDtypeStruct((R, H, L), dtype),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="mla_decode_combine",
@@ -107,8 +107,8 @@ def decode(
 
 
 def prefill(
-    query_latent_PHL,
-    query_rope_PHK,
+    query_latent_THL,
+    query_rope_THK,
     latent_pages,
     rope_pages,
     page_table_SN,
@@ -120,18 +120,20 @@ def prefill(
     block_size: int,
     page_offset: int,
     scale: float,
+    into=None,
     interpret: bool = False,
     tile: Tile | None = None,
 ):
     """See `mla_attention.prefill`. `tile` is chosen from the shapes unless given."""
-    H = query_latent_PHL.shape[1]
+    H = query_latent_THL.shape[1]
     B = block_slot_B.shape[0]
     tile = tile or prefill_tile(block_size, latent_pages.dtype.itemsize)
     parts = pl.cdiv(block_size, tile.rows)
-    query_latent_PHL, zeros_PHL = with_zeros(query_latent_PHL)
+    if into is None:
+        query_latent_THL, into = with_zeros(query_latent_THL)
     inputs = (
-        query_latent_PHL.astype(_product_dtype(query_latent_PHL, latent_pages)),
-        query_rope_PHK.astype(_product_dtype(query_rope_PHK, rope_pages)),
+        query_latent_THL.astype(_product_dtype(query_latent_THL, latent_pages)),
+        query_rope_THK.astype(_product_dtype(query_rope_THK, rope_pages)),
         latent_pages,
         rope_pages,
         page_table_SN,
@@ -140,12 +142,12 @@ def prefill(
         block_len_B,
         block_pos_B,
         _scalar(page_offset),
-        zeros_PHL,  # becomes the output: tokens of no block stay 0
+        into,  # becomes the output: tokens of no block stay as they are
     )
     return pl.pallas_call(
         functools.partial(_prefill_kernel, tile=tile, parts=parts, scale=scale * LOG2_E),
         grid=(H, B * parts),
-        out_shape=jax.ShapeDtypeStruct(query_latent_PHL.shape, query_latent_PHL.dtype),
+        out_shape=jax.ShapeDtypeStruct(into.shape, into.dtype),
         input_output_aliases={len(inputs) - 1: 0},
         compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
@@ -222,7 +224,7 @@ def _prefill_kernel(
     len_ref,
     pos_ref,
     offset_ref,
-    zeros_ref,
+    into_ref,
     out_ref,
     *,
     tile,
@@ -230,7 +232,7 @@ def _prefill_kernel(
     scale,
 ):
     """Head h, `tile.rows` consecutive queries of one block. Late blocks, the longest, start first."""
-    del zeros_ref  # the same memory as out_ref
+    del into_ref  # the same memory as out_ref
     h, part = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1)
     block, skipped = part // parts, part % parts * tile.rows
     length = jnp.clip(len_ref[block] - skipped, 0, tile.rows)

@@ -11,8 +11,8 @@ NEG_INF = -1e30  # finite, so that the maximum of a row without keys makes no Na
 
 
 def decode(
-    query_latent_RHL,
-    query_rope_RHK,
+    query_latent_THL,
+    query_rope_THK,
     latent_pages,
     rope_pages,
     page_table_SN,
@@ -25,8 +25,8 @@ def decode(
 ):
     """See `mla_attention.decode`. `key_block`: tokens of one block of keys."""
     pages_RN = jnp.take(page_table_SN, slot_R, axis=0, mode="clip")
-    query_RHC = _join(query_latent_RHL, query_rope_RHK) * scale
-    L, page_size = query_latent_RHL.shape[-1], latent_pages.shape[1]
+    query_RHC = _join(query_latent_THL, query_rope_THK)[: slot_R.shape[0]] * scale
+    L, page_size = query_latent_THL.shape[-1], latent_pages.shape[1]
     pages_a_block = max(1, key_block // page_size)
     block_len = pages_a_block * page_size
 
@@ -40,13 +40,13 @@ def decode(
         return _accumulate(state, _einsum("rhs,rsl->rhl", weight_RHS, key_RSC[..., :L]))
 
     end = (jnp.max(context_len_R, initial=0) + block_len - 1) // block_len
-    state = lax.fori_loop(0, end, attend_block, _start(query_latent_RHL.shape))
-    return _finish(state).astype(query_latent_RHL.dtype)
+    state = lax.fori_loop(0, end, attend_block, _start((*query_RHC.shape[:-1], L)))
+    return _finish(state).astype(query_latent_THL.dtype)
 
 
 def prefill(
-    query_latent_PHL,
-    query_rope_PHK,
+    query_latent_THL,
+    query_rope_THK,
     latent_pages,
     rope_pages,
     page_table_SN,
@@ -58,20 +58,22 @@ def prefill(
     block_size: int,
     page_offset: int,
     scale: float,
+    into=None,
     key_block: int = 128,
 ):
     """See `mla_attention.prefill`. One query block after the other, each over its own keys."""
-    P, H, L = query_latent_PHL.shape
+    T, H, L = query_latent_THL.shape
     page_size = latent_pages.shape[1]
     pages_a_block = max(1, key_block // page_size)
     block_len = pages_a_block * page_size
-    query_PHC = _join(query_latent_PHL, query_rope_PHK) * scale
-    query_PHC = jnp.pad(query_PHC, ((0, block_size), (0, 0), (0, 0)))  # a block may end past P
+    past = ((0, block_size), (0, 0), (0, 0))  # a block may end past T
+    query_THC = jnp.pad(_join(query_latent_THL, query_rope_THK) * scale, past)
+    out_THL = jnp.pad(jnp.zeros_like(query_latent_THL) if into is None else into, past)
 
-    def attend_query_block(b, out_PHL):
+    def attend_query_block(b, out_THL):
         start, length, pos = block_start_B[b], block_len_B[b], block_pos_B[b]
         pages_N = jnp.take(page_table_SN, block_slot_B[b], axis=0, mode="clip")
-        query_QHC = lax.dynamic_slice_in_dim(query_PHC, start, block_size)
+        query_QHC = lax.dynamic_slice_in_dim(query_THC, start, block_size)
         token_Q = jnp.arange(block_size)
 
         def attend_block(block, state):
@@ -86,12 +88,11 @@ def prefill(
 
         end = jnp.where(length > 0, (pos + length + block_len - 1) // block_len, 0)
         state = lax.fori_loop(0, end, attend_block, _start((block_size, H, L)))
-        old_QHL = lax.dynamic_slice_in_dim(out_PHL, start, block_size)
-        new_QHL = jnp.where((token_Q < length)[:, None, None], _finish(state).astype(out_PHL.dtype), old_QHL)
-        return lax.dynamic_update_slice_in_dim(out_PHL, new_QHL, start, axis=0)
+        old_QHL = lax.dynamic_slice_in_dim(out_THL, start, block_size)
+        new_QHL = jnp.where((token_Q < length)[:, None, None], _finish(state).astype(out_THL.dtype), old_QHL)
+        return lax.dynamic_update_slice_in_dim(out_THL, new_QHL, start, axis=0)
 
-    out_PHL = jnp.zeros((P + block_size, H, L), query_latent_PHL.dtype)
-    return lax.fori_loop(0, block_len_B.shape[0], attend_query_block, out_PHL)[:P]
+    return lax.fori_loop(0, block_len_B.shape[0], attend_query_block, out_THL)[:T]
 
 
 # ---- one block of keys ----

@@ -20,7 +20,7 @@ from jaxserve.ops.paged_attention import fast, hopper, reference
 
 
 def decode(
-    query_RHK: jax.Array,
+    query_THK: jax.Array,
     key_pages: jax.Array,
     value_pages: jax.Array,
     page_table_SN: jax.Array,
@@ -33,7 +33,7 @@ def decode(
     softcap: float | None = None,
     sinks_H: jax.Array | None = None,
 ) -> jax.Array:
-    """One query a row, at position context_len - 1 of its slot; [R, H, K] in the query's dtype.
+    """The first R queries, each at position context_len - 1 of its slot; [R, H, K] in the query's dtype.
 
     Row r attends positions [max(0, context_len - window), context_len). A row with context_len 0
     is padding and gives 0.
@@ -41,14 +41,14 @@ def decode(
     options: dict[str, Any] = dict(
         page_offset=page_offset, scale=scale, window=window, softcap=softcap, sinks_H=sinks_H
     )
-    arrays = (query_RHK, key_pages, value_pages, page_table_SN, slot_R, context_len_R)
+    arrays = (query_THK, key_pages, value_pages, page_table_SN, slot_R, context_len_R)
     if (chosen := backend.chosen()) == "reference":
         return reference.decode(*arrays, **options)
     return fast.decode(*arrays, **options, interpret=chosen == "interpret")
 
 
 def prefill(
-    query_PHK: jax.Array,
+    query_THK: jax.Array,
     key_pages: jax.Array,
     value_pages: jax.Array,
     page_table_SN: jax.Array,
@@ -63,12 +63,14 @@ def prefill(
     window: int | None = None,
     softcap: float | None = None,
     sinks_H: jax.Array | None = None,
+    into: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal attention of packed prompt chunks; [P, H, K] in the query's dtype.
+    """Causal attention of packed prompt chunks; [T, H, K] in the query's dtype.
 
-    Query block b holds tokens [block_start, block_start + block_len) of the P tokens, all of slot
+    Query block b holds tokens [block_start, block_start + block_len) of the T tokens, all of slot
     block_slot, the first one at position block_pos of its sequence. block_len lies in
-    0..block_size, 0 is padding. Blocks do not overlap; tokens that no block covers give 0.
+    0..block_size, 0 is padding. Blocks do not overlap; tokens that no block covers keep what `into`
+    [T, H, K] has of them, or else give 0.
     """
     options: dict[str, Any] = dict(
         block_size=block_size,
@@ -77,12 +79,13 @@ def prefill(
         window=window,
         softcap=softcap,
         sinks_H=sinks_H,
+        into=into,
     )
     blocks = (block_slot_B, block_start_B, block_len_B, block_pos_B)
-    arrays = (query_PHK, key_pages, value_pages, page_table_SN, *blocks)
+    arrays = (query_THK, key_pages, value_pages, page_table_SN, *blocks)
     if (chosen := backend.chosen()) == "reference":
         return reference.prefill(*arrays, **options)
-    if chosen == "fast" and hopper.is_supported() and hopper.fits(query_PHK, key_pages, block_size):
+    if chosen == "fast" and hopper.is_supported() and hopper.fits(query_THK, key_pages, block_size):
         del options["block_size"]
         return hopper.prefill(*arrays, **options)
     return fast.prefill(*arrays, **options, interpret=chosen == "interpret")

@@ -78,7 +78,7 @@ def num_splits(R: int, G: int, max_context: int, tile: Tile) -> int:
 
 
 def decode(
-    query_RHK,
+    query_THK,
     key_pages,
     value_pages,
     page_table_SN,
@@ -95,10 +95,10 @@ def decode(
     splits: int | None = None,
 ):
     """See `paged_attention.decode`. `tile` and `splits` are chosen from the shapes unless given."""
-    R, H, K = query_RHK.shape
+    R, (_, H, K), dtype = slot_R.shape[0], query_THK.shape, query_THK.dtype
     page_size, G = key_pages.shape[1:3]
     if R == 0:
-        return query_RHK
+        return query_THK[:0]
     tile = tile or decode_tile(K, key_pages.dtype.itemsize)
     splits = splits or num_splits(R, G, page_table_SN.shape[1] * page_size, tile)
     kernel = functools.partial(
@@ -114,14 +114,14 @@ def decode(
         kernel,
         grid=(R, G, splits),
         out_shape=(
-            jax.ShapeDtypeStruct((R, splits, H, K), query_RHK.dtype if single else jnp.float32),
+            jax.ShapeDtypeStruct((R, splits, H, K), dtype if single else jnp.float32),
             jax.ShapeDtypeStruct((R, splits, H), jnp.float32),
         ),
         compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="paged_decode",
     )(
-        query_RHK.astype(_product_dtype(query_RHK, key_pages)),
+        query_THK.astype(_product_dtype(query_THK, key_pages)),
         key_pages,
         value_pages,
         page_table_SN,
@@ -135,7 +135,7 @@ def decode(
     return pl.pallas_call(
         _combine_kernel,
         grid=(R, H),
-        out_shape=jax.ShapeDtypeStruct(query_RHK.shape, query_RHK.dtype),
+        out_shape=jax.ShapeDtypeStruct((R, H, K), dtype),
         compiler_params=plt.CompilerParams(num_warps=2, num_stages=1),
         interpret=interpret,
         name="paged_decode_combine",
@@ -143,7 +143,7 @@ def decode(
 
 
 def prefill(
-    query_PHK,
+    query_THK,
     key_pages,
     value_pages,
     page_table_SN,
@@ -158,15 +158,16 @@ def prefill(
     window: int | None = None,
     softcap: float | None = None,
     sinks_H=None,
+    into=None,
     interpret: bool = False,
     tile: Tile | None = None,
 ):
     """See `paged_attention.prefill`. `tile` is chosen from the shapes unless given."""
-    P, H, K = query_PHK.shape
+    T, H, K = query_THK.shape
     G = key_pages.shape[2]
     B = block_slot_B.shape[0]
-    if P == 0 or B == 0:
-        return jnp.zeros_like(query_PHK)
+    if T == 0 or B == 0:
+        return jnp.zeros_like(query_THK) if into is None else into
     tile = tile or prefill_tile(K, key_pages.dtype.itemsize, block_size)
     parts = pl.cdiv(block_size, tile.rows)
     kernel = functools.partial(
@@ -177,9 +178,10 @@ def prefill(
         score=_score(scale, softcap),
         window=window,
     )
-    query_PHK, zeros_PHK = with_zeros(query_PHK)
+    if into is None:
+        query_THK, into = with_zeros(query_THK)
     inputs = (
-        query_PHK.astype(_product_dtype(query_PHK, key_pages)),
+        query_THK.astype(_product_dtype(query_THK, key_pages)),
         key_pages,
         value_pages,
         page_table_SN,
@@ -189,12 +191,12 @@ def prefill(
         block_pos_B,
         _sinks(sinks_H, H),
         _scalar(page_offset),
-        zeros_PHK,  # becomes the output: tokens of no block stay 0
+        into,  # becomes the output: tokens of no block stay as they are
     )
     return pl.pallas_call(
         kernel,
         grid=(H, B * parts),
-        out_shape=jax.ShapeDtypeStruct(query_PHK.shape, query_PHK.dtype),
+        out_shape=jax.ShapeDtypeStruct(into.shape, into.dtype),
         input_output_aliases={len(inputs) - 1: 0},
         compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
@@ -284,7 +286,7 @@ def _prefill_kernel(
     pos_ref,
     sink_ref,
     offset_ref,
-    zeros_ref,
+    into_ref,
     out_ref,
     *,
     tile,
@@ -294,7 +296,7 @@ def _prefill_kernel(
     window,
 ):
     """Head h, `tile.rows` consecutive queries of one block. Late blocks, the longest, start first."""
-    del zeros_ref  # the same memory as out_ref
+    del into_ref  # the same memory as out_ref
     h, part = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1)
     g, K = h // group, query_ref.shape[-1]
     block, skipped = part // parts, part % parts * tile.rows

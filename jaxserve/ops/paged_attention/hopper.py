@@ -47,23 +47,23 @@ def is_supported() -> bool:
     return getattr(device, "compute_capability", None) == "9.0" and cuda is not None and int(cuda[1]) >= 13000
 
 
-def fits(query_PHK, key_pages, block_size: int) -> bool:
+def fits(query_THK, key_pages, block_size: int) -> bool:
     """Whether shapes and dtypes are those that `prefill` here can compute."""
-    P, _, K = query_PHK.shape
+    T, _, K = query_THK.shape
     page_size = key_pages.shape[1]
     return (
         key_pages.dtype in (jnp.bfloat16, jnp.float16)
         and K in (64, 128)
         and block_size == BLOCK
-        and P >= BLOCK
-        and P % TILE_ROWS == 0
+        and T >= BLOCK
+        and T % TILE_ROWS == 0
         and page_size % TILE_ROWS == 0
         and Tile().keys % page_size == 0
     )
 
 
 def prefill(
-    query_PHK,
+    query_THK,
     key_pages,
     value_pages,
     page_table_SN,
@@ -77,11 +77,12 @@ def prefill(
     window: int | None = None,
     softcap: float | None = None,
     sinks_H=None,
+    into=None,
     interpret=None,
     tile: Tile | None = None,
 ):
     """See `paged_attention.prefill`; blocks are of `BLOCK` tokens."""
-    _, H, K = query_PHK.shape
+    _, H, K = query_THK.shape
     page_size, G = key_pages.shape[1:3]
     tile = tile or Tile()
     dtype = key_pages.dtype
@@ -115,10 +116,12 @@ def prefill(
         interpret=interpret,
     )
     sinks = jnp.full((H,), NEG_INF, jnp.float32) if sinks_H is None else sinks_H.astype(jnp.float32)
-    typed_PHK, zeros_PHK = with_zeros(query_PHK.astype(dtype))
-    out = jax.new_ref(zeros_PHK)  # tokens of no block stay 0
+    typed_THK = query_THK.astype(dtype)
+    if into is None:
+        typed_THK, into = with_zeros(typed_THK)
+    out = jax.new_ref(into.astype(dtype))  # tokens of no block stay as they are
     run(
-        typed_PHK,
+        typed_THK,
         key_pages,
         value_pages,
         page_table_SN,
@@ -130,7 +133,7 @@ def prefill(
         jnp.full((1,), page_offset, jnp.int32),
         out,
     )
-    return jax.freeze(out).astype(query_PHK.dtype)
+    return jax.freeze(out).astype(query_THK.dtype)
 
 
 def _kernel(

@@ -12,7 +12,7 @@ NEG_INF = -1e30  # finite, so that the maximum of a row without keys makes no Na
 
 
 def decode(
-    query_RHK,
+    query_THK,
     key_pages,
     value_pages,
     page_table_SN,
@@ -27,12 +27,12 @@ def decode(
     key_block: int = 128,
 ):
     """See `paged_attention.decode`. `key_block`: tokens of one block of keys."""
-    R, H, K = query_RHK.shape
+    R, (_, H, K) = slot_R.shape[0], query_THK.shape
     page_size, G = key_pages.shape[1:3]
     num_pages = max(1, key_block // page_size)
     block_len = num_pages * page_size
     pages_RN = jnp.take(page_table_SN, slot_R, axis=0, mode="clip")
-    query_RGqK = query_RHK.reshape(R, G, H // G, K).astype(jnp.float32) * scale
+    query_RGqK = query_THK[:R].reshape(R, G, H // G, K).astype(jnp.float32) * scale
     first_R = jnp.zeros_like(context_len_R) if window is None else jnp.maximum(context_len_R - window, 0)
 
     def attend_block(block, state):
@@ -53,11 +53,11 @@ def decode(
     end = (jnp.max(context_len_R, initial=0) + block_len - 1) // block_len
     state = _start(query_RGqK.shape, None if sinks_H is None else sinks_H.reshape(G, H // G))
     state = lax.fori_loop(begin, end, attend_block, state)
-    return _finish(state).reshape(R, H, K).astype(query_RHK.dtype)
+    return _finish(state).reshape(R, H, K).astype(query_THK.dtype)
 
 
 def prefill(
-    query_PHK,
+    query_THK,
     key_pages,
     value_pages,
     page_table_SN,
@@ -72,20 +72,23 @@ def prefill(
     window: int | None = None,
     softcap: float | None = None,
     sinks_H=None,
+    into=None,
     key_block: int = 128,
 ):
     """See `paged_attention.prefill`. One query block after the other, each over its own keys."""
-    P, H, K = query_PHK.shape
+    T, H, K = query_THK.shape
     page_size, G = key_pages.shape[1:3]
     num_pages = max(1, key_block // page_size)
     block_len = num_pages * page_size
-    query_PHK = jnp.pad(query_PHK, ((0, block_size), (0, 0), (0, 0)))  # a block may end past P
+    past = ((0, block_size), (0, 0), (0, 0))  # a block may end past T
+    out_THK = jnp.pad(jnp.zeros_like(query_THK) if into is None else into, past)
+    query_THK = jnp.pad(query_THK, past)
     sinks_Gq1 = None if sinks_H is None else sinks_H.reshape(G, H // G, 1)
 
-    def attend_query_block(b, out_PHK):
+    def attend_query_block(b, out_THK):
         start, length, pos = block_start_B[b], block_len_B[b], block_pos_B[b]
         pages_N = jnp.take(page_table_SN, block_slot_B[b], axis=0, mode="clip")
-        query_QHK = lax.dynamic_slice_in_dim(query_PHK, start, block_size)
+        query_QHK = lax.dynamic_slice_in_dim(query_THK, start, block_size)
         query_GqQK = query_QHK.reshape(block_size, G, H // G, K).transpose(1, 2, 0, 3)
         query_GqQK = query_GqQK.astype(jnp.float32) * scale
         token_Q = jnp.arange(block_size)
@@ -107,13 +110,12 @@ def prefill(
         begin = jnp.maximum(first_Q[0], 0) // block_len
         end = jnp.where(length > 0, (pos + length + block_len - 1) // block_len, begin)
         state = lax.fori_loop(begin, end, attend_block, _start(query_GqQK.shape, sinks_Gq1))
-        new_QHK = _finish(state).transpose(2, 0, 1, 3).reshape(block_size, H, K).astype(out_PHK.dtype)
-        old_QHK = lax.dynamic_slice_in_dim(out_PHK, start, block_size)
+        new_QHK = _finish(state).transpose(2, 0, 1, 3).reshape(block_size, H, K).astype(out_THK.dtype)
+        old_QHK = lax.dynamic_slice_in_dim(out_THK, start, block_size)
         kept_QHK = jnp.where((token_Q < length)[:, None, None], new_QHK, old_QHK)
-        return lax.dynamic_update_slice_in_dim(out_PHK, kept_QHK, start, axis=0)
+        return lax.dynamic_update_slice_in_dim(out_THK, kept_QHK, start, axis=0)
 
-    out_PHK = lax.fori_loop(0, block_len_B.shape[0], attend_query_block, jnp.zeros_like(query_PHK))
-    return out_PHK[:P]
+    return lax.fori_loop(0, block_len_B.shape[0], attend_query_block, out_THK)[:T]
 
 
 # ---- one block of keys ----
