@@ -52,7 +52,7 @@ def test_latent_pools_are_written_in_place():
 
 def test_pool_is_written_in_place():
     """A donated pool of 4 GB: a copy of it would not go unnoticed."""
-    case = kv.Case(T=8, R=8, H=32, G=8, K=128, turned=128, dtype="bfloat16", pool_dtype="bfloat16")
+    case = kv.Case(T=8, H=32, G=8, K=128, turned=128, dtype="bfloat16", pool_dtype="bfloat16")
     function, arguments = case.traced()
     shape = (131072, 16, 8, 128)
     pools = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 2

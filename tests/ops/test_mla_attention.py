@@ -100,9 +100,11 @@ def run_decode(latents, where, **more):
         return np.asarray(function(*latents.arguments(len(ROWS["slots"])), *rows), np.float32)
 
 
-def run_prefill(latents, where):
+def run_prefill(latents, where, **more):
     with backend.use(where):
-        function = jax.jit(functools.partial(mla_attention.prefill, block_size=BLOCK, **options(latents)))
+        function = jax.jit(
+            functools.partial(mla_attention.prefill, block_size=BLOCK, **options(latents), **more)
+        )
         return np.asarray(function(*latents.arguments(NUM_TOKENS), *blocks()), np.float32)
 
 
@@ -146,6 +148,25 @@ def test_prefill_equals_a_dense_softmax_over_prefix_and_chunk(latents, where):
     got = run_prefill(latents, where)
     np.testing.assert_allclose(got, expected_prefill(latents), rtol=0, atol=latents.tolerance())
     assert not got[67:70].any() and not got[111:].any()  # tokens of no block
+
+
+@pytest.mark.parametrize("where", ["reference", "interpret"])
+def test_blocks_are_written_among_what_is_there_and_rows_are_the_first_queries(where):
+    """As a step has them: decode rows and prompts share the tokens."""
+    latents = CASES[0]
+    into = np.random.default_rng(5).normal(size=expected_prefill(latents).shape).astype(np.float32)
+    got = run_prefill(latents, where, into=jnp.asarray(into))
+    none = np.r_[67:70, 105:110, 111:NUM_TOKENS]  # tokens of no block
+    np.testing.assert_array_equal(got[none], into[none])
+    np.testing.assert_allclose(
+        np.delete(got, none, 0), np.delete(expected_prefill(latents), none, 0), rtol=0, atol=1e-5
+    )
+    rows = [jnp.asarray(ROWS[name], jnp.int32) for name in ("slots", "lens")]
+    latent, rope, *pools = latents.arguments(len(rows[0]))
+    more = (jnp.concatenate([x, x + 1]) for x in (latent, rope))
+    with backend.use(where):
+        got = jax.jit(functools.partial(mla_attention.decode, **options(latents)))(*more, *pools, *rows)
+    np.testing.assert_allclose(got, expected_decode(latents), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 8])

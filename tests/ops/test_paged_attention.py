@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -107,6 +108,27 @@ def test_decode_kernel_equals_a_dense_softmax(heads):
 @pytest.mark.parametrize("heads", KERNEL_HEADS, ids=str)
 def test_prefill_kernel_equals_a_dense_softmax(heads):
     check(prefill_case(heads), "interpret")
+
+
+@pytest.mark.parametrize("where", ["reference", "interpret"])
+def test_blocks_are_written_among_what_is_there_and_rows_are_the_first_queries(where):
+    """As a step has them: decode rows and prompts share the tokens."""
+    heads = Heads(4, 2, 16)
+    blocks, rows = prefill_case(heads), decode_case(heads)
+    query, *rest = blocks.arguments()
+    into = jnp.arange(query.size, dtype=query.dtype).reshape(query.shape)
+    with backend.use(where):
+        out = np.asarray(jax.jit(traced(blocks))(query, *rest, into=into))
+    want, covered = blocks.expected(), np.zeros(len(query), bool)
+    for _, start, length, _ in blocks.chunks:
+        covered[start : start + length] = True
+    assert covered.any() and not covered.all()
+    np.testing.assert_allclose(out, np.where(covered[:, None, None], want, into), rtol=0, atol=1e-5)
+
+    query, *rest = rows.arguments()
+    with backend.use(where):
+        out = np.asarray(jax.jit(traced(rows))(jnp.concatenate([query, query + 1]), *rest))
+    np.testing.assert_allclose(out, rows.expected(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 8])
