@@ -240,14 +240,14 @@ class StepContext:
                 "softcap": softcap,
                 "sinks_H": sinks_h,
             }
-            arrays = query_ThK, key_pages, value_pages, table_SN
-            out_ThK = attend_rows_and_blocks(
-                partial(paged_attention.decode, *arrays, **options),
-                partial(paged_attention.prefill, *arrays, **options, block_size=self.block_size),
-                slot_T,
-                context_len_R,
-                blocks,
-            )
+            arrays = key_pages, value_pages, table_SN
+            out_ThK = query_ThK  # results take the queries' places
+            if context_len_R is not None:
+                rows = decode_slots(slot_T, context_len_R), context_len_R
+                out_ThK = paged_attention.decode(out_ThK, *arrays, *rows, **options)
+            if blocks is not None:
+                options["block_size"] = self.block_size
+                out_ThK = paged_attention.prefill(out_ThK, *arrays, *blocks, **options)
             return read_first(out_ThK, (key_pages, value_pages))
 
         attend = on_device
@@ -321,28 +321,9 @@ def read_first(out: jax.Array, pools: tuple[jax.Array, jax.Array]) -> tuple[jax.
     return jax.lax.optimization_barrier((out, pools))
 
 
-def attend_rows_and_blocks(
-    decode: Callable[..., jax.Array],
-    prefill: Callable[..., jax.Array],
-    slot_T: jax.Array,
-    context_len_R: jax.Array | None,
-    blocks: QueryBlocks | None,
-) -> jax.Array:
-    """Attention of a step's decode rows by `decode(slot_R, context_len_R)`, and of the query blocks by
-    `prefill(*blocks, into=out)`, which writes among what the rows gave. Padding gives 0."""
-    out = None
-    if context_len_R is not None:
-        slot_R = jnp.maximum(slot_T[: context_len_R.shape[0]], 0)  # whose context is 0 reads nothing
-        out = decode(slot_R, context_len_R)
-    if blocks is not None:
-        out = prefill(*blocks, into=None if out is None else padded(out, slot_T.shape[0]))
-    assert out is not None, "a step without rows and prompts"
-    return out
-
-
-def padded(x_R: jax.Array, num_tokens: int) -> jax.Array:
-    """With zeros up to `num_tokens`."""
-    return jnp.pad(x_R, [(0, num_tokens - x_R.shape[0])] + [(0, 0)] * (x_R.ndim - 1))
+def decode_slots(slot_T: jax.Array, context_len_R: jax.Array) -> jax.Array:
+    """Those of the first R tokens. One that is no decode row reads nothing: its context is 0."""
+    return jnp.maximum(slot_T[: context_len_R.shape[0]], 0)
 
 
 def write_address(

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import StepContext, padded
+from jaxserve.layers.attention import StepContext
 from jaxserve.layers.linear import project
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.operand import Operand
@@ -138,7 +138,7 @@ def _on_devices(step: StepContext) -> Callable[..., Any]:
             query_RhK, key_RhK, value_RhK = (x[:R] for x in inputs)
             out_RhK, after = decode(query_RhK, key_RhK, value_RhK, before, slope_h)
             states = write_rows(states, slot_R, layer, after)
-            out_ThK = padded(jnp.where((slot_R >= 0)[:, None, None], out_RhK, 0), slot_T.shape[0])
+            out_ThK = out_ThK.at[:R].set(jnp.where((slot_R >= 0)[:, None, None], out_RhK, 0))
         if blocks is not None:
             slot_B, start_B, len_B, pos_B = blocks
             from_B, end_B, keep_B = rows

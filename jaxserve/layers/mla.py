@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import StepContext, attend_rows_and_blocks, read_first, write_address
+from jaxserve.layers.attention import StepContext, decode_slots, read_first, write_address
 from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.operand import Operand
@@ -189,16 +189,14 @@ def _attention(
             interleaved=interleaved,
             page_offset=page_offset,
         )
-        query_ThL = _by_head("thn,hnl->thl", query_ThN, key_up_hNL)
-        arrays = query_ThL, query_ThK, latents, ropes, table_SN
+        out_ThL = _by_head("thn,hnl->thl", query_ThN, key_up_hNL)  # results take the queries' places
+        arrays = query_ThK, latents, ropes, table_SN
         options: dict[str, Any] = {"page_offset": page_offset, "scale": scale}
-        out_ThL = attend_rows_and_blocks(
-            partial(mla_attention.decode, *arrays, **options),
-            partial(mla_attention.prefill, *arrays, **options, block_size=step.block_size),
-            slot_T,
-            context_len_R,
-            blocks,
-        )
+        if context_len_R is not None:
+            rows = decode_slots(slot_T, context_len_R), context_len_R
+            out_ThL = mla_attention.decode(out_ThL, *arrays, *rows, **options)
+        if blocks is not None:
+            out_ThL = mla_attention.prefill(out_ThL, *arrays, *blocks, block_size=step.block_size, **options)
         return read_first(out_ThL, (latents, ropes))
 
     if step.mesh is None:

@@ -10,6 +10,6 @@ def with_zeros(x: jax.Array, dtype: DTypeLike | None = None) -> tuple[jax.Array,
     """`x`, and zeros of its shape, of its type unless another is given, to become an output.
 
     They are made when `x` is there. XLA would make those of all layers at the program's start: in a step of
-    2,048 prompt tokens a rank of DeepSeek-V3 on 8 devices 268 MB a layer for attention, 476 for experts.
+    2,048 prompt tokens a rank of DeepSeek-V3 on 8 devices 476 MB a layer for experts.
     """
     return lax.optimization_barrier((x, jnp.zeros_like(x, dtype)))

@@ -151,8 +151,9 @@ class Decode:
         return (query, *self.pool.arrays(), *rows)
 
     def expected(self) -> np.ndarray:
+        """A padding row keeps its query."""
         query = self.query()
-        out = np.zeros(query.shape)
+        out = np.array(query, np.float64)
         for row, (slot, length) in enumerate(zip(self.slots, self.lens)):
             if length:
                 out[row] = self.pool.dense(query[row], slot, length - 1)
@@ -186,8 +187,9 @@ class Prefill:
         return (query, *self.pool.arrays(), *blocks)
 
     def expected(self) -> np.ndarray:
+        """Tokens of no chunk keep their query."""
         query = self.query()
-        out = np.zeros(query.shape)
+        out = np.array(query, np.float64)
         for slot, start, length, cached in self.chunks:
             for i in range(length):
                 out[start + i] = self.pool.dense(query[start + i], slot, cached + i)

@@ -27,9 +27,10 @@ def decode(
     page_offset: int,
     scale: float,
 ) -> jax.Array:
-    """The first R queries, each at position context_len - 1 of its slot; [R, H, L] in the query's dtype.
+    """The first R queries, each at position context_len - 1 of its slot; [T, H, L] in the place of
+    `query_latent_THL`, if free.
 
-    A row with context_len 0 is padding and gives 0.
+    A row with context_len 0, and tokens after the first R, keep their query.
     """
     arrays = (query_latent_THL, query_rope_THK, latent_pages, rope_pages, page_table_SN, slot_R)
     options = {"page_offset": page_offset, "scale": scale}
@@ -52,15 +53,14 @@ def prefill(
     block_size: int,
     page_offset: int,
     scale: float,
-    into: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal attention of packed prompt chunks; [T, H, L].
+    """Causal attention of packed prompt chunks; [T, H, L] in the place of `query_latent_THL`, if free.
 
-    Tokens that no block covers keep what `into` has of them, or else give 0.
+    Tokens that no block covers keep their query.
     """
     arrays = (query_latent_THL, query_rope_THK, latent_pages, rope_pages, page_table_SN)
     blocks = (block_slot_B, block_start_B, block_len_B, block_pos_B)
-    options = {"block_size": block_size, "page_offset": page_offset, "scale": scale, "into": into}
+    options = {"block_size": block_size, "page_offset": page_offset, "scale": scale}
     if (chosen := backend.chosen()) == "reference":
         return reference.prefill(*arrays, *blocks, **options)
     return fast.prefill(*arrays, *blocks, **options, interpret=chosen == "interpret")

@@ -18,8 +18,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxserve.ops.output import with_zeros
-
 NEG_INF = -1e30  # finite: the maximum over no key at all makes no NaN
 LOG2_E = math.log2(math.e)
 
@@ -68,24 +66,26 @@ def decode(
     splits: int | None = None,
 ):
     """See `mla_attention.decode`. `tile` and `splits` are chosen from the shapes unless given."""
-    R, (_, H, L), dtype = slot_R.shape[0], query_latent_THL.shape, query_latent_THL.dtype
+    R, H = slot_R.shape[0], query_latent_THL.shape[1]
     tile = tile or decode_tile(H, latent_pages.dtype.itemsize)
     head_tiles = pl.cdiv(H, tile.rows)
     max_context = page_table_SN.shape[1] * latent_pages.shape[1]
     splits = splits or num_splits(R * head_tiles, max_context, tile.keys)
-    single = splits == 1
-    out_RZHL, lse_RZH = pl.pallas_call(
+    out_THL = jax.ShapeDtypeStruct(query_latent_THL.shape, query_latent_THL.dtype)
+    parts_RZHL = jax.ShapeDtypeStruct((R, splits, *out_THL.shape[1:]), jnp.float32)
+    out, lse_RZH = pl.pallas_call(
         functools.partial(_decode_kernel, tile=tile, splits=splits, scale=scale * LOG2_E),
         grid=(R, head_tiles, splits),
         out_shape=(
-            jax.ShapeDtypeStruct((R, splits, H, L), dtype if single else jnp.float32),
+            out_THL if splits == 1 else parts_RZHL,
             jax.ShapeDtypeStruct((R, splits, H), jnp.float32),
         ),
+        input_output_aliases={0: 0} if splits == 1 else {},  # a program writes where it has read
         compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="mla_decode",
     )(
-        query_latent_THL.astype(_product_dtype(query_latent_THL, latent_pages)),
+        query_latent_THL,
         query_rope_THK.astype(_product_dtype(query_rope_THK, rope_pages)),
         latent_pages,
         rope_pages,
@@ -94,16 +94,17 @@ def decode(
         context_len_R,
         _scalar(page_offset),
     )
-    if single:
-        return out_RZHL[:, 0]
+    if splits == 1:
+        return out
     return pl.pallas_call(
         _combine_kernel,
         grid=(R, H),
-        out_shape=jax.ShapeDtypeStruct((R, H, L), dtype),
+        out_shape=out_THL,
+        input_output_aliases={3: 0},
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="mla_decode_combine",
-    )(out_RZHL, lse_RZH)
+    )(out, lse_RZH, context_len_R, query_latent_THL)
 
 
 def prefill(
@@ -120,7 +121,6 @@ def prefill(
     block_size: int,
     page_offset: int,
     scale: float,
-    into=None,
     interpret: bool = False,
     tile: Tile | None = None,
 ):
@@ -129,10 +129,8 @@ def prefill(
     B = block_slot_B.shape[0]
     tile = tile or prefill_tile(block_size, latent_pages.dtype.itemsize)
     parts = pl.cdiv(block_size, tile.rows)
-    if into is None:
-        query_latent_THL, into = with_zeros(query_latent_THL)
     inputs = (
-        query_latent_THL.astype(_product_dtype(query_latent_THL, latent_pages)),
+        query_latent_THL,
         query_rope_THK.astype(_product_dtype(query_rope_THK, rope_pages)),
         latent_pages,
         rope_pages,
@@ -142,13 +140,12 @@ def prefill(
         block_len_B,
         block_pos_B,
         _scalar(page_offset),
-        into,  # becomes the output: tokens of no block stay as they are
     )
     return pl.pallas_call(
         functools.partial(_prefill_kernel, tile=tile, parts=parts, scale=scale * LOG2_E),
         grid=(H, B * parts),
-        out_shape=jax.ShapeDtypeStruct(into.shape, into.dtype),
-        input_output_aliases={len(inputs) - 1: 0},
+        out_shape=jax.ShapeDtypeStruct(query_latent_THL.shape, query_latent_THL.dtype),
+        input_output_aliases={0: 0},  # a program writes only where it has read its queries
         compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="mla_prefill",
@@ -183,7 +180,9 @@ def _decode_kernel(
     begin = split * share
     end_block = jnp.minimum(begin + share, pl.cdiv(end, tile.keys))
     query = (
-        _load(query_latent_ref, (r, head[:, None]), is_head),
+        _load(query_latent_ref, (r, head[:, None]), is_head).astype(
+            _product_dtype(query_latent_ref, latent_ref)
+        ),
         _load(query_rope_ref, (r, head[:, None]), is_head),
     )
     pools = _Pools(latent_ref, rope_ref, table_ref, slot_ref[r], offset_ref[0], tile.keys)
@@ -193,12 +192,14 @@ def _decode_kernel(
         return _update(state, _score(query, latent, rope, scale), (position < end)[None, :], latent)
 
     out, lse = _finish(lax.fori_loop(begin, end_block, attend, _start(query[0].shape)))
-    _store(out_ref, (r, split, head[:, None]), is_head, out)
+    place = (r, head[:, None]) if splits == 1 else (r, split, head[:, None])
+    _store(out_ref, place, is_head & (end > 0), out)
     plt.store(lse_ref.at[r, split, head], lse, mask=is_head)
 
 
-def _combine_kernel(part_ref, lse_ref, out_ref):
-    """The softmax-weighted mean of one row's and head's shares. A row without keys gives 0."""
+def _combine_kernel(part_ref, lse_ref, len_ref, query_ref, out_ref):
+    """The softmax-weighted mean of one row's and head's shares."""
+    del query_ref  # the same memory as out_ref
     r, h = pl.program_id(0), pl.program_id(1)
     splits, _, L = part_ref.shape[1:]
     split, column = jnp.arange(splits), jnp.arange(_power_of_two(L))
@@ -210,7 +211,7 @@ def _combine_kernel(part_ref, lse_ref, out_ref):
         other=jnp.float32(0),
     )
     mean = (part * weight[:, None]).sum(axis=0) / weight.sum(axis=0)
-    plt.store(out_ref.at[r, h, column], mean.astype(out_ref.dtype), mask=column < L)
+    plt.store(out_ref.at[r, h, column], mean.astype(out_ref.dtype), mask=(column < L) & (len_ref[r] > 0))
 
 
 def _prefill_kernel(
@@ -224,7 +225,6 @@ def _prefill_kernel(
     len_ref,
     pos_ref,
     offset_ref,
-    into_ref,
     out_ref,
     *,
     tile,
@@ -232,7 +232,6 @@ def _prefill_kernel(
     scale,
 ):
     """Head h, `tile.rows` consecutive queries of one block. Late blocks, the longest, start first."""
-    del into_ref  # the same memory as out_ref
     h, part = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1)
     block, skipped = part // parts, part % parts * tile.rows
     length = jnp.clip(len_ref[block] - skipped, 0, tile.rows)
@@ -242,6 +241,7 @@ def _prefill_kernel(
     is_token = row < length
     at = ((start + row)[:, None], h)
     query = _load(query_latent_ref, at, is_token), _load(query_rope_ref, at, is_token)
+    query = query[0].astype(_product_dtype(query_latent_ref, latent_ref)), query[1]
     pools = _Pools(latent_ref, rope_ref, table_ref, slot_ref[block], offset_ref[0], tile.keys)
 
     def attend(key_block, state):

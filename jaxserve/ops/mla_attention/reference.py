@@ -25,7 +25,8 @@ def decode(
 ):
     """See `mla_attention.decode`. `key_block`: tokens of one block of keys."""
     pages_RN = jnp.take(page_table_SN, slot_R, axis=0, mode="clip")
-    query_RHC = _join(query_latent_THL, query_rope_THK)[: slot_R.shape[0]] * scale
+    R = slot_R.shape[0]
+    query_RHC = _join(query_latent_THL[:R], query_rope_THK[:R]) * scale
     L, page_size = query_latent_THL.shape[-1], latent_pages.shape[1]
     pages_a_block = max(1, key_block // page_size)
     block_len = pages_a_block * page_size
@@ -41,7 +42,9 @@ def decode(
 
     end = (jnp.max(context_len_R, initial=0) + block_len - 1) // block_len
     state = lax.fori_loop(0, end, attend_block, _start((*query_RHC.shape[:-1], L)))
-    return _finish(state).astype(query_latent_THL.dtype)
+    out_RHL = _finish(state).astype(query_latent_THL.dtype)
+    kept_RHL = jnp.where((context_len_R > 0)[:, None, None], out_RHL, query_latent_THL[:R])
+    return query_latent_THL.at[:R].set(kept_RHL)
 
 
 def prefill(
@@ -58,7 +61,6 @@ def prefill(
     block_size: int,
     page_offset: int,
     scale: float,
-    into=None,
     key_block: int = 128,
 ):
     """See `mla_attention.prefill`. One query block after the other, each over its own keys."""
@@ -68,7 +70,7 @@ def prefill(
     block_len = pages_a_block * page_size
     past = ((0, block_size), (0, 0), (0, 0))  # a block may end past T
     query_THC = jnp.pad(_join(query_latent_THL, query_rope_THK) * scale, past)
-    out_THL = jnp.pad(jnp.zeros_like(query_latent_THL) if into is None else into, past)
+    out_THL = jnp.pad(query_latent_THL, past)
 
     def attend_query_block(b, out_THL):
         start, length, pos = block_start_B[b], block_len_B[b], block_pos_B[b]

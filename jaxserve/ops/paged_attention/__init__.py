@@ -33,10 +33,11 @@ def decode(
     softcap: float | None = None,
     sinks_H: jax.Array | None = None,
 ) -> jax.Array:
-    """The first R queries, each at position context_len - 1 of its slot; [R, H, K] in the query's dtype.
+    """The first R queries, each at position context_len - 1 of its slot; [T, H, K] in the query's dtype,
+    and place if that is free.
 
-    Row r attends positions [max(0, context_len - window), context_len). A row with context_len 0
-    is padding and gives 0.
+    Row r attends positions [max(0, context_len - window), context_len). A row with context_len 0, and
+    tokens after the first R, keep their query.
     """
     options: dict[str, Any] = dict(
         page_offset=page_offset, scale=scale, window=window, softcap=softcap, sinks_H=sinks_H
@@ -63,14 +64,12 @@ def prefill(
     window: int | None = None,
     softcap: float | None = None,
     sinks_H: jax.Array | None = None,
-    into: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal attention of packed prompt chunks; [T, H, K] in the query's dtype.
+    """Causal attention of packed prompt chunks; [T, H, K] in the query's dtype, and place if that is free.
 
     Query block b holds tokens [block_start, block_start + block_len) of the T tokens, all of slot
     block_slot, the first one at position block_pos of its sequence. block_len lies in
-    0..block_size, 0 is padding. Blocks do not overlap; tokens that no block covers keep what `into`
-    [T, H, K] has of them, or else give 0.
+    0..block_size, 0 is padding. Blocks do not overlap; tokens that no block covers keep their query.
     """
     options: dict[str, Any] = dict(
         block_size=block_size,
@@ -79,7 +78,6 @@ def prefill(
         window=window,
         softcap=softcap,
         sinks_H=sinks_H,
-        into=into,
     )
     blocks = (block_slot_B, block_start_B, block_len_B, block_pos_B)
     arrays = (query_THK, key_pages, value_pages, page_table_SN, *blocks)

@@ -20,8 +20,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxserve.ops.output import with_zeros
-
 NEG_INF = -1e30  # finite: the maximum over no key at all makes no NaN
 LOG2_E = math.log2(math.e)
 
@@ -95,10 +93,10 @@ def decode(
     splits: int | None = None,
 ):
     """See `paged_attention.decode`. `tile` and `splits` are chosen from the shapes unless given."""
-    R, (_, H, K), dtype = slot_R.shape[0], query_THK.shape, query_THK.dtype
+    R, (_, H, K) = slot_R.shape[0], query_THK.shape
     page_size, G = key_pages.shape[1:3]
     if R == 0:
-        return query_THK[:0]
+        return query_THK
     tile = tile or decode_tile(K, key_pages.dtype.itemsize)
     splits = splits or num_splits(R, G, page_table_SN.shape[1] * page_size, tile)
     kernel = functools.partial(
@@ -109,19 +107,20 @@ def decode(
         score=_score(scale, softcap),
         window=window,
     )
-    single = splits == 1
-    out_RZHK, lse_RZH = pl.pallas_call(
+    out_THK = jax.ShapeDtypeStruct(query_THK.shape, query_THK.dtype)
+    out, lse_RZH = pl.pallas_call(
         kernel,
         grid=(R, G, splits),
         out_shape=(
-            jax.ShapeDtypeStruct((R, splits, H, K), dtype if single else jnp.float32),
+            out_THK if splits == 1 else jax.ShapeDtypeStruct((R, splits, H, K), jnp.float32),
             jax.ShapeDtypeStruct((R, splits, H), jnp.float32),
         ),
+        input_output_aliases={0: 0} if splits == 1 else {},  # a program writes where it has read
         compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="paged_decode",
     )(
-        query_THK.astype(_product_dtype(query_THK, key_pages)),
+        query_THK,
         key_pages,
         value_pages,
         page_table_SN,
@@ -130,16 +129,17 @@ def decode(
         _sinks(sinks_H, H),
         _scalar(page_offset),
     )
-    if single:
-        return out_RZHK[:, 0]
+    if splits == 1:
+        return out
     return pl.pallas_call(
         _combine_kernel,
         grid=(R, H),
-        out_shape=jax.ShapeDtypeStruct((R, H, K), dtype),
+        out_shape=out_THK,
+        input_output_aliases={3: 0},
         compiler_params=plt.CompilerParams(num_warps=2, num_stages=1),
         interpret=interpret,
         name="paged_decode_combine",
-    )(out_RZHK, lse_RZH)
+    )(out, lse_RZH, context_len_R, query_THK)
 
 
 def prefill(
@@ -158,7 +158,6 @@ def prefill(
     window: int | None = None,
     softcap: float | None = None,
     sinks_H=None,
-    into=None,
     interpret: bool = False,
     tile: Tile | None = None,
 ):
@@ -167,7 +166,7 @@ def prefill(
     G = key_pages.shape[2]
     B = block_slot_B.shape[0]
     if T == 0 or B == 0:
-        return jnp.zeros_like(query_THK) if into is None else into
+        return query_THK
     tile = tile or prefill_tile(K, key_pages.dtype.itemsize, block_size)
     parts = pl.cdiv(block_size, tile.rows)
     kernel = functools.partial(
@@ -178,10 +177,8 @@ def prefill(
         score=_score(scale, softcap),
         window=window,
     )
-    if into is None:
-        query_THK, into = with_zeros(query_THK)
     inputs = (
-        query_THK.astype(_product_dtype(query_THK, key_pages)),
+        query_THK,
         key_pages,
         value_pages,
         page_table_SN,
@@ -191,13 +188,12 @@ def prefill(
         block_pos_B,
         _sinks(sinks_H, H),
         _scalar(page_offset),
-        into,  # becomes the output: tokens of no block stay as they are
     )
     return pl.pallas_call(
         kernel,
         grid=(H, B * parts),
-        out_shape=jax.ShapeDtypeStruct(into.shape, into.dtype),
-        input_output_aliases={len(inputs) - 1: 0},
+        out_shape=jax.ShapeDtypeStruct(query_THK.shape, query_THK.dtype),
+        input_output_aliases={0: 0},  # a program writes only where it has read its queries
         compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="paged_prefill",
@@ -237,6 +233,7 @@ def _decode_kernel(
     row = jnp.arange(max(16, pl.next_power_of_2(group)))  # a matrix product has at least 16 rows
     head, is_head = g * group + row, row < group
     query = _load_heads(query_ref, (r, head[:, None]), K, is_head)
+    query = query.astype(_product_dtype(query_ref, key_ref))
     pages = _PageTable(table_ref, slot_ref[r], key_ref.shape[1], offset_ref[0])
 
     def attend_block(block, state):
@@ -254,12 +251,14 @@ def _decode_kernel(
     state = _start(sink * LOG2_E, query.shape[1])
     state = lax.fori_loop(begin, jnp.minimum(begin + share, end_block), attend_block, state)
     out, lse = _finish(state)
-    _store_heads(out_ref, (r, split, head[:, None]), K, is_head, out)
+    place = (r, head[:, None]) if splits == 1 else (r, split, head[:, None])
+    _store_heads(out_ref, place, K, is_head & (end > 0), out)
     plt.store(lse_ref.at[r, split, head], lse, mask=is_head)
 
 
-def _combine_kernel(part_ref, lse_ref, out_ref):
+def _combine_kernel(part_ref, lse_ref, len_ref, query_ref, out_ref):
     """The softmax-weighted mean of one row's and head's partial results."""
+    del query_ref  # the same memory as out_ref
     r, h = pl.program_id(0), pl.program_id(1)
     splits, _, K = part_ref.shape[1:]
     split = jnp.arange(splits)
@@ -272,7 +271,7 @@ def _combine_kernel(part_ref, lse_ref, out_ref):
         other=jnp.float32(0),
     )
     mean = (part * weight[:, None]).sum(axis=0) / weight.sum(axis=0)
-    plt.store(out_ref.at[r, h, column], mean.astype(out_ref.dtype), mask=column < K)
+    plt.store(out_ref.at[r, h, column], mean.astype(out_ref.dtype), mask=(column < K) & (len_ref[r] > 0))
 
 
 def _prefill_kernel(
@@ -286,7 +285,6 @@ def _prefill_kernel(
     pos_ref,
     sink_ref,
     offset_ref,
-    into_ref,
     out_ref,
     *,
     tile,
@@ -296,7 +294,6 @@ def _prefill_kernel(
     window,
 ):
     """Head h, `tile.rows` consecutive queries of one block. Late blocks, the longest, start first."""
-    del into_ref  # the same memory as out_ref
     h, part = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1)
     g, K = h // group, query_ref.shape[-1]
     block, skipped = part // parts, part % parts * tile.rows
@@ -307,6 +304,7 @@ def _prefill_kernel(
     row = jnp.arange(tile.rows)
     is_token = row < length
     query = _load_heads(query_ref, ((start + row)[:, None], h), K, is_token)
+    query = query.astype(_product_dtype(query_ref, key_ref))
     pages = _PageTable(table_ref, slot_ref[block], key_ref.shape[1], offset_ref[0])
 
     def attend_block(block, state, *, masked):

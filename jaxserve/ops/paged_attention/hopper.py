@@ -21,7 +21,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxserve.ops.output import with_zeros
 from jaxserve.ops.paged_attention.fast import LOG2_E, NEG_INF
 
 ROWS = 64  # query rows of a warpgroup: a tensor core instruction has 64
@@ -77,7 +76,6 @@ def prefill(
     window: int | None = None,
     softcap: float | None = None,
     sinks_H=None,
-    into=None,
     interpret=None,
     tile: Tile | None = None,
 ):
@@ -116,12 +114,9 @@ def prefill(
         interpret=interpret,
     )
     sinks = jnp.full((H,), NEG_INF, jnp.float32) if sinks_H is None else sinks_H.astype(jnp.float32)
-    typed_THK = query_THK.astype(dtype)
-    if into is None:
-        typed_THK, into = with_zeros(typed_THK)
-    out = jax.new_ref(into.astype(dtype))  # tokens of no block stay as they are
+    query_and_out = jax.new_ref(query_THK.astype(dtype))
     run(
-        typed_THK,
+        query_and_out,
         key_pages,
         value_pages,
         page_table_SN,
@@ -131,13 +126,12 @@ def prefill(
         block_pos_B,
         sinks,
         jnp.full((1,), page_offset, jnp.int32),
-        out,
     )
-    return jax.freeze(out).astype(query_THK.dtype)
+    return jax.freeze(query_and_out).astype(query_THK.dtype)
 
 
 def _kernel(
-    query_ref,
+    query_and_out_ref,
     key_ref,
     value_ref,
     table_ref,
@@ -147,7 +141,6 @@ def _kernel(
     pos_ref,
     sink_ref,
     offset_ref,
-    out_ref,
     *,
     query_smem,
     rows_smem,
@@ -165,7 +158,11 @@ def _kernel(
     window,
     softcap,
 ):
-    """Late blocks, the longest, start first; the heads of one block run side by side."""
+    """Late blocks, the longest, start first; the heads of one block run side by side.
+
+    What a program copies of queries beyond its own may have been overwritten: it makes no use of them.
+    """
+    query_ref = out_ref = query_and_out_ref
     block = lax.axis_size("block") - 1 - lax.axis_index("block")
     head, warpgroup = lax.axis_index("head"), lax.axis_index("warpgroup")
     length, pos = len_ref[block], pos_ref[block]

@@ -53,7 +53,8 @@ def decode(
     end = (jnp.max(context_len_R, initial=0) + block_len - 1) // block_len
     state = _start(query_RGqK.shape, None if sinks_H is None else sinks_H.reshape(G, H // G))
     state = lax.fori_loop(begin, end, attend_block, state)
-    return _finish(state).reshape(R, H, K).astype(query_THK.dtype)
+    out_RHK = _finish(state).reshape(R, H, K).astype(query_THK.dtype)
+    return query_THK.at[:R].set(jnp.where((context_len_R > 0)[:, None, None], out_RHK, query_THK[:R]))
 
 
 def prefill(
@@ -72,7 +73,6 @@ def prefill(
     window: int | None = None,
     softcap: float | None = None,
     sinks_H=None,
-    into=None,
     key_block: int = 128,
 ):
     """See `paged_attention.prefill`. One query block after the other, each over its own keys."""
@@ -80,9 +80,7 @@ def prefill(
     page_size, G = key_pages.shape[1:3]
     num_pages = max(1, key_block // page_size)
     block_len = num_pages * page_size
-    past = ((0, block_size), (0, 0), (0, 0))  # a block may end past T
-    out_THK = jnp.pad(jnp.zeros_like(query_THK) if into is None else into, past)
-    query_THK = jnp.pad(query_THK, past)
+    query_THK = jnp.pad(query_THK, ((0, block_size), (0, 0), (0, 0)))  # a block may end past T
     sinks_Gq1 = None if sinks_H is None else sinks_H.reshape(G, H // G, 1)
 
     def attend_query_block(b, out_THK):
@@ -115,7 +113,7 @@ def prefill(
         kept_QHK = jnp.where((token_Q < length)[:, None, None], new_QHK, old_QHK)
         return lax.dynamic_update_slice_in_dim(out_THK, kept_QHK, start, axis=0)
 
-    return lax.fori_loop(0, block_len_B.shape[0], attend_query_block, out_THK)[:T]
+    return lax.fori_loop(0, block_len_B.shape[0], attend_query_block, query_THK)[:T]
 
 
 # ---- one block of keys ----
