@@ -138,7 +138,8 @@ def _on_devices(step: StepContext) -> Callable[..., Any]:
             query_RhK, key_RhK, value_RhK = (x[:R] for x in inputs)
             out_RhK, after = decode(query_RhK, key_RhK, value_RhK, before, slope_h)
             states = write_rows(states, slot_R, layer, after)
-            out_ThK = out_ThK.at[:R].set(jnp.where((slot_R >= 0)[:, None, None], out_RhK, 0))
+            out_RhK = jnp.where((slot_R >= 0)[:, None, None], out_RhK, 0)
+            out_ThK = jax.lax.dynamic_update_slice_in_dim(out_ThK, out_RhK, 0, axis=0)
         if blocks is not None:
             slot_B, start_B, len_B, pos_B = blocks
             from_B, end_B, keep_B = rows

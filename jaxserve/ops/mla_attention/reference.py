@@ -44,7 +44,7 @@ def decode(
     state = lax.fori_loop(0, end, attend_block, _start((*query_RHC.shape[:-1], L)))
     out_RHL = _finish(state).astype(query_latent_THL.dtype)
     kept_RHL = jnp.where((context_len_R > 0)[:, None, None], out_RHL, query_latent_THL[:R])
-    return query_latent_THL.at[:R].set(kept_RHL)
+    return lax.dynamic_update_slice_in_dim(query_latent_THL, kept_RHL, 0, axis=0)
 
 
 def prefill(

@@ -54,7 +54,8 @@ def decode(
     state = _start(query_RGqK.shape, None if sinks_H is None else sinks_H.reshape(G, H // G))
     state = lax.fori_loop(begin, end, attend_block, state)
     out_RHK = _finish(state).reshape(R, H, K).astype(query_THK.dtype)
-    return query_THK.at[:R].set(jnp.where((context_len_R > 0)[:, None, None], out_RHK, query_THK[:R]))
+    kept_RHK = jnp.where((context_len_R > 0)[:, None, None], out_RHK, query_THK[:R])
+    return lax.dynamic_update_slice_in_dim(query_THK, kept_RHK, 0, axis=0)
 
 
 def prefill(
