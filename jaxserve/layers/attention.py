@@ -282,11 +282,12 @@ class StepContext:
         weights: ExpertWeights,
         activation: Activation,
     ) -> jax.Array:
-        """The weighted sum of each token's experts. Padding is given no expert and is not counted.
+        """The weighted sum of each token's experts, in the dtype that `Dispatch` gives it.
 
-        `layer` counts the layers that have experts.
+        Args:
+            layer: counts the layers that have experts.
+            expert_TX: -1 for padding, which is not counted.
         """
-        expert_TX = jnp.where((self.slot_T >= 0)[:, None], expert_TX, -1)
         assert layer not in self.chosen, f"experts of layer {layer} ran twice"
         self.chosen[layer] = expert_TX
         slots = None if self.expert_slots is None else self.expert_slots.layer(layer)

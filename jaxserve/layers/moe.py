@@ -132,7 +132,8 @@ class MoE(nnx.Module):
         with jax.named_scope("route"):
             logits_TE = project(wide_TD, self.router, self.router_bias, out_dtype=jnp.float32)
             bias_E = None if self.choice_bias is None else self.choice_bias[...]
-            expert_TX, weight_TX = step.per_rank(partial(choose, self.routing), logits_TE, shared=bias_E)
+            tokens = logits_TE, step.slot_T
+            expert_TX, weight_TX = step.per_rank(partial(_choose, self.routing), tokens, shared=bias_E)
         with jax.named_scope("experts"):
             out_TD = step.feed_experts(
                 self.index, wide_TD, expert_TX, weight_TX, self.experts.weights(), self.activation
@@ -145,3 +146,10 @@ class MoE(nnx.Module):
                 gate_T1 = project(wide_TD, self.shared_gate, out_dtype=jnp.float32)
                 shared_TD = shared_TD * jax.nn.sigmoid(gate_T1).astype(shared_TD.dtype)
             return out_TD + shared_TD
+
+
+def _choose(
+    routing: Routing, tokens: tuple[jax.Array, jax.Array], bias_E: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    logits_TE, slot_T = tokens
+    return choose(routing, logits_TE, bias_E, slot_T)

@@ -63,6 +63,20 @@ def test_expert_of_a_group_left_out_is_not_chosen_however_good():
     assert sorted(choose(rule, jnp.zeros((1, 8)), bias)[0]) == [4, 5]
 
 
+@pytest.mark.parametrize("rule", [Routing(8, 1), Routing(16, 8, "softmax_of_chosen")], ids=str)
+@pytest.mark.parametrize("slots", [[3, -1, 0, -1], [-1] * 4, [0] * 4], ids=str)
+@pytest.mark.parametrize("implementation", ["reference", "interpret"])
+def test_padding_is_given_no_expert_and_changes_no_other_token(rule, slots, implementation):
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(4, rule.num_experts)), jnp.float32)
+    with backend.use(implementation):
+        want_expert, want_weight = routing.choose(rule, logits)
+        expert, weight = routing.choose(rule, logits, slot_T=jnp.asarray(slots, jnp.int32))
+    for token, slot in enumerate(slots):
+        assert expert[token].tolist() == ([-1] * rule.top_k if slot < 0 else want_expert[token].tolist())
+        if slot >= 0:
+            np.testing.assert_array_equal(weight[token], want_weight[token])
+
+
 RULES = (
     Routing(8, 2, renormalize=True),
     Routing(60, 4),  # no power of two

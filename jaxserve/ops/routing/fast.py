@@ -15,11 +15,12 @@ NEVER = -1e30  # the choice's value of what cannot be chosen (again)
 
 
 @functools.partial(jax.jit, static_argnames=("routing", "interpret"))
-def choose(routing, logits_TE, bias_E=None, *, interpret: bool = False):
+def choose(routing, logits_TE, bias_E=None, slot_T=None, *, interpret: bool = False):
     """See `routing.choose`. Traced and lowered once for all layers, as a kernel takes milliseconds."""
     T, E = logits_TE.shape
     X = routing.top_k
     bias_E = jnp.zeros((E,), jnp.float32) if bias_E is None else bias_E.astype(jnp.float32)
+    slot_T = jnp.zeros((T,), jnp.int32) if slot_T is None else slot_T
     return pl.pallas_call(
         functools.partial(_kernel, routing=routing),
         grid=(T,),
@@ -27,10 +28,10 @@ def choose(routing, logits_TE, bias_E=None, *, interpret: bool = False):
         compiler_params=plt.CompilerParams(num_warps=1 if E <= 256 else 2, num_stages=1),
         interpret=interpret,
         name="choose_experts",
-    )(logits_TE.astype(jnp.float32), bias_E)
+    )(logits_TE.astype(jnp.float32), bias_E, slot_T)
 
 
-def _kernel(logits_ref, bias_ref, expert_ref, weight_ref, *, routing):
+def _kernel(logits_ref, bias_ref, slot_ref, expert_ref, weight_ref, *, routing):
     t, E, X = pl.program_id(0), logits_ref.shape[1], routing.top_k
     lane = jnp.arange(pl.next_power_of_2(E))
     is_expert = lane < E
@@ -62,6 +63,7 @@ def _kernel(logits_ref, bias_ref, expert_ref, weight_ref, *, routing):
         weight = power / power.sum(axis=0)
     elif routing.renormalize:
         weight = weight / (weight.sum(axis=0) + 1e-20)
+    expert = jnp.where(slot_ref[t] < 0, -1, expert)
     plt.store(expert_ref.at[t, place], expert, mask=is_place)
     plt.store(weight_ref.at[t, place], weight * routing.scale, mask=is_place)
 

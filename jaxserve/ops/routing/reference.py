@@ -5,8 +5,15 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def choose(routing, logits_TE, bias_E=None):
+def choose(routing, logits_TE, bias_E=None, slot_T=None):
     """See `routing.choose`."""
+    expert_TX, weight_TX = _best(routing, logits_TE, bias_E)
+    if slot_T is not None:
+        expert_TX = jnp.where((slot_T >= 0)[:, None], expert_TX, -1)
+    return expert_TX, weight_TX
+
+
+def _best(routing, logits_TE, bias_E):
     logits_TE = logits_TE.astype(jnp.float32)
     if routing.score == "softmax_of_chosen":
         top_TX, expert_TX = lax.top_k(logits_TE, routing.top_k)
