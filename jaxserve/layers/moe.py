@@ -139,13 +139,13 @@ class MoE(nnx.Module):
                 self.index, wide_TD, expert_TX, weight_TX, self.experts.weights(), self.activation
             )
         if self.shared is None:
-            return out_TD
+            return out_TD.astype(hidden_TD.dtype)
         with jax.named_scope("shared_expert"):
             shared_TD = self.shared(hidden_TD)
             if self.shared_gate is not None:
                 gate_T1 = project(wide_TD, self.shared_gate, out_dtype=jnp.float32)
                 shared_TD = shared_TD * jax.nn.sigmoid(gate_T1).astype(shared_TD.dtype)
-            return out_TD + shared_TD
+            return (out_TD + shared_TD.astype(out_TD.dtype)).astype(hidden_TD.dtype)
 
 
 def _choose(

@@ -65,13 +65,16 @@ class Dispatch:
         activation: Activation,
         slots: SlotTable | None = None,
     ) -> jax.Array:
-        """As `grouped_gemm.feed_forward`, over the mesh, in the dtype of `hidden_TD`.
+        """As `grouped_gemm.feed_forward`, over the mesh: in the dtype of `hidden_TD`, as devices send it.
+
+        Without a mesh it stays float32. XLA would add a sum in the model's dtype inside the shared expert's
+        product (cuBLASLt, from 64 rows on), and the residual after it in a kernel of its own; what is added
+        in float32 it adds all at once where the weighted sum is computed.
 
         With `slots`, of one layer, weights are those of its slots and not of its experts.
         """
         if self.mesh is None:
-            out_TD = feed_forward(hidden_TD, expert_TX, weight_TX, weights, activation)
-            return out_TD.astype(hidden_TD.dtype)
+            return feed_forward(hidden_TD, expert_TX, weight_TX, weights, activation)
         sizes = dict(self.mesh.shape)
         route = _gathered
         if self.backend != "none":

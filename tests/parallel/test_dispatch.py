@@ -101,6 +101,14 @@ def test_every_backend_equals_one_device(cell):
         np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
 
 
+def test_sum_of_experts_is_rounded_only_where_devices_send_it():
+    hidden, expert, weight, weights = arrays(4)
+    inputs = hidden.astype(jnp.bfloat16), expert, weight, weights
+    for mesh, dtype in ((None, jnp.float32), (make_mesh(Layout(2), jax.devices()), jnp.bfloat16)):
+        dispatch = Dispatch(mesh)
+        assert jax.eval_shape(lambda *inputs, d=dispatch: d(*inputs, silu), *inputs).dtype == dtype
+
+
 @pytest.mark.parametrize("cell", [(lay, b) for lay, b in CELLS if lay.ep in (4, 8)][::2], ids=name)
 def test_copied_and_shuffled_experts_give_the_same(cell):
     layout, backend = cell
