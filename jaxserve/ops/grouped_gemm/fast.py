@@ -3,10 +3,12 @@
 The first gathers each row's token, multiplies with gate and up and applies the activation; the
 second multiplies with down and stores rows in the order of (token, choice), so that what is left
 is a weighted sum over a token's choices. A block of rows belongs to one expert; blocks that hold
-no rows end at once, so padding and other devices' experts cost an empty program.
+no rows end at once, so padding and other devices' experts cost an empty program. Few tokens are not
+sorted: all of them together are a block of each expert that any of them names.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jaxserve.ops.grouped_gemm.rows import num_blocks
 from jaxserve.ops.grouped_gemm.rows_fast import group
 from jaxserve.ops.output import with_zeros
 
@@ -47,6 +50,28 @@ def choose_tile(rows_per_expert: float, itemsize: int) -> Tile:
     if rows_per_expert <= 64:
         return Tile(64, 64, 64, warps=4, stages=4)
     return Tile(128, 128, 64, warps=8, stages=3)
+
+
+class Rows(NamedTuple):
+    """How the programs of a product find their rows.
+
+    `find(*refs of arrays, tile_rows)` is traced in the kernel, for the block of its program. It gives the
+    block's expert, whether it holds any rows, and by row: whether there is one, its number and its pair.
+    """
+
+    find: Callable
+    num_rows: int
+    num_blocks: int
+    arrays: tuple[jax.Array, ...]
+
+    @classmethod
+    def of(cls, expert_TX: jax.Array, num_experts: int, tile_rows: int, interpret: bool) -> "Rows":
+        """Sorted by expert, unless all tokens fit into one block and sorting would leave as many blocks."""
+        num_tokens, num_rows = expert_TX.shape[0], expert_TX.size
+        if num_tokens <= tile_rows and num_blocks(num_rows, num_experts, tile_rows) == num_rows:
+            return cls(_find_unsorted, num_rows, num_rows, (expert_TX,))
+        blocks = group(expert_TX, num_experts, tile_rows, interpret=interpret)
+        return cls(_find_sorted, num_rows, blocks.expert_B.shape[0], tuple(blocks))
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "interpret", "tile", "workspace_bytes"))
@@ -92,8 +117,8 @@ def feed_forward(
 
         return lax.fori_loop(0, parts, add_part, zeros_TD)
     tile = tile or choose_tile(T * X / E, hidden_TD.dtype.itemsize)
-    blocks = group(expert_TX, E, tile.rows, interpret=interpret)
-    call = functools.partial(_call, blocks=blocks, num_choices=X, tile=tile, interpret=interpret)
+    rows = Rows.of(expert_TX, E, tile.rows, interpret)
+    call = functools.partial(_call, rows=rows, num_choices=X, tile=tile, interpret=interpret)
     inner_MF = call(
         hidden_TD,
         [weights.gate_EFD, weights.up_EFD],
@@ -117,7 +142,7 @@ def feed_forward(
     return jnp.sum(jnp.where((expert_TX >= 0)[..., None], out_TXD, 0), axis=1)
 
 
-def _call(x, matrices, scales, biases, *, blocks, num_choices, finish, gather, tile, interpret, name):
+def _call(x, matrices, scales, biases, *, rows, num_choices, finish, gather, tile, interpret, name):
     N, K = matrices[0].shape[1:]
     depth = tile.depth
     if scales[0] is not None:
@@ -129,6 +154,8 @@ def _call(x, matrices, scales, biases, *, blocks, num_choices, finish, gather, t
         num_matrices=len(matrices),
         has_scale=scales[0] is not None,
         has_bias=biases[0] is not None,
+        find_rows=rows.find,
+        num_row_refs=len(rows.arrays),
         num_choices=num_choices,
         finish=finish,
         gather=gather,
@@ -136,24 +163,22 @@ def _call(x, matrices, scales, biases, *, blocks, num_choices, finish, gather, t
     )
     return pl.pallas_call(
         kernel,
-        grid=(blocks.expert_B.shape[0], pl.cdiv(N, tile.columns)),
-        out_shape=jax.ShapeDtypeStruct((blocks.order_M.shape[0], N), x.dtype),
+        grid=(rows.num_blocks, pl.cdiv(N, tile.columns)),
+        out_shape=jax.ShapeDtypeStruct((rows.num_rows, N), x.dtype),
         compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name=name,
-    )(x, blocks.order_M, blocks.expert_B, blocks.start_B, blocks.end_B, *operands)
+    )(x, *rows.arrays, *operands)
 
 
 def _kernel(
     x_ref,
-    order_ref,
-    expert_ref,
-    start_ref,
-    end_ref,
     *refs,
     num_matrices,
     has_scale,
     has_bias,
+    find_rows,
+    num_row_refs,
     num_choices,
     finish,
     gather,
@@ -164,17 +189,12 @@ def _kernel(
     With `gather` row i reads the token of its pair and is written to row i; without, row i is read
     and written to its pair.
     """
-    *refs, out_ref = refs
+    row_refs, (*refs, out_ref) = refs[:num_row_refs], refs[num_row_refs:]
     matrix_refs = refs[:num_matrices]
     scale_refs = refs[num_matrices : 2 * num_matrices] if has_scale else [None] * num_matrices
     bias_refs = refs[-num_matrices:] if has_bias else [None] * num_matrices
     N, K = matrix_refs[0].shape[1:]
-    block = pl.program_id(0)
-    expert, start, end = expert_ref[block], start_ref[block], end_ref[block]
-    row = start + jnp.arange(tile.rows)
-    is_row = row < end
-    # Lanes without a row point past the end: in interpret mode a masked store writes back what it read.
-    pair = plt.load(order_ref.at[row], mask=is_row, other=jnp.int32(order_ref.shape[0]))
+    expert, has_rows, is_row, row, pair = find_rows(*row_refs, tile.rows)
     read, write = (pair // num_choices, row) if gather else (row, pair)
     column = pl.program_id(1) * tile.columns + jnp.arange(tile.columns)
     is_column = column < N
@@ -195,7 +215,7 @@ def _kernel(
         return tuple(out)
 
     zeros = tuple(jnp.zeros((tile.rows, tile.columns), jnp.float32) for _ in matrix_refs)
-    steps = jnp.where(start < end, pl.cdiv(K, tile.depth), jnp.int32(0))
+    steps = jnp.where(has_rows, pl.cdiv(K, tile.depth), jnp.int32(0))
     sums = lax.fori_loop(0, steps, multiply, zeros)
     for i, bias_ref in enumerate(bias_refs):
         if bias_ref is not None:
@@ -206,6 +226,30 @@ def _kernel(
         finish(*sums).astype(out_ref.dtype),
         mask=is_row[:, None] & is_column[None, :],
     )
+
+
+def _find_sorted(order_ref, expert_ref, start_ref, end_ref, tile_rows):
+    block = pl.program_id(0)
+    start, end = start_ref[block], end_ref[block]
+    row = start + jnp.arange(tile_rows)
+    is_row = row < end
+    # Lanes without a row point past the end: in interpret mode a masked store writes back what it read.
+    pair = plt.load(order_ref.at[row], mask=is_row, other=jnp.int32(order_ref.shape[0]))
+    return expert_ref[block], start < end, is_row, row, pair
+
+
+def _find_unsorted(expert_ref, tile_rows):
+    """The block of a pair: all tokens that name its expert, where no pair before it does; a row is a pair."""
+    T, X = expert_ref.shape
+    block = pl.program_id(0)
+    expert = expert_ref[block // X, block % X]
+    token, choice = jnp.arange(tile_rows)[:, None], jnp.arange(pl.next_power_of_2(X))[None, :]
+    named = plt.load(expert_ref.at[token, choice], mask=(token < T) & (choice < X), other=jnp.int32(-1))
+    pair = jnp.where((named == expert) & (named >= 0), token * X + choice, T * X).min(axis=1)
+    has_rows = pair.min(axis=0) == block
+    is_row = has_rows & (pair < T * X)
+    pair = jnp.where(is_row, pair, T * X)
+    return jnp.maximum(expert, 0), has_rows, is_row, pair, pair
 
 
 def _load(ref, which, row, column, is_row, is_column):

@@ -10,18 +10,22 @@ class Blocks(NamedTuple):
     """The (token, choice) pairs sorted by expert, in blocks.
 
     Pair `order_M[i]` is row i; it is choice `pair % X` of token `pair // X`. Block b holds rows
-    [start_B, end_B) of expert `expert_B`. Blocks from `count` on are empty (start = end = 0).
+    [start_B, end_B) of expert `expert_B`. In an empty one, start = end.
     """
 
     order_M: jax.Array
     expert_B: jax.Array
     start_B: jax.Array
     end_B: jax.Array
-    count: jax.Array
+
+    @property
+    def count(self) -> jax.Array:
+        """Blocks that are not empty."""
+        return jnp.sum(self.start_B < self.end_B, dtype=jnp.int32)
 
 
 def group(expert_TX: jax.Array, num_experts: int, block_rows: int) -> Blocks:
-    """Sort pairs by expert; those of expert -1 come last and are in no block."""
+    """Sort pairs by expert. Those of expert -1 come last and are in no block; empty blocks come last."""
     expert_M = expert_TX.reshape(-1)
     expert_M = jnp.where(expert_M < 0, num_experts, expert_M)
     order_M = jnp.argsort(expert_M, stable=True).astype(jnp.int32)
@@ -43,7 +47,6 @@ def group(expert_TX: jax.Array, num_experts: int, block_rows: int) -> Blocks:
         owner_B,
         jnp.where(is_block_B, start_B, zero),
         jnp.where(is_block_B, end_B, zero),
-        until_E[-1],
     )
 
 

@@ -1,4 +1,4 @@
-"""`rows.group` for CUDA: a counting sort in two small kernels.
+"""`rows.group` for CUDA: a counting sort in one small kernel.
 
 XLA makes ten kernels of the reference, a radix sort among them. At a few rows a layer of experts
 reads few weights, and the time of its kernels is the time to start them.
@@ -12,60 +12,45 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxserve.ops.grouped_gemm.rows import Blocks, num_blocks
+from jaxserve.ops.grouped_gemm.rows import Blocks
 
 CHUNK = 1024  # pairs that a program looks at in one iteration
 
 
 def group(expert_TX: jax.Array, num_experts: int, block_rows: int, *, interpret: bool = False) -> Blocks:
-    """As `rows.group`, except that `order_M` is unset from the last row of an expert on."""
+    """As `rows.group`, but `order_M` is unset from the last row of an expert on, and any block may be empty.
+
+    The blocks of expert e begin with number first_e // block_rows + e, first_e being its first row. Those
+    of the experts before it have room there, however many rows each of them has, so that a program counts
+    its own expert's rows and all before, and not each expert's.
+    """
     expert_M = expert_TX.reshape(-1)
     M, E = expert_M.shape[0], num_experts
-    B = num_blocks(M, E, block_rows)
+    B = M // block_rows + E
     chunk = min(CHUNK, pl.next_power_of_2(M))
-    call = functools.partial(
-        pl.pallas_call,
+    arrays = pl.pallas_call(
+        functools.partial(_kernel, num_experts=E, chunk=chunk, block_rows=block_rows),
         grid=(E,),
+        out_shape=tuple(jax.ShapeDtypeStruct((size,), jnp.int32) for size in (M, B, B, B)),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
-    )
-    size_E = call(
-        functools.partial(_count_kernel, chunk=chunk),
-        out_shape=jax.ShapeDtypeStruct((E,), jnp.int32),
-        name="experts_count",
-    )(expert_M)
-    order_M, expert_B, start_B, end_B, count_1 = call(
-        functools.partial(_place_kernel, chunk=chunk, block_rows=block_rows),
-        out_shape=(
-            jax.ShapeDtypeStruct((M,), jnp.int32),
-            *(jax.ShapeDtypeStruct((B,), jnp.int32) for _ in range(3)),
-            jax.ShapeDtypeStruct((1,), jnp.int32),
-        ),
         name="experts_place",
-    )(expert_M, size_E)
-    return Blocks(order_M, expert_B, start_B, end_B, count_1[0])
+    )(expert_M)
+    return Blocks(*arrays)
 
 
-def _count_kernel(expert_ref, size_ref, *, chunk):
-    """How many pairs name expert e."""
-    expert = pl.program_id(0)
+def _kernel(expert_ref, order_ref, owner_ref, start_ref, end_ref, *, num_experts, chunk, block_rows):
+    """The rows and the blocks of expert e, and the empty blocks after those."""
+    expert, B = pl.program_id(0), owner_ref.shape[0]
+    num_chunks = pl.cdiv(expert_ref.shape[0], chunk)
 
-    def add(i, total):
-        return total + (_load_chunk(expert_ref, i, chunk) == expert).astype(jnp.int32).sum(axis=0)
+    def count(i, counts):
+        before, own = counts
+        other = _load_chunk(expert_ref, i, chunk)
+        return before + _sum((other >= 0) & (other < expert)), own + _sum(other == expert)
 
-    size_ref[expert] = lax.fori_loop(0, pl.cdiv(expert_ref.shape[0], chunk), add, jnp.int32(0))
-
-
-def _place_kernel(
-    expert_ref, size_ref, order_ref, owner_ref, start_ref, end_ref, count_ref, *, chunk, block_rows
-):
-    """The rows and the blocks of expert e, and the empty blocks of all."""
-    expert, E, B = pl.program_id(0), size_ref.shape[0], owner_ref.shape[0]
-    other = jnp.arange(pl.next_power_of_2(E))
-    size = plt.load(size_ref.at[other], mask=other < E, other=jnp.int32(0))
-    blocks = pl.cdiv(size, block_rows)
-    first, first_block = _sum(size, other < expert), _sum(blocks, other < expert)
-    own, total = _sum(size, other == expert), blocks.sum(axis=0)
+    first, size = lax.fori_loop(0, num_chunks, count, (jnp.int32(0), jnp.int32(0)))
+    last = first + size
 
     def place(i, row):
         mine = _load_chunk(expert_ref, i, chunk) == expert
@@ -76,19 +61,16 @@ def _place_kernel(
         plt.store(order_ref.at[at], pair, mask=mine)
         return row + rank.max(axis=0)
 
-    lax.fori_loop(0, pl.cdiv(expert_ref.shape[0], chunk), place, first)
+    lax.fori_loop(0, num_chunks, place, first)
 
     block = jnp.arange(pl.next_power_of_2(B))
-    number = block - first_block
-    is_mine = (number >= 0) & (number < pl.cdiv(own, block_rows))
-    is_empty = (expert == 0) & (block >= total) & (block < B)
-    start = jnp.where(is_empty, 0, first + number * block_rows)
-    end = jnp.where(is_empty, 0, jnp.minimum(start + block_rows, first + own))
+    begin = first // block_rows + expert
+    until = jnp.where(expert == num_experts - 1, B, last // block_rows + expert + 1)
+    is_mine = (block >= begin) & (block < until)
+    start = jnp.minimum(first + (block - begin) * block_rows, last)
+    end = jnp.minimum(start + block_rows, last)
     for ref, value in ((owner_ref, jnp.full(block.shape, expert)), (start_ref, start), (end_ref, end)):
-        plt.store(ref.at[jnp.where(is_mine | is_empty, block, B)], value, mask=is_mine | is_empty)
-    plt.store(
-        count_ref.at[jnp.zeros((1,), jnp.int32)], jnp.full((1,), total), mask=jnp.full((1,), expert == 0)
-    )
+        plt.store(ref.at[jnp.where(is_mine, block, B)], value, mask=is_mine)
 
 
 def _load_chunk(expert_ref, i, chunk):
@@ -96,5 +78,5 @@ def _load_chunk(expert_ref, i, chunk):
     return plt.load(expert_ref.at[pair], mask=pair < expert_ref.shape[0], other=jnp.int32(-1))
 
 
-def _sum(value, where):
-    return jnp.where(where, value, jnp.zeros_like(value)).sum(axis=0)
+def _sum(is_counted):
+    return is_counted.astype(jnp.int32).sum(axis=0)
