@@ -93,18 +93,3 @@ def test_what_it_does_not_compute_stays_with_the_other_kernel():
     assert not fits(page_size=256)
     assert not fits(dtype=jnp.float8_e4m3fn)
     assert not fits(block_size=64)
-
-
-def test_it_runs_on_hopper_gpus_with_cuda_13(monkeypatch):
-    class Device:
-        compute_capability = "9.0"
-
-        class client:
-            platform_version = "PJRT C API\ncuda 13000"
-
-    monkeypatch.setattr(jax, "devices", lambda: [Device])
-    assert hopper.is_supported()
-    Device.client.platform_version = "PJRT C API\ncuda 12090"
-    assert not hopper.is_supported()
-    Device.client.platform_version, Device.compute_capability = "cuda 13000", "10.0"
-    assert not hopper.is_supported()

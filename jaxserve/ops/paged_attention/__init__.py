@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from jaxserve.ops import backend
+from jaxserve.ops.hopper import is_supported
 from jaxserve.ops.paged_attention import fast, hopper, reference
 
 
@@ -83,7 +84,7 @@ def prefill(
     arrays = (query_THK, key_pages, value_pages, page_table_SN, *blocks)
     if (chosen := backend.chosen()) == "reference":
         return reference.prefill(*arrays, **options)
-    if chosen == "fast" and hopper.is_supported() and hopper.fits(query_THK, key_pages, block_size):
+    if chosen == "fast" and is_supported() and hopper.fits(query_THK, key_pages, block_size):
         del options["block_size"]
         return hopper.prefill(*arrays, **options)
     return fast.prefill(*arrays, **options, interpret=chosen == "interpret")

@@ -12,7 +12,6 @@ Measured on one H200 (H32 G8 K128, page size 16, one prompt of 2048, 4096, 8192 
 """
 
 import functools
-import re
 from typing import NamedTuple
 
 import jax
@@ -21,11 +20,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxserve.ops.hopper import ROWS, SWIZZLED, TILE_ROWS, cdiv, clear_rows, columns
 from jaxserve.ops.paged_attention.fast import LOG2_E, NEG_INF
 
-ROWS = 64  # query rows of a warpgroup: a tensor core instruction has 64
 GROUPS = 2  # warpgroups that compute
-TILE_ROWS = 8  # of swizzled shared memory
 BLOCK = ROWS * GROUPS
 
 
@@ -34,16 +32,6 @@ class Tile(NamedTuple):
 
     keys: int = 128
     stages: int = 2
-
-
-def is_supported() -> bool:
-    """Whether jax's devices can run this kernel.
-
-    Only from CUDA 13 on: jax's own causal kernel refuses 12.8 to 12.9, whose assembler compiles it wrongly.
-    """
-    device = jax.devices()[0]
-    cuda = re.search(r"cuda (\d+)", device.client.platform_version)
-    return getattr(device, "compute_capability", None) == "9.0" and cuda is not None and int(cuda[1]) >= 13000
 
 
 def fits(query_THK, key_pages, block_size: int) -> bool:
@@ -84,9 +72,7 @@ def prefill(
     page_size, G = key_pages.shape[1:3]
     tile = tile or Tile()
     dtype = key_pages.dtype
-    tiling = plgpu.TilingTransform((TILE_ROWS, 64))  # pyright: ignore[reportAbstractUsage]
-    swizzled = (tiling, plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
-    ring = plgpu.SMEM((tile.stages, tile.keys, K), dtype, transforms=swizzled)
+    ring = plgpu.SMEM((tile.stages, tile.keys, K), dtype, transforms=SWIZZLED)
     filled = plgpu.Barrier(num_arrivals=tile.keys // page_size, num_barriers=tile.stages)
     emptied = plgpu.Barrier(num_arrivals=GROUPS, num_barriers=tile.stages)
     run = plgpu.kernel(
@@ -96,7 +82,7 @@ def prefill(
         num_threads=GROUPS + 1,
         thread_name="warpgroup",
         scratch_types=dict(
-            query_smem=plgpu.SMEM((GROUPS, ROWS, K), dtype, transforms=swizzled),
+            query_smem=plgpu.SMEM((GROUPS, ROWS, K), dtype, transforms=SWIZZLED),
             rows_smem=plgpu.SMEM((GROUPS, ROWS, K), dtype),
             key_smem=ring,
             value_smem=ring,
@@ -170,7 +156,7 @@ def _kernel(
     first = (
         jnp.int32(0) if window is None else lax.div(jnp.maximum(pos - window + 1, 0), jnp.int32(tile.keys))
     )
-    steps = jnp.where(length > 0, _cdiv(end, tile.keys) - first, 0)
+    steps = jnp.where(length > 0, cdiv(end, tile.keys) - first, 0)
 
     @pl.when((warpgroup < GROUPS) & (steps > 0))
     def _compute():
@@ -218,18 +204,18 @@ def _kernel(
                 logits = jnp.where(seen, logits, NEG_INF)
             new_maximum = jnp.maximum(maximum, logits.max(axis=1))
             decay = jnp.exp2(maximum - new_maximum)
-            weight = jnp.exp2(logits - _columns(new_maximum, logits.shape))
+            weight = jnp.exp2(logits - columns(new_maximum, logits.shape))
             total = total * decay + weight.sum(axis=1)
             weight = weight.astype(key_smem.dtype)
             plgpu.barrier_wait(value_filled.at[stage])
             if masked:
                 pl.when(first_key + tile.keys > end)(
-                    lambda: _clear_rows(value_smem.at[stage], end - first_key)
+                    lambda: clear_rows(value_smem.at[stage], end - first_key)
                 )
             plgpu.barrier_wait(turn.at[warpgroup])
             summed = _weighted_sum(weight, value_smem.at[stage])
             plgpu.barrier_arrive(value_emptied.at[stage])
-            return out * _columns(decay, out.shape) + summed, new_maximum, total
+            return out * columns(decay, out.shape) + summed, new_maximum, total
 
         # Only steps that the diagonal or the window's edge crosses pay for a mask.
         masked, clear = (functools.partial(attend, masked=flag) for flag in (True, False))
@@ -238,14 +224,14 @@ def _kernel(
         state = _start(sink_ref[head] * LOG2_E, query_smem.shape[-1])
         pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(turn.at[1]))
         if window is not None:
-            edge = _cdiv(jnp.maximum(row + ROWS - window, 0), tile.keys) - first
+            edge = cdiv(jnp.maximum(row + ROWS - window, 0), tile.keys) - first
             clear_begin = jnp.clip(edge, 0, clear_end)
             state = lax.fori_loop(0, clear_begin, masked, state)
         state = lax.fori_loop(clear_begin, clear_end, clear, state)
         out, _, total = lax.fori_loop(clear_end, steps, masked, state)
         pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(turn.at[1]))
 
-        out = (out / _columns(total, out.shape)).astype(out_ref.dtype)
+        out = (out / columns(total, out.shape)).astype(out_ref.dtype)
         own = length - warpgroup * ROWS  # the rows after them are another program's
 
         @pl.when((own >= ROWS) & in_tiles)
@@ -331,21 +317,5 @@ def _weighted_sum(weight, value_ref):
     return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, value_ref.shape[-1]), jnp.float32))
 
 
-def _clear_rows(value_ref, count):
-    """Zero the rows from `count` on: a weight of 0 does not silence a NaN that a former owner left."""
-    row = plgpu.broadcasted_iota(jnp.int32, value_ref.shape, 0, layout=plgpu.Layout.WGMMA)
-    value = plgpu.load(value_ref, layout=plgpu.Layout.WGMMA)
-    value_ref[...] = jnp.where(row < count, value, jnp.zeros_like(value))
-    plgpu.commit_smem()
-
-
 def _iota(dimension, tile):
     return plgpu.broadcasted_iota(jnp.int32, (ROWS, tile.keys), dimension, layout=plgpu.Layout.WGMMA)
-
-
-def _columns(values, shape):
-    return lax.broadcast_in_dim(values, shape, [0])
-
-
-def _cdiv(a, b: int):
-    return lax.div(a + (b - 1), jnp.int32(b))

@@ -1,0 +1,43 @@
+"""What the kernels for Hopper GPUs share: where they run, and parts of a warpgroup's program."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 64  # query rows of a warpgroup: a tensor core instruction has 64
+TILE_ROWS = 8  # of swizzled shared memory
+# How shared memory lies that a tensor core instruction reads.
+SWIZZLED = (
+    plgpu.TilingTransform((TILE_ROWS, 64)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+)
+
+
+def is_supported() -> bool:
+    """Whether jax's devices can run these kernels.
+
+    Only from CUDA 13 on: jax's own causal kernel refuses 12.8 to 12.9, whose assembler compiles it wrongly.
+    """
+    device = jax.devices()[0]
+    cuda = re.search(r"cuda (\d+)", device.client.platform_version)
+    return getattr(device, "compute_capability", None) == "9.0" and cuda is not None and int(cuda[1]) >= 13000
+
+
+def clear_rows(value_ref, count):
+    """Zero the rows from `count` on: a weight of 0 does not silence a NaN that a former owner left."""
+    row = plgpu.broadcasted_iota(jnp.int32, value_ref.shape, 0, layout=plgpu.Layout.WGMMA)
+    value = plgpu.load(value_ref, layout=plgpu.Layout.WGMMA)
+    value_ref[...] = jnp.where(row < count, value, jnp.zeros_like(value))
+    plgpu.commit_smem()
+
+
+def columns(values, shape):
+    """[rows] as `shape`, the same in all columns."""
+    return lax.broadcast_in_dim(values, shape, [0])
+
+
+def cdiv(a, b: int):
+    return lax.div(a + (b - 1), jnp.int32(b))
