@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from jaxserve.ops import backend, paged_attention, sampling
+from jaxserve.ops.mla_attention import hopper as hopper_mla
 from jaxserve.ops.paged_attention import hopper, reference
 from jaxserve.ops.sampling import fast as fast_sampling
 from jaxserve.ops.sampling import reference as sorted_sampling
+from tests.ops import test_hopper_mla
 from tests.ops.cases import KERNEL_HEADS, Prefill, decode_case, prefill_case, tolerance
 from tests.ops.test_hopper_prefill import HEADS as HOPPER_HEADS
 from tests.ops.test_hopper_prefill import arguments as with_nan_past_each_end
@@ -56,6 +58,22 @@ def test_prefill_for_hopper_equals_a_dense_softmax(heads, tile):
     run = functools.partial(hopper.prefill, **case.pool.options(), tile=tile)
     out = np.asarray(jax.jit(run)(*with_nan_past_each_end(case)), np.float32)
     np.testing.assert_allclose(out, case.expected(), rtol=0, atol=tolerance(heads))
+
+
+@pytest.mark.parametrize("H", [8, 16, 128])
+@pytest.mark.parametrize("tile", test_hopper_mla.TILES, ids=str)
+def test_latent_prefill_for_hopper_equals_a_dense_softmax(H, tile):
+    case = test_hopper_mla.DEEPSEEK(H)
+    options = {**test_hopper_mla.options(case), "block_size": 128, "tile": tile}
+    run = functools.partial(hopper_mla.prefill, **options)
+    out = np.asarray(jax.jit(run)(*test_hopper_mla.arguments(case, 128)), np.float32)
+    np.testing.assert_allclose(out, test_hopper_mla.expected(case), rtol=0, atol=case.tolerance())
+
+
+def test_latent_decode_for_hopper_equals_a_dense_softmax():
+    case = test_hopper_mla.DEEPSEEK(128)
+    out, want = test_hopper_mla.run_decode(case), test_hopper_mla.expected_decode(case)
+    np.testing.assert_allclose(out, want, rtol=0, atol=case.tolerance())
 
 
 @pytest.mark.parametrize("splits", [1, 2, 8, 64])

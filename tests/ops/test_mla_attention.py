@@ -12,7 +12,7 @@ from jaxserve.ops import backend, mla_attention
 from tests.ops.cases import H100
 
 PAGE = 8
-SLOTS, PAGES_PER_SLOT = 5, 20
+SLOTS = 5
 SCALE = 0.3
 
 
@@ -26,6 +26,7 @@ class Latents:
     dtype: str = "float32"
     seed: int = 0
     kv_dtype: str | None = None  # of the pools, when another
+    pages_per_slot: int = 20
 
     @property
     def pool_dtype(self):
@@ -33,7 +34,7 @@ class Latents:
 
     def __post_init__(self):
         rng = np.random.default_rng(self.seed)
-        used = SLOTS * PAGES_PER_SLOT
+        used = SLOTS * self.pages_per_slot
         num_pages = used + 3
         table = rng.permutation(num_pages)[:used]
         unused = np.setdiff1d(np.arange(num_pages), table)
@@ -45,7 +46,7 @@ class Latents:
             pool[:num_pages], pool[num_pages + unused] = np.inf, np.inf
             pools.append(pool)
         object.__setattr__(self, "pools", pools)
-        object.__setattr__(self, "table", table.reshape(SLOTS, PAGES_PER_SLOT).astype(np.int32))
+        object.__setattr__(self, "table", table.reshape(SLOTS, self.pages_per_slot).astype(np.int32))
         object.__setattr__(self, "num_pages", num_pages)
 
     def queries(self, n):
@@ -79,11 +80,11 @@ CHUNKS = ((2, 0, 50, 10), (0, 50, 17, 0), (3, 70, 35, 100), (1, 110, 1, 64))  # 
 NUM_TOKENS, BLOCK = 115, 16
 
 
-def blocks():
+def blocks(chunks=CHUNKS, size=BLOCK):
     cut = [
-        (slot, start + i, min(BLOCK, length - i), pos + i)
-        for slot, start, length, pos in CHUNKS
-        for i in range(0, length, BLOCK)
+        (slot, start + i, min(size, length - i), pos + i)
+        for slot, start, length, pos in chunks
+        for i in range(0, length, size)
     ]
     return [jnp.asarray(x, jnp.int32) for x in zip(*cut, (0, 0, 0, 0))]
 
@@ -116,11 +117,11 @@ def expected_decode(latents):
     return out
 
 
-def expected_prefill(latents):
+def expected_prefill(latents, num_tokens=NUM_TOKENS, chunks=CHUNKS):
     """Tokens of no block keep their query."""
-    query = latents.queries(NUM_TOKENS)
+    query = latents.queries(num_tokens)
     out = np.array(query[0], np.float64)
-    for slot, start, length, pos in CHUNKS:
+    for slot, start, length, pos in chunks:
         for i in range(length):
             out[start + i] = latents.dense([q[start + i] for q in query], slot, pos + i + 1)
     return out

@@ -12,7 +12,8 @@ Source: DeepSeek-V2 technical report, section 2.1.2 and appendix C.
 import jax
 
 from jaxserve.ops import backend
-from jaxserve.ops.mla_attention import fast, reference
+from jaxserve.ops.hopper import is_supported
+from jaxserve.ops.mla_attention import fast, hopper, reference
 
 
 def decode(
@@ -36,6 +37,8 @@ def decode(
     options = {"page_offset": page_offset, "scale": scale}
     if (chosen := backend.chosen()) == "reference":
         return reference.decode(*arrays, context_len_R, **options)
+    if chosen == "fast" and is_supported() and hopper.fits_decode(*arrays[:3]):
+        return hopper.decode(*arrays, context_len_R, **options)
     return fast.decode(*arrays, context_len_R, **options, interpret=chosen == "interpret")
 
 
@@ -63,4 +66,6 @@ def prefill(
     options = {"block_size": block_size, "page_offset": page_offset, "scale": scale}
     if (chosen := backend.chosen()) == "reference":
         return reference.prefill(*arrays, *blocks, **options)
+    if chosen == "fast" and is_supported() and hopper.fits(*arrays[:3]):
+        return hopper.prefill(*arrays, *blocks, **options)
     return fast.prefill(*arrays, *blocks, **options, interpret=chosen == "interpret")
