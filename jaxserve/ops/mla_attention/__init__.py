@@ -37,7 +37,7 @@ def decode(
     options = {"page_offset": page_offset, "scale": scale}
     if (chosen := backend.chosen()) == "reference":
         return reference.decode(*arrays, context_len_R, **options)
-    if chosen == "fast" and is_supported() and hopper.fits_decode(*arrays[:3]):
+    if chosen == "fast" and is_supported() and hopper.fits_decode(*arrays[:3], slot_R.shape[0]):
         return hopper.decode(*arrays, context_len_R, **options)
     return fast.decode(*arrays, context_len_R, **options, interpret=chosen == "interpret")
 
