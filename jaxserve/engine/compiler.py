@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.stages import Lowered
 
 from jaxserve.engine import programs
 from jaxserve.engine.batch import Bucket
@@ -55,22 +56,30 @@ def compiler_options(program: Any, has_int8: bool = False) -> dict[str, Any]:
     }
 
 
-def compile_program(
+def lower_program(
     function: Callable,
     args: tuple[Any, ...],
     donated: tuple[int, ...],
     shardings: Any,
     options: dict[str, Any],
     name: str,
-) -> Callable:
+) -> Lowered:
+    """Trace a program. Those of an engine are to be traced in the same order at every start, and not at once.
+
+    jax (0.11.2) numbers kernels for Hopper in a process, and the number is a part of their text: in another
+    order the persistent cache knows none of their programs, and hosts do not have the same ones.
+    """
+    begin_s = time.monotonic()
     jitted = jax.jit(
         function, donate_argnums=donated, out_shardings=shardings, compiler_options=options or None
     )
-    begin_s = time.monotonic()
     lowered = jitted.lower(*args)
-    lowered_s = time.monotonic()
+    logger.debug("traced in %.1f s: %s", time.monotonic() - begin_s, name)
+    return lowered
+
+
+def compile_program(lowered: Lowered, name: str) -> Callable:
+    begin_s = time.monotonic()
     compiled = lowered.compile()
-    logger.debug(
-        "traced in %.1f s, compiled in %.1f s: %s", lowered_s - begin_s, time.monotonic() - lowered_s, name
-    )
+    logger.debug("compiled in %.1f s: %s", time.monotonic() - begin_s, name)
     return compiled

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.engine import batch, programs
 from jaxserve.engine.batch import Bucket
-from jaxserve.engine.compiler import OVERLAP_OPTIONS, compile_program, compiler_options
+from jaxserve.engine.compiler import OVERLAP_OPTIONS, compile_program, compiler_options, lower_program
 from jaxserve.engine.expert_state import ExpertState
 from jaxserve.engine.launches import Launch, Launches
 from jaxserve.engine.nextn import NextnLayer
@@ -279,6 +279,7 @@ class Runner:
     def compile_all(self, progress: Progress) -> None:
         """Compile every program, the largest first; `progress(done, total)` counts programs.
 
+        One thread traces them, in order, which Python would not do faster at once (see `lower_program`).
         Threads share what weights and KV leave of a GPU's memory for trying kernels out, which may be too
         little for all of them at once: who found none tries again alone.
         """
@@ -287,10 +288,14 @@ class Runner:
         progress(0, len(tasks))
 
         def compile_one(key: Any) -> None:
-            self._programs[key] = compile_program(*tasks[key], self._compiler_options(key), str(key))
+            self._programs[key] = compile_program(lowered[key].result(), str(key))
 
         done, crowded_out = itertools.count(1), []
-        with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(1) as tracer, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            lowered = {
+                key: tracer.submit(lower_program, *task, self._compiler_options(key), str(key))
+                for key, task in tasks.items()
+            }
             futures = {pool.submit(compile_one, key): key for key in tasks}
             for future in as_completed(futures):
                 try:

@@ -30,6 +30,25 @@ def compile_all(engine, monkeypatch):
     return run
 
 
+def test_programs_are_traced_one_after_another_in_an_order_that_does_not_change(engine, monkeypatch):
+    """See `lower_program`."""
+    runner, orders = engine()._engine.runner, []
+
+    def lower_program(*args):
+        orders[-1].append((args[-1], threading.current_thread()))
+
+    monkeypatch.setattr(runner_module, "lower_program", lower_program)
+    monkeypatch.setattr(runner_module, "compile_program", lambda lowered, name: name)
+    for _ in range(2):
+        orders.append([])
+        again = copy.copy(runner)
+        again._programs = {}
+        again.compile_all(lambda done, total: None)
+        assert [name for name, _ in orders[-1]] == [str(key) for key in again.program_keys]
+        assert len({thread for _, thread in orders[-1]}) == 1
+    assert again.program_keys == runner.program_keys
+
+
 def test_who_finds_no_memory_beside_others_is_compiled_alone(compile_all):
     here, alone = threading.current_thread(), []
 
