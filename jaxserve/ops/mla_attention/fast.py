@@ -207,15 +207,17 @@ def _combine_kernel(part_ref, lse_ref, len_ref, query_ref, out_ref):
     r, h = pl.program_id(0), pl.program_id(1)
     splits, _, L = part_ref.shape[1:]
     split, column = jnp.arange(splits), jnp.arange(_power_of_two(L))
-    lse = plt.load(lse_ref.at[r, split, h])
+    is_row = len_ref[r] > 0
+    is_share = (split >= 0) & is_row  # of a row that is none nothing is read
+    lse = plt.load(lse_ref.at[r, split, h], mask=is_share, other=jnp.float32(0))
     weight = jnp.exp2(lse - lse.max(axis=0))
     part = plt.load(
         part_ref.at[r, split[:, None], h, column[None, :]],
-        mask=(split >= 0)[:, None] & (column < L)[None, :],
+        mask=is_share[:, None] & (column < L)[None, :],
         other=jnp.float32(0),
     )
     mean = (part * weight[:, None]).sum(axis=0) / weight.sum(axis=0)
-    plt.store(out_ref.at[r, h, column], mean.astype(out_ref.dtype), mask=(column < L) & (len_ref[r] > 0))
+    plt.store(out_ref.at[r, h, column], mean.astype(out_ref.dtype), mask=(column < L) & is_row)
 
 
 def _prefill_kernel(
