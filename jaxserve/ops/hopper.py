@@ -34,6 +34,17 @@ def clear_rows(value_ref, count):
     plgpu.commit_smem()
 
 
+def store_rows(ref, value):
+    """Into shared memory that is not swizzled, whose banks the store makes wait for each other.
+
+    jax 0.11 does so without being told, and has no `store`; 0.12 wants to be told.
+    """
+    if (store := getattr(plgpu, "store", None)) is None:
+        ref[...] = value
+    else:
+        store(ref, value, optimized=False)
+
+
 def columns(values, shape):
     """[rows] as `shape`, the same in all columns."""
     return lax.broadcast_in_dim(values, shape, [0])

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxserve.ops.hopper import ROWS, SWIZZLED, TILE_ROWS, cdiv, clear_rows, columns
+from jaxserve.ops.hopper import ROWS, SWIZZLED, TILE_ROWS, cdiv, clear_rows, columns, store_rows
 from jaxserve.ops.paged_attention.fast import LOG2_E, NEG_INF
 
 GROUPS = 2  # warpgroups that compute
@@ -243,7 +243,7 @@ def _kernel(
 
         @pl.when((own > 0) & ((own < ROWS) | jnp.logical_not(in_tiles)))
         def _():
-            rows[...] = out
+            store_rows(rows, out)
             plgpu.commit_smem()
 
             @pl.when(own >= ROWS)
