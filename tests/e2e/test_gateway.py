@@ -171,7 +171,7 @@ def test_killed_replica_does_not_interrupt_its_streams(mortal, path, what):
 
 def test_stopped_replica_ends_its_streams_and_gets_no_new_ones(mortal):
     gateway, replicas = mortal
-    fields = {**ROUTES["/v1/completions"], "max_tokens": 400, "stream": True}
+    fields = {**ROUTES["/v1/completions"], "max_tokens": 400, "n": 8, "stream": True}
     with gateway.http.stream("POST", "/v1/completions", json=fields) as answer:
         stream = events(answer.iter_lines())
         chunks = [next(stream) for _ in range(5)]
