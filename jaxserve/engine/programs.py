@@ -55,6 +55,11 @@ class ModelFunction:
             whole = [given.get(i) for i in range(self.treedef.num_leaves)]
         return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, whole))
 
+    def hidden(self, leaves: Sequence[jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct:
+        """The hidden state of a token, [D], as its embedding is; the whole model takes a second to trace."""
+        token = jax.ShapeDtypeStruct((), jnp.int32)
+        return jax.eval_shape(lambda leaves, token: self.call(leaves).vocabulary.embed(token), leaves, token)
+
     def head(
         self, leaves: Sequence[jax.ShapeDtypeStruct], hidden_RD: jax.ShapeDtypeStruct
     ) -> "ModelFunction":

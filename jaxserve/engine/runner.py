@@ -338,13 +338,12 @@ class Runner:
             return jax.ShapeDtypeStruct((ranks, packing.length), np.int32, sharding=rank)
 
         def hidden(rows: int) -> jax.ShapeDtypeStruct:
-            assert width is not None
-            return jax.ShapeDtypeStruct((ranks * rows, width.shape[1]), width.dtype, sharding=rank)
+            return jax.ShapeDtypeStruct((ranks * rows, *of_token.shape), of_token.dtype, sharding=rank)
 
         carried = Carried(keys, values, table, load)
         of_carried = Carried(keys.sharding, values.sharding, rank, rank)
         tasks: dict[Any, Any] = {}
-        width: jax.ShapeDtypeStruct | None = None  # of a hidden state, as the first trace shows it
+        of_token = self._model.hidden(leaves)
         for b in reversed(self.buckets):
             packing = self.launches.forward[b]
             function = partial(
@@ -359,7 +358,6 @@ class Runner:
             hidden_parts = [rank, rank] if b.chunks else [rank]
             of_states = tuple(x.sharding for x in states)
             tasks[b] = (function, args, (1, 4), (of_carried, of_states, *hidden_parts))
-            width = width or jax.eval_shape(function, *args)[2]
         for b, packing in self.launches.decode.items():
             pages = (self.sizes.num_pages, self.sizes.page_size)
             function = partial(

@@ -10,6 +10,7 @@ A family is a module here with `ARCHITECTURES`, a tuple of names, each the name 
         nextn_key: str                                    # only if it may have `nextn`, see below
         unserved: tuple[str, ...]                         # only if some prefixes are left out
         vocab_size: int; num_q_heads: int; max_position: int
+        vocabulary: Vocabulary                            # embeds tokens in hidden_TD's width and dtype
         def __call__(self, token_T, step: StepContext) -> hidden_TD   # after the final norm
         def logits(self, hidden_RD) -> logits_RV                      # float32
 
