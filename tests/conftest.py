@@ -17,6 +17,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `tests.models.tiny` and its like
 
+from jaxserve.engine import kept_programs
 from tests.compiling import QUICK_COMPILE
 
 for name in ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):  # processes that tests start are as a user's
@@ -52,6 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", compile_cache_dir(config))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    kept_programs.in_use = False  # here engines are patched; processes that tests start are as a user's
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,10 +22,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxserve import mesh as meshes
 from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.engine import kept_programs
 from jaxserve.engine.blueprint import Blueprint, draw, read_dummy_config
 from jaxserve.engine.expert_state import Balancing, ExpertState, expert_leaves
 from jaxserve.engine.follow import compile_alike, model_facts
-from jaxserve.engine.multihost import Hosts, config_facts
+from jaxserve.engine.kept_programs import KeptPrograms
+from jaxserve.engine.multihost import Hosts, config_facts, shared_keys
 from jaxserve.engine.programs import ModelFunction
 from jaxserve.engine.rank import Limits
 from jaxserve.engine.runner import Runner, Sizes
@@ -103,8 +106,8 @@ def build(
     blueprint = draw(config, hf_config, mesh, on_cpu)
     # No room is an error now, not after minutes of loading.
     blueprint.num_pages(_device_memory(blueprint)[0], blueprint.weight_bytes_of_device)
+    facts = model_facts(hf_config, checkpoint.tensors.values() if checkpoint else ())
     if hosts is not None:
-        facts = model_facts(hf_config, checkpoint.tensors.values() if checkpoint else ())
         hosts.agree("model", facts)
     model, experts, dtype = blueprint.model, blueprint.experts, blueprint.dtype
 
@@ -155,8 +158,8 @@ def build(
         blueprint.num_nextn,
         blueprint.decode_steps,
     )
+    programs = {"sizes": repr(sizes), "buckets": repr(runner.buckets)}
     if hosts is not None:
-        programs = {"sizes": repr(sizes), "buckets": repr(runner.buckets)}
         hosts.agree("programs", programs)
     compile_s = time.monotonic()
 
@@ -164,7 +167,8 @@ def build(
         report(Progress("compiling", done, total))
 
     if hosts is None:
-        runner.compile_all(compiled)
+        settling = [shared_keys(config), facts, programs, blueprint.num_nextn, blueprint.decode_steps]
+        runner.compile_all(compiled, _kept_programs(settling, mesh))
     else:
         compile_alike(runner, hosts, repr((config_facts(config), facts, programs)), compiled)
     compile_s = time.monotonic() - compile_s
@@ -229,6 +233,13 @@ def _find_devices(config: ServerConfig) -> list[Any]:
         return devices
     cure = "" if config.device == "cpu" else "; install the cuda13 or cuda12 extra, or use device=cpu"
     raise ConfigError(f"device={config.device} is not there ({reason}){cure}")
+
+
+def _kept_programs(facts: Any, mesh: Mesh) -> KeptPrograms | None:
+    """None in a process whose engines are not as their sources say."""
+    if not kept_programs.in_use:
+        return None
+    return KeptPrograms(Path(jax.config.jax_compilation_cache_dir), facts, mesh)
 
 
 def _expert_state(blueprint: Blueprint, leaves: list[jax.Array]) -> ExpertState | None:

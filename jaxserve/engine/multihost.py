@@ -55,12 +55,17 @@ OWN_KEYS = frozenset(
 SAME_PACKAGES = ("jax", "jaxlib", "flax")
 
 
+def shared_keys(config: ServerConfig) -> dict[str, str]:
+    """What of a configuration belongs to the engine, and not to a host, its files or its HTTP."""
+    return {name: repr(value) for name, value in config.to_dict().items() if name not in OWN_KEYS}
+
+
 def config_facts(config: ServerConfig) -> dict[str, str]:
     """What of a configuration and its software must be the same on every host.
 
     May take more than a second where packages lie on a slow disk.
     """
-    facts = {name: repr(value) for name, value in config.to_dict().items() if name not in OWN_KEYS}
+    facts = shared_keys(config)
     facts["python"] = ".".join(map(str, sys.version_info[:2]))
     facts["jaxserve"] = __version__  # of the code that runs, which need not be installed
     return facts | {name: _version(name) for name in SAME_PACKAGES}

@@ -1,12 +1,13 @@
 """Carries out step plans on the devices: owns the arrays, compiles the programs, launches, reads.
 
 Everything is compiled before the first request: `compile_all` goes through every program in every
-bucket, in parallel threads, into the persistent cache. `launch` only picks, packs and calls.
+bucket, in parallel threads, into the persistent cache, or takes them from there. `launch` only picks,
+packs and calls.
 """
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,7 @@ from jaxserve.engine import batch, programs
 from jaxserve.engine.batch import Bucket
 from jaxserve.engine.compiler import OVERLAP_OPTIONS, compile_program, compiler_options, lower_program
 from jaxserve.engine.expert_state import ExpertState
+from jaxserve.engine.kept_programs import KeptPrograms, Task
 from jaxserve.engine.launches import Launch, Launches
 from jaxserve.engine.nextn import NextnLayer
 from jaxserve.engine.plan import StepPlan
@@ -276,24 +278,45 @@ class Runner:
             return jax.make_array_from_callback(packed.shape, self._by_rank, lambda index: packed[index])
         return jax.device_put(packed, self._by_rank)
 
-    def compile_all(self, progress: Progress) -> None:
+    def compile_all(self, progress: Progress, kept: KeptPrograms | None = None) -> None:
         """Compile every program, the largest first; `progress(done, total)` counts programs.
 
+        An engine whose programs are in `kept` takes them and traces nothing; another leaves its own there.
         One thread traces them, in order, which Python would not do faster at once (see `lower_program`).
         Threads share what weights and KV leave of a GPU's memory for trying kernels out, which may be too
         little for all of them at once: who found none tries again alone.
         """
         tasks = self._tasks()
+        options = {key: self._compiler_options(key) for key in tasks}
         self.program_keys = tuple(tasks)
         progress(0, len(tasks))
+        if kept is None:
+            self._compile(tasks, options, progress)
+            return
+        if taken := kept.take(tasks, options, progress):
+            self._programs |= taken
+            return
+        with kept.watch():
+            self._compile(tasks, options, progress, kept.note)
+        kept.write(len(tasks))
+
+    def _compile(
+        self,
+        tasks: Mapping[Any, Task],
+        options: Mapping[Any, dict[str, Any]],
+        progress: Progress,
+        note: Callable[[Any, Any], None] = lambda key, program: None,
+    ) -> None:
+        """`note` is told of each program in the thread that compiled it."""
 
         def compile_one(key: Any) -> None:
             self._programs[key] = compile_program(lowered[key].result(), str(key))
+            note(key, self._programs[key])
 
         done, crowded_out = itertools.count(1), []
         with ThreadPoolExecutor(1) as tracer, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             lowered = {
-                key: tracer.submit(lower_program, *task, self._compiler_options(key), str(key))
+                key: tracer.submit(lower_program, *task, options[key], str(key))
                 for key, task in tasks.items()
             }
             futures = {pool.submit(compile_one, key): key for key in tasks}
@@ -322,8 +345,8 @@ class Runner:
             jax.block_until_ready((made.last, made.sampled, made.scored))
         progress(len(steps), len(steps))
 
-    def _tasks(self) -> dict[Any, tuple[Callable, tuple[Any, ...], tuple[int, ...], Any]]:
-        """Program -> (function, abstract arguments, donated arguments, output shardings)."""
+    def _tasks(self) -> dict[Any, Task]:
+        """What each program is made of, by its key."""
         ranks = self.sizes.num_ranks
         rank = self._by_rank
         leaves = [_abstract(x) for x in self._leaves]
