@@ -22,6 +22,7 @@ Several hosts do not use this: they have their programs from host 0, see `jaxser
 import contextlib
 import dataclasses
 import functools
+import importlib
 import io
 import json
 import logging
@@ -41,8 +42,6 @@ import jax
 import jaxlib.version
 import numpy as np
 import xxhash
-from jax._src import cache_key, compilation_cache
-from jax._src.compilation_cache_interface import CacheInterface
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
@@ -135,6 +134,7 @@ class KeptPrograms:
             logger.info("programs will not be kept: %s", error)
             yield
             return
+        compilation_cache = _jax_module("compilation_cache")
         compilation_cache._cache = watching
         try:
             yield
@@ -174,7 +174,7 @@ class KeptPrograms:
         """The name of the engine that has these programs here and now."""
         key = xxhash.xxh3_128(json.dumps(self._facts, sort_keys=True, default=repr).encode())
         key.update(repr(_surroundings(self._mesh)).encode())
-        cache_key._hash_accelerator_config(key, self._mesh.devices)  # as jax does
+        _jax_module("cache_key")._hash_accelerator_config(key, self._mesh.devices)  # as jax does
         describe = functools.cache(_describe)
         for name, (_, args, donated, shardings) in tasks.items():
             leaves, tree = jax.tree.flatten(args)
@@ -182,7 +182,8 @@ class KeptPrograms:
             key.update("\n".join(map(describe, leaves)).encode())
         return key.hexdigest()
 
-    def _load(self, cache: CacheInterface, entry: Entry) -> jax.stages.Compiled:
+    def _load(self, cache: Any, entry: Entry) -> jax.stages.Compiled:
+        compilation_cache = _jax_module("compilation_cache")
         stored = cache.get(entry.cache_key)
         if stored is None or _digest(stored) != entry.digest:
             raise LookupError(f"jax's cache has {'no' if stored is None else 'another'} {entry.cache_key}")
@@ -203,10 +204,10 @@ class KeptPrograms:
         )
 
 
-class _Watching(CacheInterface):
+class _Watching:
     """jax's cache; in `seen.seen` each thread has the last entry (key, content) that it read or wrote."""
 
-    def __init__(self, cache: CacheInterface, seen: threading.local):
+    def __init__(self, cache: Any, seen: threading.local):
         self._cache, self._seen = cache, seen
         self._path = cache._path
 
@@ -217,12 +218,19 @@ class _Watching(CacheInterface):
         return content
 
     def put(self, key: str, value: bytes) -> None:
+        """Two threads may compile what is one program, not to the same bytes; the first one's stay."""
         self._cache.put(key, value)
-        self._seen.seen = (key, value)
+        self.get(key)
 
 
-def _cache_of(backend: Any) -> CacheInterface:
+def _jax_module(name: str) -> Any:
+    """One without a public name. Raises ImportError where a version of jax has another place for it."""
+    return importlib.import_module(f"jax._src.{name}")
+
+
+def _cache_of(backend: Any) -> Any:
     """jax's persistent cache. Raises LookupError where it has none."""
+    compilation_cache = _jax_module("compilation_cache")
     cache = compilation_cache._get_cache(backend) if compilation_cache.is_cache_used(backend) else None
     if cache is None:
         raise LookupError("jax's compile cache is off")

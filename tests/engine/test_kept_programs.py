@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -270,6 +271,38 @@ def test_without_jaxs_cache_nothing_is_kept(small, monkeypatch, caplog):
         small.start()
     assert "compile cache is off" in caplog.text
     assert not small.file.exists()
+
+
+def test_version_of_jax_that_has_its_cache_elsewhere_keeps_nothing(small, monkeypatch, caplog):
+    def moved(name):
+        raise ImportError(f"no jax._src.{name}")
+
+    monkeypatch.setattr(kept_programs, "_jax_module", moved)
+    with caplog.at_level(logging.INFO):
+        small.start()
+    assert "not used, and traced instead" in caplog.text and "will not be kept" in caplog.text
+    assert not (small.directory / "engines").exists()
+
+
+def test_of_two_threads_that_compile_one_program_what_jax_has_is_noted():
+    class Cache:
+        """Keeps what was written first, as jax's does."""
+
+        def __init__(self):
+            self.content: dict[str, bytes] = {}
+            self._path = Path()
+
+        def get(self, key):
+            return self.content.get(key)
+
+        def put(self, key, value):
+            self.content.setdefault(key, value)
+
+    seen = threading.local()
+    watching = kept_programs._Watching(Cache(), seen)
+    for value in (b"first", b"second"):
+        watching.put("jit_score", value)
+        assert seen.seen == ("jit_score", b"first")
 
 
 def test_program_that_holds_on_to_this_process_is_not_kept(small, caplog):
