@@ -114,8 +114,10 @@ class StepCost:
             per_expert = max(w.num_params for w in self.weights if w.part == "expert") / (
                 blueprint.experts.num_slots * self.hidden
             )
-            of_device = tokens * self.layout.dp * self.top_k / self.layout.num_devices
-            inner = max(inner, 3 * per_expert * of_device) + tokens * self.layout.dp * self.hidden
+            # Rows go in, between and out; every expert may have a block that is not full.
+            rows = tokens * self.layout.dp * self.top_k / self.layout.num_devices
+            rows += 128 * blueprint.experts.num_slots / self.layout.ep
+            inner = max(inner, rows * (2 * self.hidden + per_expert)) + tokens * self.layout.dp * self.hidden
         if states := blueprint.states:  # before, added by and after each block of a prompt, a layer at a time
             blocks = tokens / 128 + 32
             inner += 3 * blocks * self.state_bytes_of_sequence / states.num_layers / self.itemsize

@@ -11,10 +11,16 @@ from jaxserve.ops import backend, routing
 from jaxserve.ops.grouped_gemm import rows, rows_fast
 from tests.ops import test_float8_rows as float8
 from tests.ops import test_grouped_gemm as experts
+from tests.ops import test_hopper_experts as hopper_experts
 from tests.ops import test_kv_write as kv
 from tests.ops import test_latent_write as latent
 from tests.ops import test_mla_attention as mla
 from tests.ops.test_routing import RULES
+
+LARGE = (
+    experts.Case(T=600, X=6, E=16, D=512, F=320, dtype="bfloat16"),
+    experts.Case(T=130, X=1, E=2, D=1024, F=704, dtype="bfloat16", padding=0.0),
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -88,6 +94,12 @@ def test_rows_are_grouped_as_the_reference_does(M, E, block_rows):
 @pytest.mark.parametrize("case", (*experts.KERNEL_CASES, *experts.FEW_TOKENS), ids=str)
 def test_experts_equal_the_dense_sum(case):
     experts.check(case, "fast")
+
+
+@pytest.mark.parametrize("case", (*hopper_experts.CASES, *LARGE), ids=str)
+def test_experts_for_hopper_equal_the_dense_sum(case):
+    for tiles in hopper_experts.TILES:
+        hopper_experts.check(case, tiles=tiles)
 
 
 @pytest.mark.parametrize("latents", mla.CASES, ids=str)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 
 from jaxserve.ops import backend
-from jaxserve.ops.grouped_gemm import fast, reference
+from jaxserve.ops.grouped_gemm import fast, hopper, reference
+from jaxserve.ops.hopper import is_supported
 
 Activation = Callable[[jax.Array, jax.Array], jax.Array]
 """(gate, up) -> inner, elementwise, in float32; written in jax.numpy so that a kernel can fuse it."""
@@ -50,5 +51,7 @@ def feed_forward(
     """
     if (chosen := backend.chosen()) == "reference":
         return reference.feed_forward(hidden_TD, expert_TX, weight_TX, weights, activation)
-    interpret = chosen == "interpret"
-    return fast.feed_forward(hidden_TD, expert_TX, weight_TX, weights, activation, interpret=interpret)
+    arrays = hidden_TD, expert_TX, weight_TX, weights
+    if chosen == "fast" and is_supported() and hopper.fits(hidden_TD, expert_TX, weights):
+        return hopper.feed_forward(*arrays, activation)
+    return fast.feed_forward(*arrays, activation, interpret=chosen == "interpret")

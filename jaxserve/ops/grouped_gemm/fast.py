@@ -17,11 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jaxserve.ops.grouped_gemm.parts import WORKSPACE_BYTES, in_parts, num_parts
 from jaxserve.ops.grouped_gemm.rows import num_blocks
 from jaxserve.ops.grouped_gemm.rows_fast import group
-from jaxserve.ops.output import with_zeros
-
-WORKSPACE_BYTES = 512 << 20  # of the rows between the products; more tokens go in several parts
 
 
 class Tile(NamedTuple):
@@ -96,9 +94,7 @@ def feed_forward(
     """
     T, X = expert_TX.shape
     E, F, D = weights.gate_EFD.shape
-    parts = 1
-    while T % (2 * parts) == 0 and T // parts * X * (D + F) * hidden_TD.dtype.itemsize > workspace_bytes:
-        parts *= 2
+    parts = num_parts(T, X * (D + F) * hidden_TD.dtype.itemsize, workspace_bytes)
     if parts > 1:
         one_part = functools.partial(
             feed_forward,
@@ -108,14 +104,7 @@ def feed_forward(
             tile=tile,
             workspace_bytes=workspace_bytes,
         )
-        size = T // parts
-        hidden_TD, zeros_TD = with_zeros(hidden_TD, jnp.float32)
-
-        def add_part(i, out_TD):
-            tokens = [lax.dynamic_slice_in_dim(x, i * size, size) for x in (hidden_TD, expert_TX, weight_TX)]
-            return lax.dynamic_update_slice_in_dim(out_TD, one_part(*tokens), i * size, axis=0)
-
-        return lax.fori_loop(0, parts, add_part, zeros_TD)
+        return in_parts(one_part, parts, hidden_TD, expert_TX, weight_TX)
     tile = tile or choose_tile(T * X / E, hidden_TD.dtype.itemsize)
     rows = Rows.of(expert_TX, E, tile.rows, interpret)
     call = functools.partial(_call, rows=rows, num_choices=X, tile=tile, interpret=interpret)

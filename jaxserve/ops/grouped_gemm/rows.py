@@ -24,6 +24,24 @@ class Blocks(NamedTuple):
         return jnp.sum(self.start_B < self.end_B, dtype=jnp.int32)
 
 
+class Places(NamedTuple):
+    """The (token, choice) pairs by expert, in blocks of `block_rows` places.
+
+    Pair m is in row `row_M[m]`, which means nothing for an expert of -1. Block b is the rows from
+    b * block_rows on; those of expert `expert_B` are [start_B, end_B), the first ones, or none.
+    """
+
+    row_M: jax.Array
+    expert_B: jax.Array
+    start_B: jax.Array
+    end_B: jax.Array
+    block_rows: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.expert_B.shape[0] * self.block_rows
+
+
 def group(expert_TX: jax.Array, num_experts: int, block_rows: int) -> Blocks:
     """Sort pairs by expert. Those of expert -1 come last and are in no block; empty blocks come last."""
     expert_M = expert_TX.reshape(-1)

@@ -1,0 +1,144 @@
+"""The grouped products for Hopper GPUs, interpreted on a CPU and lowered for one; tests/gpu runs them."""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxserve.layers.moe import silu_gated
+from jaxserve.ops import backend, grouped_gemm
+from jaxserve.ops.grouped_gemm import ExpertWeights, hopper, rows_fast
+from jaxserve.ops.grouped_gemm.hopper import Tile
+from tests.ops.cases import H100
+from tests.ops.test_grouped_gemm import Case, clamped
+
+CASES = (
+    Case(T=70, X=2, E=3, D=256, F=128, dtype="bfloat16"),
+    Case(T=9, X=2, E=5, D=128, F=192, dtype="float16", activation=clamped, padding=0.0),
+    Case(T=20, X=4, E=40, D=64, F=64, dtype="bfloat16"),
+    Case(T=12, X=2, E=3, D=64, F=64, dtype="bfloat16", padding=1.1),
+)
+TILES = (None, (Tile(1, 64, 64, 3), Tile(1, 64, 64, 2)), (Tile(2, 64, 64, 2), Tile(2, 64, 64, 3)))
+
+
+def run(case, **options):
+    function = functools.partial(hopper.feed_forward, activation=case.activation, **options)
+    return np.asarray(jax.jit(function)(*case.arguments()))
+
+
+def check(case, **options):
+    got = run(case, **options)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, case.expected(), rtol=0, atol=case.tolerance())
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_each_token_gets_the_weighted_sum_of_the_experts_it_names(case, tiles):
+    check(case, tiles=tiles, interpret=plgpu.InterpretGPUParams())
+
+
+def test_many_tokens_go_in_parts():
+    case = replace(CASES[2], T=24)
+    one_token = case.X * (2 * case.D + case.F) * 2
+    check(case, interpret=plgpu.InterpretGPUParams(), workspace_bytes=12 * one_token)
+
+
+def test_nothing_that_padding_carries_reaches_a_result():
+    case = replace(CASES[1], padding=0.0)
+    hidden, expert, weight, weights = case.arguments()
+    function = functools.partial(
+        hopper.feed_forward, weights=weights, activation=clamped, interpret=plgpu.InterpretGPUParams()
+    )
+    want = function(hidden, expert, weight)[:4]
+    got = function(hidden.at[4:].set(jnp.nan), expert.at[4:].set(-1), weight.at[4:].set(jnp.nan))
+    np.testing.assert_allclose(got[:4], want, atol=1e-6)
+    assert not np.asarray(got[4:]).any()
+
+
+@pytest.mark.parametrize(
+    "M, E, block_rows, padding",
+    [(1, 4, 16, 0.0), (40, 5, 16, 0.3), (3000, 7, 64, 0.1), (64, 4, 16, 1.0), (2048, 60, 16, 0.0)],
+)
+def test_experts_rows_begin_with_a_block_of_their_own(M, E, block_rows, padding):
+    rng = np.random.default_rng(M)
+    expert = np.where(rng.random(M) < padding, -1, rng.integers(0, E, M) ** 2 % E).astype(np.int32)
+    place = functools.partial(rows_fast.place, num_experts=E, block_rows=block_rows, interpret=True)
+    places = place(jnp.asarray(expert[:, None]))
+    counted = np.asarray(places.end_B - places.start_B)
+    owner, row = np.asarray(places.expert_B), np.asarray(places.row_M)
+    assert counted.sum() == (expert >= 0).sum()
+    begin = np.arange(len(owner)) * block_rows
+    assert (np.asarray(places.start_B)[counted > 0] == begin[counted > 0]).all()
+    taken = {b * block_rows + i: owner[b] for b in range(len(owner)) for i in range(counted[b])}
+    found = {int(row[m]): expert[m] for m in range(M) if expert[m] >= 0}
+    assert found == taken, "each pair has a row of its own, in a block of its expert"
+    assert max(taken, default=0) < places.num_rows
+
+
+@pytest.mark.parametrize("T", [256, 2048], ids=["few_rows", "many_rows"])
+def test_kernels_lower_to_cuda_without_a_gpu(T):
+    case = Case(T=T, X=6, E=64, D=2048, F=1408, dtype="bfloat16")
+    arguments = arguments_of(case)
+    function = functools.partial(hopper.feed_forward, activation=silu_gated)
+    with jax.sharding.use_abstract_mesh(H100):
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "hopper_experts_up" in lowered and "hopper_experts_down" in lowered
+
+
+def arguments_of(case):
+    """Abstract ones: shapes as models have them are large."""
+
+    def array(*shape, dtype=case.dtype) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    E, D, F = case.E, case.D, case.F
+    weights = ExpertWeights(array(E, F, D), array(E, F, D), array(E, D, F))
+    ids, weight = array(case.T, case.X, dtype="int32"), array(case.T, case.X, dtype="float32")
+    return array(case.T, D), ids, weight, weights
+
+
+@pytest.mark.parametrize("F", [1408, 768, 704, 320])
+def test_tiles_divide_what_they_cut(F):
+    for rows_per_expert in (12, 64):
+        up, down = hopper.choose_tiles(rows_per_expert, F, 2048)
+        assert F % up.columns == 0 and 2048 % up.depth == 0
+        assert 2048 % down.columns == 0 and F % down.depth == 0
+        assert up.groups == down.groups, "their blocks are the same"
+
+
+def test_what_it_does_not_compute_or_not_faster_stays_with_the_other_kernels():
+    case = Case(T=64, X=6, E=32, D=128, F=128, dtype="bfloat16")
+
+    def fits(**changes):
+        weights = changes.pop("weights", {})
+        hidden, expert, _, all_weights = arguments_of(replace(case, **changes))
+        return hopper.fits(hidden, expert, all_weights._replace(**weights))
+
+    assert fits() and fits(dtype="float16") and fits(F=320)
+    assert not fits(T=63)
+    assert not fits(dtype="float32")
+    assert not fits(F=96)
+    assert not fits(D=96)
+    short = jax.ShapeDtypeStruct((32, 128, 128), jnp.float8_e4m3fn)
+    assert not fits(weights={"gate_EFD": short})
+    assert not fits(weights={"gate_scale": jax.ShapeDtypeStruct((32, 128, 1), jnp.float32)})
+    assert not fits(weights={"gate_bias_EF": jax.ShapeDtypeStruct((32, 128), jnp.bfloat16)})
+
+
+@pytest.mark.parametrize("is_supported", [True, False])
+def test_a_gpu_that_can_gets_the_kernels_for_hopper(monkeypatch, is_supported):
+    asked = []
+    for where in ("hopper", "fast"):
+        module = getattr(grouped_gemm, where)
+        monkeypatch.setattr(module, "feed_forward", lambda *_, where=where, **__: asked.append(where))
+    monkeypatch.setattr(grouped_gemm, "is_supported", lambda: is_supported)
+    case = Case(T=64, X=6, E=32, D=128, F=128, dtype="bfloat16")
+    with backend.use("fast"):
+        grouped_gemm.feed_forward(*arguments_of(case), activation=silu_gated)
+    assert asked == ["hopper" if is_supported else "fast"]
