@@ -8,11 +8,10 @@ never read.
 
 Only what `fits` says is computed here; the rest is `fast.feed_forward`'s.
 
-Measured on H200s (DeepSeek-V2-Lite: 64 experts, 6 a token), us a layer, `fast.feed_forward` in brackets.
-Tokens that spread, and such that choose the same six, at 128: 308 and 78 (303 and 123), at 256: 324 and 98
-(321 and 130), at 512: 364 and 128 (339 and 204), at 2,048: 542 and 387 (660 and 472; the products
-alone at 670 TFLOP/s would take 450 and 317). Fewer tokens are better off there: 307 and 66 at 64 (about 280
-and 80). Qwen3-30B-A3B, 2,048 tokens that spread: 543 (602).
+Measured on H200s (DeepSeek-V2-Lite: 64 experts, 6 a token), us a layer, `fast.feed_forward` in brackets,
+tokens that spread and such that choose the same six: 315 and 86 (303 and 123) at 128, 321 and 108 (321 and
+130) at 256, 380 and 220 (414 and 273) at 1,024, 542 and 387 (660 and 472) at 2,048, where products alone
+would take 304 at 700 TFLOP/s. At 64 tokens there is nothing to win. docs/performance.md has more.
 """
 
 import functools
