@@ -82,6 +82,8 @@ class Dispatch:
             plan = Exchange.plan(num_tokens, expert_TX.shape[1], sizes, ragged)
             if self.backend in ("all_to_all", "ragged") or (self.backend == "auto" and plan.is_worth_it):
                 route = plan.run
+        # Of all devices: a device's own ids are -1 where the expert is another's.
+        feed = partial(feed_forward, rows_per_expert=expert_TX.size / weights.gate_EFD.shape[0])
         experts, ffn = ((), AXES) if self.backend == "none" else (EXPERT_AXES, ("tp",))
 
         def on_device(hidden_tD, expert_tX, weight_tX, weights: ExpertWeights, slots) -> jax.Array:
@@ -90,7 +92,7 @@ class Dispatch:
             if weights.down_bias_ED is not None:  # each share of the FFN would add it again
                 bias_eD = jnp.where(lax.axis_index(ffn) == 0, weights.down_bias_ED, 0)
                 weights = weights._replace(down_bias_ED=bias_eD)
-            return route(hidden_tD, expert_tX, weight_tX, weights, activation, bool(experts))
+            return route(feed, hidden_tD, expert_tX, weight_tX, weights, activation, bool(experts))
 
         rank = PartitionSpec("dp")
         scale_a_channel = weights.down_scale is not None and weights.down_scale.shape[2] == 1
@@ -126,13 +128,15 @@ def _weight_specs(
 # ---- all tokens to all devices ----
 
 
-def _gathered(hidden_tD, expert_tX, weight_tX, weights, activation, experts_are_split: bool) -> jax.Array:
+def _gathered(
+    feed, hidden_tD, expert_tX, weight_tX, weights, activation, experts_are_split: bool
+) -> jax.Array:
     """Every device sees all tokens and adds what its experts, or its share of them, contribute."""
     hidden_TD, expert_TX, weight_TX = (_gather(x, "dp") for x in (hidden_tD, expert_tX, weight_tX))
     if experts_are_split:
         num_local = weights.gate_EFD.shape[0]
         expert_TX = _local(expert_TX, lax.axis_index(EXPERT_AXES) * num_local, num_local)
-    out_TD = feed_forward(hidden_TD, expert_TX, weight_TX, weights, activation).astype(hidden_tD.dtype)
+    out_TD = feed(hidden_TD, expert_TX, weight_TX, weights, activation).astype(hidden_tD.dtype)
     out_tD = lax.psum_scatter(out_TD, "dp", tiled=True)  # first, so that fewer rows are summed below
     return _sum(out_tD, GROUP)
 
@@ -184,7 +188,9 @@ class Exchange:
         """
         return self.num_destinations * self.capacity < 0.75 * self.num_ranks * self.num_tokens
 
-    def run(self, hidden_tD, expert_tX, weight_tX, weights, activation, experts_are_split: bool) -> jax.Array:
+    def run(
+        self, feed, hidden_tD, expert_tX, weight_tX, weights, activation, experts_are_split: bool
+    ) -> jax.Array:
         assert experts_are_split
         e, C, num_local = self.num_destinations, self.capacity, weights.gate_EFD.shape[0]
         hidden_sD, expert_sX, weight_sX = self._my_share(hidden_tD, expert_tX, weight_tX)
@@ -218,7 +224,7 @@ class Exchange:
                 swap = partial(_swap_ragged, sent_e=sent_e, came_e=came_e)
                 swap_back = partial(_swap_ragged, sent_e=came_e, came_e=sent_e)
             hidden_MD, routing = swap(hidden_sD[at_M]), swap(routing)
-            out_MD = feed_forward(
+            out_MD = feed(
                 hidden_MD,
                 routing[:, :X] - 1,
                 lax.bitcast_convert_type(routing[:, X:], jnp.float32),
@@ -240,7 +246,7 @@ class Exchange:
         all_have_room = lax.pmin(has_room.astype(jnp.int32), AXES) == 1
 
         def gather() -> jax.Array:
-            return _gathered(hidden_tD, expert_tX, weight_tX, weights, activation, True)
+            return _gathered(feed, hidden_tD, expert_tX, weight_tX, weights, activation, True)
 
         return lax.cond(all_have_room, exchange, gather)
 

@@ -13,7 +13,7 @@ from jaxserve.ops.paged_attention import hopper, reference
 from jaxserve.ops.sampling import fast as fast_sampling
 from jaxserve.ops.sampling import reference as sorted_sampling
 from tests.ops import test_hopper_mla
-from tests.ops.cases import KERNEL_HEADS, Prefill, decode_case, prefill_case, tolerance
+from tests.ops.cases import KERNEL_HEADS, Decode, Heads, Pool, Prefill, decode_case, prefill_case, tolerance
 from tests.ops.test_hopper_prefill import HEADS as HOPPER_HEADS
 from tests.ops.test_hopper_prefill import arguments as with_nan_past_each_end
 from tests.ops.test_hopper_prefill import uneven_case
@@ -73,6 +73,18 @@ def test_latent_decode_for_hopper_equals_a_dense_softmax():
     case = test_hopper_mla.DEEPSEEK(128)
     out, want = test_hopper_mla.run_decode(case), test_hopper_mla.expected_decode(case)
     np.testing.assert_allclose(out, want, rtol=0, atol=case.tolerance())
+
+
+@pytest.mark.parametrize("shape", [(9, 3, 64), (32, 8, 128)], ids=str)
+def test_decode_of_many_rows_equals_a_dense_softmax(shape):
+    """A program for each row and KV head, which writes in the queries' place; SmolLM2's heads, Llama's."""
+    heads = Heads(*shape, dtype="bfloat16")
+    pool = Pool(heads, num_slots=90, pages_per_slot=32)
+    lens = np.random.default_rng(2).integers(0, 513, 90)
+    lens[:30] = 300
+    case = Decode(pool, slots=tuple(range(90)), lens=tuple(int(n) for n in lens))
+    out = np.asarray(jax.jit(traced(case))(*case.arguments()), np.float32)
+    np.testing.assert_allclose(out, case.expected(), rtol=0, atol=tolerance(heads))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 8, 64])

@@ -98,7 +98,7 @@ def test_experts_equal_the_dense_sum(case):
 
 @pytest.mark.parametrize("case", (*hopper_experts.CASES, *LARGE), ids=str)
 def test_experts_for_hopper_equal_the_dense_sum(case):
-    for tiles in hopper_experts.TILES:
+    for tiles in (None, *hopper_experts.TILES):
         hopper_experts.check(case, tiles=tiles)
 
 

@@ -100,9 +100,14 @@ class Case:
         return 1e-5 if self.dtype == "float32" else 5e-2
 
 
+TILE = Tile(16, 64, 32, warps=4, stages=2)
+
+
 def run(case, where="reference", **options):
-    function = grouped_gemm.fast.feed_forward if options else grouped_gemm.feed_forward
-    function = functools.partial(function, activation=case.activation, **options)
+    function = grouped_gemm.feed_forward
+    if options:
+        function = functools.partial(grouped_gemm.fast.feed_forward, **{"tile": TILE, **options})
+    function = functools.partial(function, activation=case.activation)
     with backend.use(where):
         return np.asarray(jax.jit(function)(*case.arguments()))
 
@@ -168,7 +173,7 @@ def test_few_tokens_that_name_one_expert_share_its_block():
     hidden, _, weight, weights = case.arguments()
     expert = jnp.array([[-1, -1], [5, 2], [7, -1], [2, 0]], jnp.int32)
     want = grouped_gemm.reference.feed_forward(hidden, expert, weight, weights, silu)
-    got = grouped_gemm.fast.feed_forward(hidden, expert, weight, weights, silu, interpret=True)
+    got = grouped_gemm.fast.feed_forward(hidden, expert, weight, weights, silu, TILE, interpret=True)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
     rows = grouped_gemm.fast.Rows.of(expert, 8, 16, interpret=True)
     assert (rows.num_blocks, [array.shape for array in rows.arrays]) == (8, [(4, 2)])
@@ -179,7 +184,7 @@ def test_many_tokens_go_in_parts_that_divide_them(T, parts):
     case = Case(T=T, X=2, D=32, F=16)
     check(case, "interpret", interpret=True, workspace_bytes=3 * 2 * (32 + 16) * 4)
     function = functools.partial(
-        grouped_gemm.fast.feed_forward, activation=silu, workspace_bytes=3 * 2 * (32 + 16) * 4
+        grouped_gemm.fast.feed_forward, activation=silu, tile=TILE, workspace_bytes=3 * 2 * (32 + 16) * 4
     )
     [call] = jax.make_jaxpr(function)(*case.arguments()).eqns
     equations = call.params["jaxpr"].eqns

@@ -23,11 +23,13 @@ CASES = (
     Case(T=20, X=4, E=40, D=64, F=64, dtype="bfloat16"),
     Case(T=12, X=2, E=3, D=64, F=64, dtype="bfloat16", padding=1.1),
 )
-TILES = (None, (Tile(1, 64, 64, 3), Tile(1, 64, 64, 2)), (Tile(2, 64, 64, 2), Tile(2, 64, 64, 3)))
+TILES = ((Tile(1, 64, 64, 3), Tile(1, 64, 64, 2)), (Tile(2, 64, 64, 2), Tile(2, 64, 64, 3)))
 
 
-def run(case, **options):
-    function = functools.partial(hopper.feed_forward, activation=case.activation, **options)
+def run(case, tiles=None, **options):
+    """`tiles`: those that are chosen for the case unless given."""
+    tiles = tiles or hopper.choose_tiles(case.T * case.X / case.E, arguments_of(case)[3])
+    function = functools.partial(hopper.feed_forward, activation=case.activation, tiles=tiles, **options)
     return np.asarray(jax.jit(function)(*case.arguments()))
 
 
@@ -37,7 +39,7 @@ def check(case, **options):
     np.testing.assert_allclose(got, case.expected(), rtol=0, atol=case.tolerance())
 
 
-@pytest.mark.parametrize("tiles", TILES, ids=str)
+@pytest.mark.parametrize("tiles", (None, *TILES), ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_each_token_gets_the_weighted_sum_of_the_experts_it_names(case, tiles):
     check(case, tiles=tiles, interpret=plgpu.InterpretGPUParams())
@@ -53,7 +55,11 @@ def test_nothing_that_padding_carries_reaches_a_result():
     case = replace(CASES[1], padding=0.0)
     hidden, expert, weight, weights = case.arguments()
     function = functools.partial(
-        hopper.feed_forward, weights=weights, activation=clamped, interpret=plgpu.InterpretGPUParams()
+        hopper.feed_forward,
+        weights=weights,
+        activation=clamped,
+        tiles=TILES[0],
+        interpret=plgpu.InterpretGPUParams(),
     )
     want = function(hidden, expert, weight)[:4]
     got = function(hidden.at[4:].set(jnp.nan), expert.at[4:].set(-1), weight.at[4:].set(jnp.nan))
@@ -85,7 +91,8 @@ def test_experts_rows_begin_with_a_block_of_their_own(M, E, block_rows, padding)
 def test_kernels_lower_to_cuda_without_a_gpu(T):
     case = Case(T=T, X=6, E=64, D=2048, F=1408, dtype="bfloat16")
     arguments = arguments_of(case)
-    function = functools.partial(hopper.feed_forward, activation=silu_gated)
+    tiles = hopper.choose_tiles(T * 6 / 64, arguments[3])
+    function = functools.partial(hopper.feed_forward, activation=silu_gated, tiles=tiles)
     with jax.sharding.use_abstract_mesh(H100):
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert "hopper_experts_up" in lowered and "hopper_experts_down" in lowered
@@ -106,7 +113,8 @@ def arguments_of(case):
 @pytest.mark.parametrize("F", [1408, 768, 704, 320])
 def test_tiles_divide_what_they_cut(F):
     for rows_per_expert in (12, 64):
-        up, down = hopper.choose_tiles(rows_per_expert, F, 2048)
+        weights = arguments_of(Case(D=2048, F=F))[3]
+        up, down = hopper.choose_tiles(rows_per_expert, weights)
         assert F % up.columns == 0 and 2048 % up.depth == 0
         assert 2048 % down.columns == 0 and F % down.depth == 0
         assert up.groups == down.groups, "their blocks are the same"
@@ -115,13 +123,13 @@ def test_tiles_divide_what_they_cut(F):
 def test_what_it_does_not_compute_or_not_faster_stays_with_the_other_kernels():
     case = Case(T=64, X=6, E=32, D=128, F=128, dtype="bfloat16")
 
-    def fits(**changes):
+    def fits(rows_per_expert=12.0, **changes):
         weights = changes.pop("weights", {})
-        hidden, expert, _, all_weights = arguments_of(replace(case, **changes))
-        return hopper.fits(hidden, expert, all_weights._replace(**weights))
+        hidden, _, _, all_weights = arguments_of(replace(case, **changes))
+        return hopper.fits(hidden, all_weights._replace(**weights), rows_per_expert)
 
     assert fits() and fits(dtype="float16") and fits(F=320)
-    assert not fits(T=63)
+    assert not fits(11.9)
     assert not fits(dtype="float32")
     assert not fits(F=96)
     assert not fits(D=96)
@@ -131,8 +139,12 @@ def test_what_it_does_not_compute_or_not_faster_stays_with_the_other_kernels():
     assert not fits(weights={"gate_bias_EF": jax.ShapeDtypeStruct((32, 128), jnp.bfloat16)})
 
 
-@pytest.mark.parametrize("is_supported", [True, False])
-def test_a_gpu_that_can_gets_the_kernels_for_hopper(monkeypatch, is_supported):
+@pytest.mark.parametrize(
+    "is_supported, rows_per_expert, expected",
+    [(True, None, "hopper"), (True, 4.0, "fast"), (False, None, "fast")],
+)
+def test_a_gpu_that_can_gets_the_kernels_for_hopper(monkeypatch, is_supported, rows_per_expert, expected):
+    """Unless most of the ids are of experts elsewhere, and a few rows are left for each that is here."""
     asked = []
     for where in ("hopper", "fast"):
         module = getattr(grouped_gemm, where)
@@ -140,5 +152,5 @@ def test_a_gpu_that_can_gets_the_kernels_for_hopper(monkeypatch, is_supported):
     monkeypatch.setattr(grouped_gemm, "is_supported", lambda: is_supported)
     case = Case(T=64, X=6, E=32, D=128, F=128, dtype="bfloat16")
     with backend.use("fast"):
-        grouped_gemm.feed_forward(*arguments_of(case), activation=silu_gated)
-    assert asked == ["hopper" if is_supported else "fast"]
+        grouped_gemm.feed_forward(*arguments_of(case), silu_gated, rows_per_expert)
+    assert asked == [expected]

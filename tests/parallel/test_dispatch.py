@@ -101,6 +101,23 @@ def test_every_backend_equals_one_device(cell):
         np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("backend", ["none", "allgather", "all_to_all"])
+def test_kernels_are_told_how_many_rows_an_expert_has_on_all_devices(backend, monkeypatch):
+    """By its own ids alone a device would take those of other devices' experts for rows."""
+    told = set()
+
+    def feed(hidden, *others, rows_per_expert):
+        told.add(rows_per_expert)
+        return feed_forward(hidden, *others)
+
+    monkeypatch.setattr("jaxserve.parallel.dispatch.feed_forward", feed)
+    layout = Layout(4, dp=2) if backend == "none" else Layout(4, dp=2, ep=4)
+    inputs, want = on_one_device(64, 0)
+    got, _ = dispatched(layout, backend, inputs)
+    np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
+    assert told == {64 * X / E}
+
+
 def test_sum_of_experts_is_rounded_only_where_devices_send_it():
     hidden, expert, weight, weights = arrays(4)
     inputs = hidden.astype(jnp.bfloat16), expert, weight, weights

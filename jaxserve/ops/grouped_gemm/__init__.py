@@ -42,16 +42,22 @@ def feed_forward(
     weight_TX: jax.Array,
     weights: ExpertWeights,
     activation: Activation,
+    rows_per_expert: float | None = None,
 ) -> jax.Array:
     """Sum over a token's experts of weight times the expert's output; float32 [T, D].
 
     Args:
         expert_TX: int32 ids in [0, E), or -1; a token names an expert once at most.
         weight_TX: float32; what stands beside an id of -1 is not used.
+        rows_per_expert: how many tokens name an expert, were they spread evenly; settles speed alone.
+            T * X / E unless given, which is too many where most ids are -1.
     """
+    if rows_per_expert is None:
+        rows_per_expert = expert_TX.size / weights.gate_EFD.shape[0]
     if (chosen := backend.chosen()) == "reference":
         return reference.feed_forward(hidden_TD, expert_TX, weight_TX, weights, activation)
     arrays = hidden_TD, expert_TX, weight_TX, weights
-    if chosen == "fast" and is_supported() and hopper.fits(hidden_TD, expert_TX, weights):
-        return hopper.feed_forward(*arrays, activation)
-    return fast.feed_forward(*arrays, activation, interpret=chosen == "interpret")
+    if chosen == "fast" and is_supported() and hopper.fits(hidden_TD, weights, rows_per_expert):
+        return hopper.feed_forward(*arrays, activation, hopper.choose_tiles(rows_per_expert, weights))
+    tile = fast.choose_tile(rows_per_expert, hidden_TD.dtype.itemsize)
+    return fast.feed_forward(*arrays, activation, tile, interpret=chosen == "interpret")

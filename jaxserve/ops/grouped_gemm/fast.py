@@ -79,12 +79,12 @@ def feed_forward(
     weight_TX,
     weights,
     activation,
+    tile: Tile,
     *,
     interpret: bool = False,
-    tile: Tile | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ):
-    """See `grouped_gemm.feed_forward`. `tile` is chosen from the shapes unless given.
+    """See `grouped_gemm.feed_forward`.
 
     Traced and lowered once for all layers: once for each of 26 it was 5 of the 6.6 s that Python took
     for a program of DeepSeek-V2-Lite, where all programs take turns.
@@ -100,12 +100,11 @@ def feed_forward(
             feed_forward,
             weights=weights,
             activation=activation,
-            interpret=interpret,
             tile=tile,
+            interpret=interpret,
             workspace_bytes=workspace_bytes,
         )
         return in_parts(one_part, parts, hidden_TD, expert_TX, weight_TX)
-    tile = tile or choose_tile(T * X / E, hidden_TD.dtype.itemsize)
     rows = Rows.of(expert_TX, E, tile.rows, interpret)
     call = functools.partial(_call, rows=rows, num_choices=X, tile=tile, interpret=interpret)
     inner_MF = call(

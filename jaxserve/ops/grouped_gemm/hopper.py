@@ -45,12 +45,13 @@ class Tile(NamedTuple):
     stages: int
 
 
-def choose_tiles(rows_per_expert: float, F: int, D: int) -> tuple[Tile, Tile]:
-    """Of the product that makes F columns of D, twice, and the one that makes D of F.
+def choose_tiles(rows_per_expert: float, weights) -> tuple[Tile, Tile]:
+    """Of the product with gate and up, and the one with down.
 
     An expert of few rows is read at the memory's speed, which wants wide rows of its matrices; one of many
     wants each tile used for many products.
     """
+    _, F, D = weights.gate_EFD.shape
     if rows_per_expert >= 64:
         sizes = ((2, 128, 64, 4), (2, 256, 64, 4))
     else:
@@ -61,9 +62,9 @@ def choose_tiles(rows_per_expert: float, F: int, D: int) -> tuple[Tile, Tile]:
     )
 
 
-def fits(hidden_TD, expert_TX, weights) -> bool:
+def fits(hidden_TD, weights, rows_per_expert: float) -> bool:
     """Whether `feed_forward` here can compute this, and experts have rows enough for it to be the faster."""
-    E, F, D = weights.gate_EFD.shape
+    _, F, D = weights.gate_EFD.shape
     return (
         hidden_TD.dtype in (jnp.bfloat16, jnp.float16)
         and weights.gate_EFD.dtype == hidden_TD.dtype
@@ -71,7 +72,7 @@ def fits(hidden_TD, expert_TX, weights) -> bool:
         and weights.gate_scale is None
         and F % 64 == 0
         and D % 64 == 0
-        and expert_TX.size >= MIN_ROWS * E
+        and rows_per_expert >= MIN_ROWS
     )
 
 
@@ -82,12 +83,12 @@ def feed_forward(
     weight_TX,
     weights,
     activation,
+    tiles: tuple[Tile, Tile],
     *,
     interpret=None,
-    tiles: tuple[Tile, Tile] | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ):
-    """See `grouped_gemm.feed_forward`. `tiles`: of both products, chosen from the shapes unless given."""
+    """See `grouped_gemm.feed_forward`."""
     (T, X), (E, F, D) = expert_TX.shape, weights.gate_EFD.shape
     parts = num_parts(T, X * (2 * D + F) * hidden_TD.dtype.itemsize, workspace_bytes)
     if parts > 1:
@@ -95,12 +96,12 @@ def feed_forward(
             feed_forward,
             weights=weights,
             activation=activation,
-            interpret=interpret,
             tiles=tiles,
+            interpret=interpret,
             workspace_bytes=workspace_bytes,
         )
         return in_parts(one_part, parts, hidden_TD, expert_TX, weight_TX)
-    up_tile, down_tile = tiles or choose_tiles(T * X / E, F, D)
+    up_tile, down_tile = tiles
     is_interpreted = interpret is not None
     places = place(expert_TX, E, ROWS * up_tile.groups, interpret=is_interpreted)
     row_TX = places.row_M.reshape(T, X)
