@@ -1,9 +1,12 @@
 """Two hundred clients at once, many of whom leave: no page is lost and nobody's tokens change."""
 
 import asyncio
+import contextlib
 import json
 import random
-import threading
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -52,28 +55,41 @@ async def client(
     return which, tokens, reason, retractions
 
 
-def abort_again_and_again(url: str, rids: list[str], done: threading.Event) -> None:
-    """In a thread: two hundred streams may keep the others' event loop for seconds."""
-    with httpx.Client(base_url=url, timeout=PATIENCE_S) as http:
-        while not done.is_set():
-            for rid in rids:
-                assert http.post("/abort_request", json={"rid": rid}).status_code == 200
+ABORT_AGAIN_AND_AGAIN = """
+import sys
+import httpx
+
+url, *rids = sys.argv[1:]
+with httpx.Client(base_url=url, timeout=None) as http:
+    for number in range(sys.maxsize):
+        for rid in rids:
+            http.post("/abort_request", json={"rid": rid}).raise_for_status()
+        if number == 0:
+            print("all once", flush=True)
+"""
 
 
-async def ask_all(url: str, longest: int, room: int):
-    """Ends of a crowd, beside which some wait for their turn and are aborted, most likely before it."""
+@contextlib.contextmanager
+def aborted(url: str, rids: list[str]) -> Iterator[None]:
+    """By a process: two hundred streams may keep the interpreter of this one for seconds."""
+    command = [sys.executable, "-c", ABORT_AGAIN_AND_AGAIN, url, *rids]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "all once\n"
+            yield
+            assert process.poll() is None, "an abort was refused"
+        finally:
+            process.kill()
+
+
+async def ask_all(url: str, rids: list[str], longest: int, room: int):
+    """Ends of a crowd, beside which those of `rids` wait for their turn and are aborted."""
     limits = httpx.Limits(max_connections=None)
-    rids, done = [f"waiting-{number}" for number in range(NUM_CLIENTS // 10)], threading.Event()
     async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S * 4, limits=limits) as http:
         crowd = [asyncio.create_task(client(http, number, longest, room)) for number in range(NUM_CLIENTS)]
         bodies = [body(PROBE, room, rid=rid, priority=-1) for rid in rids]
         waiting = [asyncio.create_task(http.post("/generate", json=asked)) for asked in bodies]
-        aborting = asyncio.create_task(asyncio.to_thread(abort_again_and_again, url, rids, done))
-        try:
-            ends, replies = await asyncio.gather(*crowd), await asyncio.gather(*waiting)
-        finally:
-            done.set()
-            await aborting
+        ends, replies = await asyncio.gather(*crowd), await asyncio.gather(*waiting)
         reasons = [reply.json()["meta_info"]["finish_reason"]["type"] for reply in replies]
         assert set(reasons) <= {"abort", "length"} and "abort" in reasons
         return ends
@@ -91,7 +107,9 @@ def test_two_hundred_clients_leave_nothing_behind(launch, server_flags, longest,
     server = launch(*server_flags).until_ready()
     before = server.generate(PROBE, 24)["output_ids"]
 
-    ends = asyncio.run(ask_all(server.url, longest, room))
+    rids = [f"waiting-{number}" for number in range(NUM_CLIENTS // 10)]
+    with aborted(server.url, rids):
+        ends = asyncio.run(ask_all(server.url, rids, longest, room))
 
     server.until_idle()
     assert {reason for _, _, reason, _ in ends} >= {"length", "left"}
