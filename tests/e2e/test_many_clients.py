@@ -59,11 +59,11 @@ ABORT_AGAIN_AND_AGAIN = """
 import sys
 import httpx
 
-url, *rids = sys.argv[1:]
-with httpx.Client(base_url=url, timeout=None) as http:
+url, timeout_s, *rids = sys.argv[1:]
+with httpx.Client(base_url=url, timeout=float(timeout_s)) as http:
     for number in range(sys.maxsize):
         for rid in rids:
-            http.post("/abort_request", json={"rid": rid}).raise_for_status()
+            assert http.post("/abort_request", json={"rid": rid}).status_code == 200
         if number == 0:
             print("all once", flush=True)
 """
@@ -72,7 +72,7 @@ with httpx.Client(base_url=url, timeout=None) as http:
 @contextlib.contextmanager
 def aborted(url: str, rids: list[str]) -> Iterator[None]:
     """By a process: two hundred streams may keep the interpreter of this one for seconds."""
-    command = [sys.executable, "-c", ABORT_AGAIN_AND_AGAIN, url, *rids]
+    command = [sys.executable, "-c", ABORT_AGAIN_AND_AGAIN, url, str(PATIENCE_S), *rids]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == "all once\n"
