@@ -96,15 +96,14 @@ def feed_forward(
     E, F, D = weights.gate_EFD.shape
     parts = num_parts(T, X * (D + F) * hidden_TD.dtype.itemsize, workspace_bytes)
     if parts > 1:
-        one_part = functools.partial(
-            feed_forward,
-            weights=weights,
-            activation=activation,
-            tile=tile,
-            interpret=interpret,
-            workspace_bytes=workspace_bytes,
+        options = dict(interpret=interpret, workspace_bytes=workspace_bytes)
+        return in_parts(
+            lambda *tokens: feed_forward(*tokens, weights, activation, tile, **options),
+            parts,
+            hidden_TD,
+            expert_TX,
+            weight_TX,
         )
-        return in_parts(one_part, parts, hidden_TD, expert_TX, weight_TX)
     rows = Rows.of(expert_TX, E, tile.rows, interpret)
     call = functools.partial(_call, rows=rows, num_choices=X, tile=tile, interpret=interpret)
     inner_MF = call(

@@ -92,15 +92,14 @@ def feed_forward(
     (T, X), (E, F, D) = expert_TX.shape, weights.gate_EFD.shape
     parts = num_parts(T, X * (2 * D + F) * hidden_TD.dtype.itemsize, workspace_bytes)
     if parts > 1:
-        one_part = functools.partial(
-            feed_forward,
-            weights=weights,
-            activation=activation,
-            tiles=tiles,
-            interpret=interpret,
-            workspace_bytes=workspace_bytes,
+        options = dict(interpret=interpret, workspace_bytes=workspace_bytes)
+        return in_parts(
+            lambda *tokens: feed_forward(*tokens, weights, activation, tiles, **options),
+            parts,
+            hidden_TD,
+            expert_TX,
+            weight_TX,
         )
-        return in_parts(one_part, parts, hidden_TD, expert_TX, weight_TX)
     up_tile, down_tile = tiles
     is_interpreted = interpret is not None
     places = place(expert_TX, E, ROWS * up_tile.groups, interpret=is_interpreted)
