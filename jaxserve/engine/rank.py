@@ -102,7 +102,9 @@ class Rank:
             plan.admitted.append(request)
             budget -= self._add_chunks(plan, request, budget)
             headroom += self._growth(request)
-        plan.decode = [r for r in plan.decode if r.slot >= 0]
+        # Long rows first: attention begins with them, and a GPU has short ones left to even out its end.
+        decode = (r for r in plan.decode if r.slot >= 0)
+        plan.decode = sorted(decode, key=attrgetter("computed"), reverse=True)
         if num_steps > 1:
             plan.counts = [min(num_steps, request.num_left) for request in plan.decode]
             for request, count in zip(plan.decode, plan.counts):

@@ -403,6 +403,16 @@ def test_long_prompt_is_cut_into_chunks_while_others_decode():
     assert first.tokens[2:] == expected(first.spec)[: len(first.tokens) - 2]
 
 
+def test_rows_of_decode_come_longest_first():
+    scheduler, device = make()
+    for name, length in (("short", 2), ("long", 9), ("middle", 5)):
+        scheduler.submit(ask(name, list(range(length)), new=4))
+    first = scheduler.plan()
+    scheduler.retire(first, device.launch(first))
+    (plan,) = scheduler.plan().ranks
+    assert [request.spec.rid for request in plan.decode] == ["long", "middle", "short"]
+
+
 def test_request_goes_to_the_rank_that_holds_its_prefix():
     limits = Limits(32, 4, 4, 32, 16, 4, 128)
     scheduler = Scheduler(limits, num_ranks=2, clock=lambda: 0.0)

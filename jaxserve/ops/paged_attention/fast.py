@@ -1,7 +1,9 @@
 """Paged attention for CUDA: two flash kernels in Pallas-Triton over the reference's arrays.
 
 `decode` splits every row's keys over several programs (split-K) and combines their partial results
-in a second, small kernel; the heads of one KV group are the rows of its matrix products.
+in a second, small kernel; the heads of one KV group are the rows of its matrix products. Programs start in
+the order of the rows: where lengths differ, the longest rows should come first (256 of some 1,000 tokens:
+285 us, 365 in any order, on one H200).
 `prefill` gives each program some query rows of one block and one head.
 
 The softmax runs in base 2 (exp2 is one instruction), sums and products accumulate in float32.
@@ -20,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+NUM_SMS = 132  # of an H100 and an H200
 NEG_INF = -1e30  # finite: the maximum over no key at all makes no NaN
 LOG2_E = math.log2(math.e)
 
@@ -33,21 +36,24 @@ class Tile(NamedTuple):
     rows: int = 16
 
 
-# Tiles: the fastest of 12 (decode) and 14 (prefill) on one H100, bfloat16, page size 16, two runs.
-# Decode, 32 rows of 4096 tokens, H32 G8 K128, GB/s: (64, 4, 3) 2684 and 2619; (64, 4, 5) 2374 and
-# 2430; (32, 2, 6) 2602 and 2619; (128, 4, 3) 2604 and 2637. K256: (32, 4, 3) 2518 and 2640,
-# (64, 4, 3) 2419 and 2458. K64: all alike.
-# Prefill of 4096, TFLOP/s: (64, 4, 3, rows 128) 250 and 258; (64, 8, 5, 128) 242 and 248;
-# (64, 4, 5, rows 64) 227 and 229. K256: (32, 8, 2, 128) 215 and 220, (32, 4, 3, 64) 201 and 207.
-# K64: (128, 8, 5, 128) 143 and 159, (64, 8, 5, 128) 134 and 138.
+# Decode tiles, H32 G8 K128, bfloat16, page size 16, one H200, us of (64, 4, 3), (64, 2, 3) and (64, 2, 5),
+# which has three buffers of keys and values: 1 row of 4,096 tokens 12.4, 12.1, 10.9; 32 of 4,096 150, 138,
+# 126; 48 of about 1,000 112, 100, 85; 64 of 300 24, 24, 28; 256 of 300 84, 82, 84. K256 on an H100, GB/s:
+# (32, 4, 3) 2518 and 2640, (64, 4, 3) 2419 and 2458.
+# Prefill tiles: the fastest of 14 on one H100, bfloat16, page size 16, two runs; of 4,096 tokens, TFLOP/s:
+# (64, 4, 3, rows 128) 250 and 258; (64, 8, 5, 128) 242 and 248; (64, 4, 5, rows 64) 227 and 229. K256:
+# (32, 8, 2, 128) 215 and 220, (32, 4, 3, 64) 201 and 207. K64: (128, 8, 5, 128) 143 and 159, (64, 8, 5, 128)
+# 134 and 138.
 # A third run, on another card, repeated these within 5 %; 4096 took 256 and 8192 took 302 TFLOP/s.
 # Loading the next block's page ids one iteration ahead won nothing.
 
 
-def decode_tile(K: int, itemsize: int) -> Tile:
+def decode_tile(K: int, itemsize: int, programs: int) -> Tile:
     if itemsize == 4:
         return Tile(keys=32, warps=4, stages=2)
-    return Tile(keys=32 if K > 128 else 64, warps=4, stages=3)
+    if K > 128:
+        return Tile(keys=32, warps=4, stages=3)
+    return Tile(keys=64, warps=2, stages=5 if programs <= 3 * NUM_SMS else 3)
 
 
 def prefill_tile(K: int, itemsize: int, block_size: int) -> Tile:
@@ -63,15 +69,15 @@ def prefill_tile(K: int, itemsize: int, block_size: int) -> Tile:
     )
 
 
-def num_splits(R: int, G: int, max_context: int, tile: Tile) -> int:
-    """Programs that share one row and KV head, a power of two: about two for each of 132 SMs.
+def num_splits(programs: int, max_context: int) -> int:
+    """Programs that share one row and KV head, a power of two: about two for each multiprocessor.
 
     Fewer leave the GPU idle: 16 rows of 2048 tokens take 77 us with 1 split and 64 with 2, 8 rows of
     1024 take 41, 31 and 27 us with 1, 2 and 4. More only cost: 64 rows of 300 take 45, 47, 50 and
     55 us with 1, 2, 4 and 8; one row of 4096 takes 24, 19, 18, 19 and 19 us with 4, 8, 16, 32, 64.
     """
-    wanted = max(1, 264 // max(1, R * G))
-    useful = max(1, max_context // (2 * tile.keys))
+    wanted = max(1, 2 * NUM_SMS // programs)
+    useful = max(1, max_context // 128)
     return 1 << (min(wanted, useful, 64).bit_length() - 1)
 
 
@@ -97,8 +103,8 @@ def decode(
     page_size, G = key_pages.shape[1:3]
     if R == 0:
         return query_THK
-    tile = tile or decode_tile(K, key_pages.dtype.itemsize)
-    splits = splits or num_splits(R, G, page_table_SN.shape[1] * page_size, tile)
+    splits = splits or num_splits(R * G, page_table_SN.shape[1] * page_size)
+    tile = tile or decode_tile(K, key_pages.dtype.itemsize, R * G * splits)
     kernel = functools.partial(
         _decode_kernel,
         tile=tile,
@@ -110,7 +116,7 @@ def decode(
     out_THK = jax.ShapeDtypeStruct(query_THK.shape, query_THK.dtype)
     out, lse_RZH = pl.pallas_call(
         kernel,
-        grid=(R, G, splits),
+        grid=(G, R, splits),
         out_shape=(
             out_THK if splits == 1 else jax.ShapeDtypeStruct((R, splits, H, K), jnp.float32),
             jax.ShapeDtypeStruct((R, splits, H), jnp.float32),
@@ -222,7 +228,7 @@ def _decode_kernel(
     window,
 ):
     """Row r, KV head g, one of `splits` equal shares of the row's blocks of keys."""
-    r, g, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    g, r, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     K = query_ref.shape[-1]
     end = len_ref[r]
     first = jnp.int32(0) if window is None else jnp.maximum(end - window, 0)
