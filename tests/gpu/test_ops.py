@@ -12,6 +12,7 @@ from jaxserve.ops.mla_attention import hopper as hopper_mla
 from jaxserve.ops.paged_attention import hopper, reference
 from jaxserve.ops.sampling import fast as fast_sampling
 from jaxserve.ops.sampling import reference as sorted_sampling
+from jaxserve.ops.split_keys import Split
 from tests.ops import test_hopper_mla
 from tests.ops.cases import KERNEL_HEADS, Decode, Heads, Pool, Prefill, decode_case, prefill_case, tolerance
 from tests.ops.test_hopper_prefill import HEADS as HOPPER_HEADS
@@ -87,10 +88,10 @@ def test_decode_of_many_rows_equals_a_dense_softmax(shape):
     np.testing.assert_allclose(out, case.expected(), rtol=0, atol=tolerance(heads))
 
 
-@pytest.mark.parametrize("splits", [1, 2, 8, 64])
-def test_decode_gives_the_same_for_any_number_of_splits(splits):
+@pytest.mark.parametrize("split", [Split(1), Split(2), Split(8), Split(64), Split(4, min_blocks=2)], ids=str)
+def test_decode_gives_the_same_for_any_split(split):
     case = decode_case(KERNEL_HEADS[5])
-    decode = functools.partial(paged_attention.fast.decode, splits=splits, **case.pool.options())
+    decode = functools.partial(paged_attention.fast.decode, split=split, **case.pool.options())
     out = np.asarray(jax.jit(decode)(*case.arguments()), np.float32)
     np.testing.assert_allclose(out, case.expected(), rtol=0, atol=tolerance(case.pool.heads))
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxserve.ops import backend, mla_attention
+from jaxserve.ops.split_keys import Split
 from tests.ops.cases import H100
 
 PAGE = 8
@@ -163,10 +164,10 @@ def test_rows_are_the_first_queries(where):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 8])
-def test_decode_kernel_gives_the_same_for_any_number_of_splits(splits):
+@pytest.mark.parametrize("split", [Split(1), Split(2), Split(8), Split(4, min_blocks=3)], ids=str)
+def test_decode_kernel_gives_the_same_for_any_split(split):
     latents = CASES[0]
-    got = run_decode(latents, "interpret", interpret=True, splits=splits)
+    got = run_decode(latents, "interpret", interpret=True, split=split)
     np.testing.assert_allclose(got, expected_decode(latents), rtol=0, atol=1e-5)
 
 

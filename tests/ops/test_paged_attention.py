@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.ops import backend, paged_attention
+from jaxserve.ops.split_keys import Split
 from tests.ops.cases import (
     H100,
     KERNEL_HEADS,
@@ -120,10 +121,10 @@ def test_rows_are_the_first_queries(where):
     np.testing.assert_allclose(out, np.concatenate([case.expected(), query + 1]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 8])
-def test_decode_kernel_gives_the_same_for_any_number_of_splits(splits):
+@pytest.mark.parametrize("split", [Split(1), Split(2), Split(8), Split(4, min_blocks=3)], ids=str)
+def test_decode_kernel_gives_the_same_for_any_split(split):
     case = decode_case(Heads(8, 2, 64, window=70, sinks=True))
-    decode = functools.partial(paged_attention.fast.decode, interpret=True, splits=splits)
+    decode = functools.partial(paged_attention.fast.decode, interpret=True, split=split)
     out = jax.jit(functools.partial(decode, **case.pool.options()))(*case.arguments())
     np.testing.assert_allclose(out, case.expected(), rtol=0, atol=1e-5)
 

@@ -1,8 +1,8 @@
 """Latent attention for CUDA: two flash kernels in Pallas-Triton over the reference's arrays.
 
-`decode` gives each program some heads of one row and a share of its keys (split-K), and a second,
-small kernel combines the shares. `prefill` gives each program some query rows of one block and one
-head. A block of latents is loaded once and used twice, as keys and as values.
+`decode` gives each program some heads of one row and a share of its keys (`split_keys`). `prefill` gives each
+program some query rows of one block and one head. A block of latents is loaded once and used twice, as keys
+and as values.
 
 The softmax runs in base 2, sums and products accumulate in float32. `page_offset` is an operand,
 so that all layers share one compiled kernel.
@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+
+from jaxserve.ops.split_keys import Split, combine
 
 NEG_INF = -1e30  # finite: the maximum over no key at all makes no NaN
 LOG2_E = math.log2(math.e)
@@ -47,11 +49,13 @@ def prefill_tile(block_size: int, itemsize: int) -> Tile:
     return Tile(max(16, min(block_size, 64)), 32, warps=8, stages=2)
 
 
-def num_splits(programs: int, max_context: int, keys: int) -> int:
-    """Programs that share one row's keys: enough to fill the GPU, a power of two."""
-    wanted = pl.cdiv(132, max(1, programs))  # one program for each SM: they are large
+def choose_split(programs: int, max_context: int, keys: int) -> Split:
+    """By how many programs there are, were each row (and tile of heads) one: enough to fill the GPU, and
+    shorter ones for rows that are longer than others."""
+    wanted = 1 << (pl.cdiv(132, max(1, programs)) - 1).bit_length()  # one for each SM: they are large
     useful = max(1, max_context // (2 * keys))
-    return max(1, min(1 << (wanted - 1).bit_length(), 1 << (useful.bit_length() - 1), 64))
+    most = min(max(wanted, 4), 1 << (useful.bit_length() - 1), 64)
+    return Split(most, min_blocks=1 if wanted > 4 else pl.cdiv(2 * programs, keys))
 
 
 def decode(
@@ -67,24 +71,20 @@ def decode(
     scale: float,
     interpret: bool = False,
     tile: Tile | None = None,
-    splits: int | None = None,
+    split: Split | None = None,
 ):
-    """See `mla_attention.decode`. `tile` and `splits` are chosen from the shapes unless given."""
+    """See `mla_attention.decode`. `tile` and `split` are chosen from the shapes unless given."""
     R, H = slot_R.shape[0], query_latent_THL.shape[1]
     tile = tile or decode_tile(H, latent_pages.dtype.itemsize)
     head_tiles = pl.cdiv(H, tile.rows)
     max_context = page_table_SN.shape[1] * latent_pages.shape[1]
-    splits = splits or num_splits(R * head_tiles, max_context, tile.keys)
+    split = split or choose_split(R * head_tiles, max_context, tile.keys)
     out_THL = jax.ShapeDtypeStruct(query_latent_THL.shape, query_latent_THL.dtype)
-    parts_RZHL = jax.ShapeDtypeStruct((R, splits, *out_THL.shape[1:]), jnp.float32)
-    out, lse_RZH = pl.pallas_call(
-        functools.partial(_decode_kernel, tile=tile, splits=splits, scale=scale * LOG2_E),
-        grid=(R, head_tiles, splits),
-        out_shape=(
-            out_THL if splits == 1 else parts_RZHL,
-            jax.ShapeDtypeStruct((R, splits, H), jnp.float32),
-        ),
-        input_output_aliases={0: 0} if splits == 1 else {},  # a program writes where it has read
+    out, *parts = pl.pallas_call(
+        functools.partial(_decode_kernel, tile=tile, split=split, scale=scale * LOG2_E),
+        grid=(head_tiles, R, split.most),
+        out_shape=(out_THL, *split.parts(R, *out_THL.shape[1:])),
+        input_output_aliases={0: 0},  # a row of one share is written where it was read
         compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="mla_decode",
@@ -98,17 +98,7 @@ def decode(
         context_len_R,
         _scalar(page_offset),
     )
-    if splits == 1:
-        return out
-    return pl.pallas_call(
-        _combine_kernel,
-        grid=(R, H),
-        out_shape=out_THL,
-        input_output_aliases={3: 0},
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name="mla_decode_combine",
-    )(out, lse_RZH, context_len_R, query_latent_THL)
+    return combine(out, *parts, warps=4, interpret=interpret) if parts else out
 
 
 def prefill(
@@ -169,55 +159,43 @@ def _decode_kernel(
     len_ref,
     offset_ref,
     out_ref,
-    lse_ref,
-    *,
+    *part_refs,
     tile,
-    splits,
+    split,
     scale,
 ):
-    """Row r, `tile.rows` heads, one of `splits` equal shares of the row's blocks of keys."""
-    r, split = pl.program_id(0), pl.program_id(2)
-    head = pl.program_id(1) * tile.rows + jnp.arange(tile.rows)
+    """Row r, `tile.rows` heads, one of the equal shares of the row's blocks of keys."""
+    r, number = pl.program_id(1), pl.program_id(2)
+    head = pl.program_id(0) * tile.rows + jnp.arange(tile.rows)
     is_head = head < query_latent_ref.shape[1]
     end = len_ref[r]
-    share = pl.cdiv(pl.cdiv(end, tile.keys), splits)
-    begin = split * share
-    end_block = jnp.minimum(begin + share, pl.cdiv(end, tile.keys))
-    query = (
-        _load(query_latent_ref, (r, head[:, None]), is_head).astype(
-            _product_dtype(query_latent_ref, latent_ref)
-        ),
-        _load(query_rope_ref, (r, head[:, None]), is_head),
-    )
-    pools = _Pools(latent_ref, rope_ref, table_ref, slot_ref[r], offset_ref[0], tile.keys)
+    num_blocks = pl.cdiv(end, tile.keys)
+    shares, share = split.shares(num_blocks)
 
-    def attend(block, state):
-        position, latent, rope = pools.load(block, end, query[0].dtype)
-        return _update(state, _score(query, latent, rope, scale), (position < end)[None, :], latent)
+    @pl.when(number < shares)
+    def _():
+        query = (
+            _load(query_latent_ref, (r, head[:, None]), is_head).astype(
+                _product_dtype(query_latent_ref, latent_ref)
+            ),
+            _load(query_rope_ref, (r, head[:, None]), is_head),
+        )
+        pools = _Pools(latent_ref, rope_ref, table_ref, slot_ref[r], offset_ref[0], tile.keys)
 
-    out, lse = _finish(lax.fori_loop(begin, end_block, attend, _start(query[0].shape)))
-    place = (r, head[:, None]) if splits == 1 else (r, split, head[:, None])
-    _store(out_ref, place, is_head & (end > 0), out)
-    plt.store(lse_ref.at[r, split, head], lse, mask=is_head)
+        def attend(block, state):
+            position, latent, rope = pools.load(block, end, query[0].dtype)
+            return _update(state, _score(query, latent, rope, scale), (position < end)[None, :], latent)
 
-
-def _combine_kernel(part_ref, lse_ref, len_ref, query_ref, out_ref):
-    """The softmax-weighted mean of one row's and head's shares."""
-    del query_ref  # the same memory as out_ref
-    r, h = pl.program_id(0), pl.program_id(1)
-    splits, _, L = part_ref.shape[1:]
-    split, column = jnp.arange(splits), jnp.arange(_power_of_two(L))
-    is_row = len_ref[r] > 0
-    is_share = (split >= 0) & is_row  # of a row that is none nothing is read
-    lse = plt.load(lse_ref.at[r, split, h], mask=is_share, other=jnp.float32(0))
-    weight = jnp.exp2(lse - lse.max(axis=0))
-    part = plt.load(
-        part_ref.at[r, split[:, None], h, column[None, :]],
-        mask=is_share[:, None] & (column < L)[None, :],
-        other=jnp.float32(0),
-    )
-    mean = (part * weight[:, None]).sum(axis=0) / weight.sum(axis=0)
-    plt.store(out_ref.at[r, h, column], mean.astype(out_ref.dtype), mask=(column < L) & is_row)
+        begin = number * share
+        state = lax.fori_loop(begin, jnp.minimum(begin + share, num_blocks), attend, _start(query[0].shape))
+        out, lse = _finish(state)
+        _store(out_ref, (r, head[:, None]), is_head & (shares == 1) & (end > 0), out)
+        if part_refs:
+            part_ref, lse_ref, shares_ref = part_refs
+            is_part = is_head & (shares > 1)
+            _store(part_ref, (r, number, head[:, None]), is_part, out)
+            plt.store(lse_ref.at[r, number, head], lse, mask=is_part)
+            plt.store(shares_ref.at[r], shares)
 
 
 def _prefill_kernel(

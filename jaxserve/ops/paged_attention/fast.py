@@ -1,9 +1,8 @@
 """Paged attention for CUDA: two flash kernels in Pallas-Triton over the reference's arrays.
 
-`decode` splits every row's keys over several programs (split-K) and combines their partial results
-in a second, small kernel; the heads of one KV group are the rows of its matrix products. Programs start in
-the order of the rows: where lengths differ, the longest rows should come first (256 of some 1,000 tokens:
-285 us, 365 in any order, on one H200).
+`decode` splits long rows' keys over several programs (`split_keys`); the heads of one KV group are the rows
+of its matrix products. Programs start in the order of the rows: where lengths differ, the longest rows should
+come first (256 of some 1,000 tokens: 285 us, 365 in any order, on one H200).
 `prefill` gives each program some query rows of one block and one head.
 
 The softmax runs in base 2 (exp2 is one instruction), sums and products accumulate in float32.
@@ -22,6 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jaxserve.ops.split_keys import Split, combine
+
 NUM_SMS = 132  # of an H100 and an H200
 NEG_INF = -1e30  # finite: the maximum over no key at all makes no NaN
 LOG2_E = math.log2(math.e)
@@ -38,8 +39,9 @@ class Tile(NamedTuple):
 
 # Decode tiles, H32 G8 K128, bfloat16, page size 16, one H200, us of (64, 4, 3), (64, 2, 3) and (64, 2, 5),
 # which has three buffers of keys and values: 1 row of 4,096 tokens 12.4, 12.1, 10.9; 32 of 4,096 150, 138,
-# 126; 48 of about 1,000 112, 100, 85; 64 of 300 24, 24, 28; 256 of 300 84, 82, 84. K256 on an H100, GB/s:
-# (32, 4, 3) 2518 and 2640, (64, 4, 3) 2419 and 2458.
+# 126; 48 of about 1,000 112, 100, 85; 64 of 300 24, 24, 28; 256 of 300 84, 82, 84. float8, and (128, 4, 3):
+# 1 of 4,096 12, 15, 16, 10; 32 of 4,096 150, 185, 175, 127; 64 of 1,000 80, 65, 68, 68; 256 of 300 88, 84,
+# 87, 101. K256 on an H100, GB/s: (32, 4, 3) 2518 and 2640, (64, 4, 3) 2419 and 2458.
 # Prefill tiles: the fastest of 14 on one H100, bfloat16, page size 16, two runs; of 4,096 tokens, TFLOP/s:
 # (64, 4, 3, rows 128) 250 and 258; (64, 8, 5, 128) 242 and 248; (64, 4, 5, rows 64) 227 and 229. K256:
 # (32, 8, 2, 128) 215 and 220, (32, 4, 3, 64) 201 and 207. K64: (128, 8, 5, 128) 143 and 159, (64, 8, 5, 128)
@@ -53,7 +55,9 @@ def decode_tile(K: int, itemsize: int, programs: int) -> Tile:
         return Tile(keys=32, warps=4, stages=2)
     if K > 128:
         return Tile(keys=32, warps=4, stages=3)
-    return Tile(keys=64, warps=2, stages=5 if programs <= 3 * NUM_SMS else 3)
+    if programs > 3 * NUM_SMS:
+        return Tile(keys=64, warps=2, stages=3)
+    return Tile(keys=64, warps=2, stages=5) if itemsize == 2 else Tile(keys=128, warps=4, stages=3)
 
 
 def prefill_tile(K: int, itemsize: int, block_size: int) -> Tile:
@@ -69,16 +73,17 @@ def prefill_tile(K: int, itemsize: int, block_size: int) -> Tile:
     )
 
 
-def num_splits(programs: int, max_context: int) -> int:
-    """Programs that share one row and KV head, a power of two: about two for each multiprocessor.
+def choose_split(programs: int, max_context: int) -> Split:
+    """By how many programs there are, were each row and KV head one.
 
-    Fewer leave the GPU idle: 16 rows of 2048 tokens take 77 us with 1 split and 64 with 2, 8 rows of
-    1024 take 41, 31 and 27 us with 1, 2 and 4. More only cost: 64 rows of 300 take 45, 47, 50 and
-    55 us with 1, 2, 4 and 8; one row of 4096 takes 24, 19, 18, 19 and 19 us with 4, 8, 16, 32, 64.
+    Fewer than two for each multiprocessor leave the GPU idle: 16 rows of 2048 tokens take 77 us in one share
+    and 64 in 2, 8 rows of 1024 take 41, 31 and 27 us in 1, 2 and 4; one row of 4096 takes 24, 19, 18, 19 and
+    19 us in 4, 8, 16, 32 and 64. More only cost: 64 rows of 300 take 45, 47, 50 and 55 us in 1, 2, 4 and 8.
+    Shares of 1,024 tokens for long rows alone: 64 rows of about 1,000 90 us instead of 113, but of about 300
+    42 instead of 38, and 96 and more rows always longer.
     """
-    wanted = max(1, 2 * NUM_SMS // programs)
-    useful = max(1, max_context // 128)
-    return 1 << (min(wanted, useful, 64).bit_length() - 1)
+    wanted = min(max(1, 2 * NUM_SMS // programs), max(1, max_context // 128), 64)
+    return Split(1 << (wanted.bit_length() - 1))
 
 
 def decode(
@@ -96,32 +101,28 @@ def decode(
     sinks_H=None,
     interpret: bool = False,
     tile: Tile | None = None,
-    splits: int | None = None,
+    split: Split | None = None,
 ):
-    """See `paged_attention.decode`. `tile` and `splits` are chosen from the shapes unless given."""
+    """See `paged_attention.decode`. `tile` and `split` are chosen from the shapes unless given."""
     R, (_, H, K) = slot_R.shape[0], query_THK.shape
     page_size, G = key_pages.shape[1:3]
     if R == 0:
         return query_THK
-    splits = splits or num_splits(R * G, page_table_SN.shape[1] * page_size)
-    tile = tile or decode_tile(K, key_pages.dtype.itemsize, R * G * splits)
+    split = split or choose_split(R * G, page_table_SN.shape[1] * page_size)
+    tile = tile or decode_tile(K, key_pages.dtype.itemsize, R * G)
     kernel = functools.partial(
         _decode_kernel,
         tile=tile,
-        splits=splits,
+        split=split,
         group=H // G,
         score=_score(scale, softcap),
         window=window,
     )
-    out_THK = jax.ShapeDtypeStruct(query_THK.shape, query_THK.dtype)
-    out, lse_RZH = pl.pallas_call(
+    out, *parts = pl.pallas_call(
         kernel,
-        grid=(G, R, splits),
-        out_shape=(
-            out_THK if splits == 1 else jax.ShapeDtypeStruct((R, splits, H, K), jnp.float32),
-            jax.ShapeDtypeStruct((R, splits, H), jnp.float32),
-        ),
-        input_output_aliases={0: 0} if splits == 1 else {},  # a program writes where it has read
+        grid=(G, R, split.most),
+        out_shape=(jax.ShapeDtypeStruct(query_THK.shape, query_THK.dtype), *split.parts(R, H, K)),
+        input_output_aliases={0: 0},  # a row of one share is written where it was read
         compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="paged_decode",
@@ -135,17 +136,7 @@ def decode(
         _sinks(sinks_H, H),
         _scalar(page_offset),
     )
-    if splits == 1:
-        return out
-    return pl.pallas_call(
-        _combine_kernel,
-        grid=(R, H),
-        out_shape=out_THK,
-        input_output_aliases={3: 0},
-        compiler_params=plt.CompilerParams(num_warps=2, num_stages=1),
-        interpret=interpret,
-        name="paged_decode_combine",
-    )(out, lse_RZH, context_len_R, query_THK)
+    return combine(out, *parts, warps=2, interpret=interpret) if parts else out
 
 
 def prefill(
@@ -219,22 +210,21 @@ def _decode_kernel(
     sink_ref,
     offset_ref,
     out_ref,
-    lse_ref,
-    *,
+    *part_refs,
     tile,
-    splits,
+    split,
     group,
     score,
     window,
 ):
-    """Row r, KV head g, one of `splits` equal shares of the row's blocks of keys."""
-    g, r, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    """Row r, KV head g, one of the equal shares of the row's blocks of keys."""
+    g, r, number = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     K = query_ref.shape[-1]
     end = len_ref[r]
     first = jnp.int32(0) if window is None else jnp.maximum(end - window, 0)
     first_block, end_block = first // tile.keys, pl.cdiv(end, tile.keys)
-    share = pl.cdiv(end_block - first_block, splits)
-    begin = first_block + split * share
+    shares, share = split.shares(end_block - first_block)
+    begin = first_block + number * share
 
     row = jnp.arange(max(16, pl.next_power_of_2(group)))  # a matrix product has at least 16 rows
     head, is_head = g * group + row, row < group
@@ -252,34 +242,18 @@ def _decode_kernel(
         logits = jnp.where(seen[None, :], score(_dot(query, key.T)), NEG_INF)
         return _update(state, logits, value)
 
-    # The sink is a key without a value, seen by one of the splits.
-    sink = plt.load(sink_ref.at[head], mask=is_head & (split == 0), other=jnp.float32(NEG_INF))
+    # The sink is a key without a value, seen by the first share.
+    sink = plt.load(sink_ref.at[head], mask=is_head & (number == 0), other=jnp.float32(NEG_INF))
     state = _start(sink * LOG2_E, query.shape[1])
     state = lax.fori_loop(begin, jnp.minimum(begin + share, end_block), attend_block, state)
     out, lse = _finish(state)
-    place = (r, head[:, None]) if splits == 1 else (r, split, head[:, None])
-    _store_heads(out_ref, place, K, is_head & (end > 0), out)
-    plt.store(lse_ref.at[r, split, head], lse, mask=is_head)
-
-
-def _combine_kernel(part_ref, lse_ref, len_ref, query_ref, out_ref):
-    """The softmax-weighted mean of one row's and head's partial results."""
-    del query_ref  # the same memory as out_ref
-    r, h = pl.program_id(0), pl.program_id(1)
-    splits, _, K = part_ref.shape[1:]
-    split = jnp.arange(splits)
-    is_row = len_ref[r] > 0
-    is_share = (split >= 0) & is_row  # of a row that is none nothing is read
-    lse = plt.load(lse_ref.at[r, split, h], mask=is_share, other=jnp.float32(0))
-    weight = jnp.exp2(lse - lse.max(axis=0))
-    column = jnp.arange(pl.next_power_of_2(K))
-    part = plt.load(
-        part_ref.at[r, split[:, None], h, column[None, :]],
-        mask=is_share[:, None] & (column < K)[None, :],
-        other=jnp.float32(0),
-    )
-    mean = (part * weight[:, None]).sum(axis=0) / weight.sum(axis=0)
-    plt.store(out_ref.at[r, h, column], mean.astype(out_ref.dtype), mask=(column < K) & is_row)
+    _store_heads(out_ref, (r, head[:, None]), K, is_head & (shares == 1) & (number == 0) & (end > 0), out)
+    if part_refs:
+        part_ref, lse_ref, shares_ref = part_refs
+        is_part = is_head & (shares > 1) & (number < shares)
+        _store_heads(part_ref, (r, number, head[:, None]), K, is_part, out)
+        plt.store(lse_ref.at[r, number, head], lse, mask=is_part)
+        plt.store(shares_ref.at[r], shares)
 
 
 def _prefill_kernel(
