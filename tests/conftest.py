@@ -48,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that tests start
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", config.option.devices)
-        os.environ["XLA_FLAGS"] = QUICK_COMPILE
+        os.environ["XLA_FLAGS"] = QUICK_COMPILE  # of these processes too; the demo compiles as a user's does
     # Programs of an earlier run are read back, which more than halves the time of the next one.
     jax.config.update("jax_compilation_cache_dir", compile_cache_dir(config))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -68,7 +68,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the backend before a test that runs an engine here asks for another number of devices."""
     if not on_gpu(session.config):  # there the engine sets memory limits first
         jax.jit(lambda x: x + 1)(1)
-        os.environ.pop("XLA_FLAGS")  # read by now; processes that tests start compile as a user's do
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which asks where `-n` says more than one process

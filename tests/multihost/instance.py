@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.compiling import QUICK_COMPILE
 from tests.engine.asking import Row
 
 READY_S = 240.0  # compiling on a busy machine
@@ -58,7 +56,6 @@ class Instance:
                     "jaxserve.launch_server",
                     *flags(**{**self.options, "node_rank": rank, **(own or {})}),
                 ],
-                env={**os.environ, "XLA_FLAGS": QUICK_COMPILE},  # followers compile at every start
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
