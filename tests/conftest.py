@@ -5,6 +5,7 @@ Tests run on eight virtual CPU devices, so that mesh tests run anywhere and in a
 alone runs on the GPU instead. `--slow` adds tests marked `slow`.
 """
 
+import gc
 import os
 import sys
 import tempfile
@@ -49,6 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", config.option.devices)
         os.environ["XLA_FLAGS"] = QUICK_COMPILE  # of these processes too; the demo compiles as a user's does
+        jax.config.update("jax_traceback_in_locations_limit", 0)  # a sixth of the time to trace
+        os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
     # Programs of an earlier run are read back, which more than halves the time of the next one.
     jax.config.update("jax_compilation_cache_dir", compile_cache_dir(config))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -68,6 +71,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the backend before a test that runs an engine here asks for another number of devices."""
     if not on_gpu(session.config):  # there the engine sets memory limits first
         jax.jit(lambda x: x + 1)(1)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)  # tracing makes much that stays: a tenth of its time went to collections
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which asks where `-n` says more than one process
