@@ -37,6 +37,8 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 _decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
 
+MESSAGES_A_TURN = 32  # of a backlog, before others run; more than one, so that late readers see it and join
+
 
 # ---- the engine's end ----
 
@@ -295,7 +297,9 @@ class ZmqCarrier:
 
     async def _read(self) -> None:
         while True:
-            self.connection.deliver(_decode_from_engine(await self._socket.recv()))
+            for _ in range(MESSAGES_A_TURN):
+                self.connection.deliver(_decode_from_engine(await self._socket.recv()))
+            await asyncio.sleep(0)  # a receive that finds a message does not let others run
 
     async def close(self) -> None:
         self._task.cancel()

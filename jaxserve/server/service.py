@@ -20,7 +20,7 @@ from jaxserve.server.sequence import Sequence
 from jaxserve.text.chat_template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 
-MOST_BEHIND = 32  # outputs by which a stream's reader may be late before its events are joined
+MOST_BEHIND = 16  # outputs by which a stream's reader may be late before its events are joined
 
 
 class Service:
@@ -172,6 +172,8 @@ class Service:
                         while arrived and sequence.finish is None:
                             if feed() and sequence.finish is None and len(arrived) < MOST_BEHIND:
                                 yield sequence
+                                if arrived:  # one event a turn: whoever aborts is not kept until the last
+                                    await asyncio.sleep(0)
                         if sequence.finish is not None:
                             break
                     else:

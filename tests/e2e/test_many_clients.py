@@ -1,17 +1,14 @@
 """Two hundred clients at once, many of whom leave: no page is lost and nobody's tokens change."""
 
 import asyncio
-import contextlib
 import json
 import random
-import subprocess
-import sys
-from collections.abc import Iterator
 
 import httpx
+import psutil
 import pytest
 
-from tests.e2e.process import PATIENCE_S, body
+from tests.e2e.process import PATIENCE_S, Server, body
 
 NUM_CLIENTS = 200
 PROBE = [50, 51, 52] * 15
@@ -55,44 +52,36 @@ async def client(
     return which, tokens, reason, retractions
 
 
-ABORT_AGAIN_AND_AGAIN = """
-import sys
-import httpx
+async def ask_and_abort(http: httpx.AsyncClient, engine: psutil.Process, rids: list[str], room: int):
+    """Requests that are aborted before they can end: the engine stands still meanwhile.
 
-url, timeout_s, *rids = sys.argv[1:]
-with httpx.Client(base_url=url, timeout=float(timeout_s)) as http:
-    for number in range(sys.maxsize):
+    Each is asked for twice: that one is refused says that the other is in.
+    """
+    engine.suspend()
+    try:
+        bodies = [body(PROBE, room, rid=rid, priority=-1) for rid in rids for _ in range(2)]
+        asking = {asyncio.create_task(http.post("/generate", json=asked)) for asked in bodies}
+        refused = set()
+        while len(refused) < len(rids):
+            done, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+            refused |= done
+        assert all("is in use" in task.result().text for task in refused)
         for rid in rids:
-            assert http.post("/abort_request", json={"rid": rid}).status_code == 200
-        if number == 0:
-            print("all once", flush=True)
-"""
+            assert (await http.post("/abort_request", json={"rid": rid})).status_code == 200
+    finally:
+        engine.resume()
+    for task in asking:
+        assert (await task).json()["meta_info"]["finish_reason"]["type"] == "abort"
 
 
-@contextlib.contextmanager
-def aborted(url: str, rids: list[str]) -> Iterator[None]:
-    """By a process: two hundred streams may keep the interpreter of this one for seconds."""
-    command = [sys.executable, "-c", ABORT_AGAIN_AND_AGAIN, url, str(PATIENCE_S), *rids]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None and process.stdout.readline() == "all once\n"
-            yield
-            assert process.poll() is None, "an abort was refused"
-        finally:
-            process.kill()
-
-
-async def ask_all(url: str, rids: list[str], longest: int, room: int):
-    """Ends of a crowd, beside which those of `rids` wait for their turn and are aborted."""
+async def ask_all(server: Server, longest: int, room: int):
+    """Ends of a crowd, beside which some wait for their turn and are aborted."""
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S * 4, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S * 4, limits=limits) as http:
         crowd = [asyncio.create_task(client(http, number, longest, room)) for number in range(NUM_CLIENTS)]
-        bodies = [body(PROBE, room, rid=rid, priority=-1) for rid in rids]
-        waiting = [asyncio.create_task(http.post("/generate", json=asked)) for asked in bodies]
-        ends, replies = await asyncio.gather(*crowd), await asyncio.gather(*waiting)
-        reasons = [reply.json()["meta_info"]["finish_reason"]["type"] for reply in replies]
-        assert set(reasons) <= {"abort", "length"} and "abort" in reasons
-        return ends
+        rids = [f"waiting-{number}" for number in range(NUM_CLIENTS // 10)]
+        await ask_and_abort(http, server.engine, rids, room)
+        return await asyncio.gather(*crowd)
 
 
 @pytest.mark.parametrize(
@@ -107,9 +96,7 @@ def test_two_hundred_clients_leave_nothing_behind(launch, server_flags, longest,
     server = launch(*server_flags).until_ready()
     before = server.generate(PROBE, 24)["output_ids"]
 
-    rids = [f"waiting-{number}" for number in range(NUM_CLIENTS // 10)]
-    with aborted(server.url, rids):
-        ends = asyncio.run(ask_all(server.url, rids, longest, room))
+    ends = asyncio.run(ask_all(server, longest, room))
 
     server.until_idle()
     assert {reason for _, _, reason, _ in ends} >= {"length", "left"}

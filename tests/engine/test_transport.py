@@ -19,7 +19,7 @@ from jaxserve.messages import (
     Reply,
     Sampling,
 )
-from jaxserve.transport import ZmqCarrier, ZmqEndpoint
+from jaxserve.transport import MESSAGES_A_TURN, ZmqCarrier, ZmqEndpoint
 from tests.engine.asking import Followed
 
 PATIENCE_S = 30
@@ -133,6 +133,28 @@ def test_message_that_has_come_before_a_send_is_not_slept_through(address):
             assert (await anext(first)).token_ids == [i]
         endpoint.send(answer("b", 7))
         assert (await anext(second)).token_ids == [7]
+
+    run(work, address)
+
+
+def test_others_have_their_turns_while_a_backlog_is_read(address):
+    """An abort waits in the same loop as the outputs of a crowd."""
+    taken: list[Output] = []
+    count = 20 * MESSAGES_A_TURN
+
+    def take(output: Output) -> bool:
+        taken.append(output)
+        return False
+
+    async def work(carrier, endpoint):
+        stream = carrier.connection.generate(request("a"), take)
+        for token in range(count):
+            endpoint.send(Outputs([], {"a": [token]}))
+        time.sleep(0.1)  # noqa: ASYNC251 (the loop must not run while the messages come)
+        while (before := len(taken)) < count:
+            await asyncio.sleep(0)
+            assert len(taken) - before <= MESSAGES_A_TURN
+        await stream.aclose()
 
     run(work, address)
 

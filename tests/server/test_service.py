@@ -140,23 +140,49 @@ def test_this_layer_imports_neither_http_nor_jax():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
+def came_at_once(count):
+    """A stand-in for an engine's `generate` whose outputs came while nobody read."""
+
+    async def generate(request, take):
+        for token in range(count):
+            finish = Finish("length", length=count) if token == count - 1 else None
+            take(Output(rid=request.rid, token_ids=[5 + token % 9], finish=finish))
+        yield
+
+    return generate
+
+
+def streamed(service):
+    return stream(service, body(text="x", stream=True, sampling_params={"max_new_tokens": 100}))
+
+
 def test_reader_that_is_late_gets_every_event_until_it_is_far_behind(engine, tokenizer):
     """Outputs that came while nobody read are events of their own; of many the first ones are joined."""
 
-    def came_at_once(count):
-        async def generate(request, take):
-            for token in range(count):
-                finish = Finish("length", length=count) if token == count - 1 else None
-                take(Output(rid=request.rid, token_ids=[5 + token % 9], finish=finish))
-            yield
-
-        return generate
-
     async def lengths(service):
-        events = stream(service, body(text="x", stream=True, sampling_params={"max_new_tokens": 100}))
-        return [len(event["output_ids"]) async for event in events]
+        return [len(event["output_ids"]) async for event in streamed(service)]
 
-    engine.generate = came_at_once(20)
-    assert run(engine, tokenizer, lengths) == list(range(1, 21))
+    engine.generate = came_at_once(MOST_BEHIND)
+    assert run(engine, tokenizer, lengths) == list(range(1, MOST_BEHIND + 1))
     engine.generate = came_at_once(100)
     assert run(engine, tokenizer, lengths) == list(range(100 - MOST_BEHIND + 1, 101))
+
+
+def test_reader_that_is_late_lets_others_run_between_two_events(engine, tokenizer):
+    engine.generate = came_at_once(MOST_BEHIND)
+
+    async def work(service):
+        told, seen = [], []
+
+        async def look():
+            while len(told) < MOST_BEHIND:
+                seen.append(len(told))
+                await asyncio.sleep(0)
+
+        looking = asyncio.create_task(look())
+        async for event in streamed(service):
+            told.append(event)
+        await looking
+        return seen
+
+    assert run(engine, tokenizer, work) == list(range(1, MOST_BEHIND))
