@@ -21,6 +21,7 @@ from jaxserve.server.errors import RequestError, error_body
 log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 64 << 20
 BODY_TIMEOUT_S = 60.0
+STALLED_S = 120.0  # for so long a stream's reader may take nothing; it holds a place in the queue
 MAX_DEPTH_MESSAGE = "the body is nested too deeply"
 DONE = b"data: [DONE]\n\n"
 SSE_HEADERS = [
@@ -143,6 +144,7 @@ class EventStream(Response):
 
     The status line waits for the first event, so an error before it is a plain error answer; a later
     one is an error event. Both end the stream; `[DONE]` closes it, unless the last event brought it along.
+    A reader that takes nothing for STALLED_S, or twice that, is cut off.
     """
 
     def __init__(self, events: AsyncGenerator[bytes], resumable: bool = False):
@@ -150,6 +152,8 @@ class EventStream(Response):
         is gone or ends, the connection is cut, without an error event that the client would see."""
         self.events = events
         self.resumable = resumable
+        self._going_out: bytes | None = None  # the event that the reader has not taken yet
+        self._seen_going_out: bytes | None = None
         self.background = None
         self.status_code = 200
 
@@ -157,11 +161,17 @@ class EventStream(Response):
         task = asyncio.ensure_future(self._send_all(scope, receive, send))
         gone = asyncio.ensure_future(_gone(receive))
         try:
-            await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+            while not (task.done() or gone.done() or self._is_stalled()):
+                await asyncio.wait((task, gone), timeout=STALLED_S, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 task.result()
         finally:
             await _stop(task, gone)
+
+    def _is_stalled(self) -> bool:
+        """Whether the reader has taken nothing since this was asked last."""
+        before, self._seen_going_out = self._seen_going_out, self._going_out
+        return before is not None and before is self._going_out
 
     async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         started, end = False, DONE
@@ -171,7 +181,9 @@ class EventStream(Response):
                     if not started:
                         await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
                         started = True
+                    self._going_out = event
                     await send({"type": "http.response.body", "body": event, "more_body": True})
+                    self._going_out = None
                     end = b"" if event.endswith(DONE) else DONE
             except Exception as error:
                 failure = as_request_error(error)

@@ -1,5 +1,6 @@
 """Clients that leave, aborts, limits, health, draining, death."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -11,6 +12,7 @@ from fake_engine import INFO, FakeEngine
 from live_server import Running, make_app
 
 from jaxserve.messages import Finish
+from jaxserve.server import stream
 from jaxserve.server.app import _listen
 
 SLOW = {"text": "x", "sampling_params": {"max_new_tokens": 400, "ignore_eos": True, "stop_token_ids": [319]}}
@@ -69,6 +71,26 @@ def test_leaving_before_the_first_token_aborts(server):
     ask_and_leave(server, {**SLOW, "stream": True}, 1)
     wait_for(lambda: len(server.engine.aborted) == 1)
     wait_for(lambda: server.app.state.service.num_running == 0)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_stream_is_cut_when_its_reader_takes_nothing_not_when_there_is_nothing(monkeypatch, reads):
+    monkeypatch.setattr(stream, "STALLED_S", 0.01)
+    sent = []
+
+    async def events():
+        for _ in range(2):
+            yield b"data: x\n\n"
+            await asyncio.sleep(0.05)
+        sent.append("all")
+
+    async def send(message):
+        if message["type"] == "http.response.body" and not reads:
+            await asyncio.Event().wait()
+
+    answer = stream.EventStream(events())
+    asyncio.run(asyncio.wait_for(answer({}, asyncio.Event().wait, send), 20))
+    assert sent == ["all"] * reads
 
 
 def test_one_bad_sequence_of_a_batch_ends_the_others(server):
