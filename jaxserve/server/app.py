@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxserve.config import ServerConfig
 from jaxserve.messages import EngineClient
 from jaxserve.server import control, kv_events, native, openai
+from jaxserve.server.connection import Connection
 from jaxserve.server.errors import RequestError, unavailable
 from jaxserve.server.metrics import Metrics
 from jaxserve.server.service import Service
@@ -189,7 +190,7 @@ async def serve(
         log_level=log_level,
         access_log=False,
         lifespan="off",
-        http="httptools",
+        http=Connection,
         ws="none",
         timeout_keep_alive=75,  # longer than the idle timeout of the usual proxies in front
         timeout_graceful_shutdown=1,

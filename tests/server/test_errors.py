@@ -8,7 +8,7 @@ import pytest
 from fake_engine import FakeEngine
 from live_server import Running, make_app
 
-from jaxserve.server import stream
+from jaxserve.server import connection, stream
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 UNKNOWN = "unknown_parameter"
@@ -294,6 +294,31 @@ def test_body_that_does_not_arrive_is_408(server, monkeypatch):
         answer = connection.makefile("rb").read().decode()
     assert answer.startswith("HTTP/1.1 408 ")
     assert "the body did not arrive within 0.05 s" in answer
+
+
+def test_head_that_does_not_end_is_408(server, monkeypatch):
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.05)
+    for before in (b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", server.http.base_url.port), timeout=5) as client:
+            client.sendall(before + b"GET /health HTTP/1.1\r\nHost:")
+            answers = client.makefile("rb").read().decode()
+        assert answers.count("HTTP/1.1 200 ") == bool(before)
+        assert "HTTP/1.1 408 " in answers and "did not arrive within 0.05 s" in answers
+
+
+def test_head_over_the_limit_is_431(server, monkeypatch):
+    monkeypatch.setattr(connection, "MAX_HEAD_BYTES", 1000)
+    with socket.create_connection(("127.0.0.1", server.http.base_url.port), timeout=5) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\n" + b"a: b\r\n" * 200)
+        answer = client.makefile("rb").read().decode()
+    assert answer.startswith("HTTP/1.1 431 ")
+    assert "head exceeds 1000 bytes" in answer
+
+
+def test_connection_that_asks_for_nothing_is_closed(server, monkeypatch):
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.05)
+    with socket.create_connection(("127.0.0.1", server.http.base_url.port), timeout=5) as client:
+        assert client.makefile("rb").read().startswith(b"HTTP/1.1 408 ")
 
 
 @pytest.mark.parametrize("chunked", [False, True])
