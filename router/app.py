@@ -102,7 +102,7 @@ class Gateway:
             if path in ROUTES:
                 await send_error(send, _method_not_allowed(scope["method"], path, (("allow", "POST"),)))
                 return
-            root = "/" + path.split("/", 2)[1]
+            root = "/" + path.removeprefix("/").partition("/")[0]  # the path may be "*"
             if self.keys.tokens and (path in self.guarded_paths or root in self.guarded_paths):
                 headers = dict(scope["headers"])
                 check = self.keys.check_admin if root in ADMIN_PATHS else self.keys.check

@@ -11,6 +11,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from router import __version__
+from router.control_body import control_body
 from router.errors import RequestError
 from router.policies import Policy
 from router.upstream import UpstreamError, json_of
@@ -198,15 +199,19 @@ class Control:
         return handler
 
     def everyone(self, target: str):
-        """A handler that passes the request to every worker: 200 when one of them accepted it."""
+        """A handler that passes the request to every worker: 200 when one of them accepted it, else the
+        answer of one that found it wrong."""
 
         async def handler(request: Request) -> Response:
-            body = await request.body()
+            body = await control_body(request.receive)
             answers = await self._ask_all("POST", target, body=body)
             results = [
                 {"worker": w.url, "status": a[0] if isinstance(a, tuple) else str(a)} for w, a in answers
             ]
             accepted = any(r["status"] == 200 for r in results)
+            refusals = [a for _, a in answers if isinstance(a, tuple) and a[0] == 400]
+            if refusals and not accepted:
+                return Response(refusals[0][1], 400, {"content-type": "application/json"})
             return _json({"results": results}, 200 if accepted else 502)
 
         return handler

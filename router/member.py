@@ -20,6 +20,7 @@ from router import link as frames
 from router.app import Gateway, build_app
 from router.call import Call
 from router.config import RouterConfig
+from router.control_body import control_body
 from router.errors import RequestError, send_error
 from router.http_server import GatewayServer
 from router.launch_router import loop_factory, set_up_logging, uvicorn_config
@@ -27,7 +28,6 @@ from router.link import Link
 from router.workers import Share, Worker, WorkerSpec
 
 FLUSH_S = 0.001
-MAX_CONTROL_BYTES = 1 << 20
 CONTROL_TIMEOUT_S = 40.0  # above the time a cache flush may take
 
 
@@ -286,20 +286,15 @@ class Member:
 
     async def ask(self, scope, receive, send) -> None:
         """Have the supervisor answer a control request; an ASGI application."""
-        body = b""
-        while True:
-            message = await receive()
-            body += message.get("body", b"")
-            if len(body) > MAX_CONTROL_BYTES:
-                limit = f"the body of a control request exceeds {MAX_CONTROL_BYTES} bytes"
-                await send_error(send, RequestError(413, "payload_too_large", limit))
-                return
-            if not message.get("more_body"):
-                break
+        try:
+            body = await control_body(receive)
+        except RequestError as error:
+            await send_error(send, error)
+            return
         self.next_ask += 1
         ask = Ask(
             self.next_ask, scope["method"], scope["path"], scope.get("raw_path") or b"",
-            scope["query_string"], [(bytes(k), bytes(v)) for k, v in scope["headers"]], bytes(body),
+            scope["query_string"], [(bytes(k), bytes(v)) for k, v in scope["headers"]], body,
         )  # fmt: skip
         waiting = self.asked[ask.id] = asyncio.get_running_loop().create_future()
         try:

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from router.control_body import control_body
 from router.jobs import Job, Jobs, Refused
 from router.workers import Registry, Worker, WorkerSpec
 
@@ -103,7 +104,7 @@ def _guarded(handler):
 
 async def _decoded(request: Request, kind: type) -> Any:
     try:
-        return msgspec.json.decode(await request.body(), type=kind)
+        return msgspec.json.decode(await control_body(request.receive), type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refused(400, "BAD_REQUEST", f"bad request body: {error}") from error
 

@@ -15,6 +15,7 @@ from kv_worker import KvWorker, write_tokenizer
 from mock_worker import MockWorker
 
 from router.config import ConfigError, RouterConfig
+from router.control_body import MAX_CONTROL_BYTES
 from router.launch_router import start_metrics_server
 from router.launch_server import make_parser, make_plan
 from router.metrics import Metrics
@@ -90,6 +91,45 @@ async def test_body_over_the_limit_is_413_and_at_the_limit_passes():
                 yield b" " * 10
 
         assert (await r.client.post("/generate", content=chunks())).status_code == 413
+
+
+@asynchronous
+@pytest.mark.parametrize("path", ["/abort_request", "/workers"])
+async def test_body_of_a_control_request_is_bounded(path, caplog):
+    async with running(1) as r:
+        response = await r.client.post(path, content=b"[" + b" " * MAX_CONTROL_BYTES)
+        assert response.status_code == 413 and error_of(response)["code"] == "payload_too_large"
+        leaving = await RawClient.connect(r.port)
+        leaving.writer.write(f"POST {path} HTTP/1.1\r\nhost: gateway\r\ncontent-length: 9\r\n\r\n[".encode())
+        await until(lambda: r.gateway.num_connections() == 2)
+        leaving.leave()
+        await until(lambda: r.gateway.num_connections() == 1)
+        assert (await r.client.get("/health")).status_code == 200
+    assert "Traceback" not in caplog.text
+
+
+@asynchronous
+async def test_control_request_that_every_worker_finds_wrong_is_answered_with_a_workers_words():
+    async with running(2) as r:
+        for worker in r.workers:
+            worker.faults.status = 400
+        response = await r.client.post("/abort_request", json={"rid": 5})
+        assert response.status_code == 400 and response.json()["error"]["message"] == "injected"
+        r.workers[0].faults.status = 503
+        assert (await r.client.post("/abort_request", json={"rid": 5})).status_code == 400
+        r.workers[1].faults.status = 503
+        assert (await r.client.post("/abort_request", json={"rid": 5})).status_code == 502
+        r.workers[1].faults.status = 200
+        assert (await r.client.post("/abort_request", json={"rid": "x"})).status_code == 200
+
+
+@asynchronous
+async def test_request_for_no_resource_is_404():
+    async with running(0) as r:
+        client = await RawClient.connect(r.port)
+        client.writer.write(b"OPTIONS * HTTP/1.1\r\nhost: gateway\r\n\r\n")
+        assert (await client.read_until(b"\r\n")).startswith(b"HTTP/1.1 404 ")
+        client.leave()
 
 
 @asynchronous
