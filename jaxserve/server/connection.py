@@ -1,8 +1,10 @@
-"""A client's connection: uvicorn's, with a bound on what comes before a request is known."""
+"""A client's connection: uvicorn's, with a bound on heads, and deaf to offers of other protocols."""
 
 import asyncio
 from http import HTTPStatus
+from types import SimpleNamespace
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from jaxserve.server.errors import error_body
@@ -13,7 +15,8 @@ HEAD_TIMEOUT_S = 60.0
 
 
 class Connection(HttpToolsProtocol):
-    """Heads that do not end, by size or by time, are refused: 431, 408."""
+    """Heads that do not end, by size or by time, are refused: 431, 408. Who offers another protocol is
+    answered in HTTP/1.1 (RFC 9110, 7.8): Java's client offers h2c with its first request."""
 
     _in_head = True  # nothing of a request, or a part of its head has come
     _head_bytes = 0
@@ -39,8 +42,19 @@ class Connection(HttpToolsProtocol):
         self._end_head()
         super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():  # else the body is still to come
+            super().on_message_complete()
+
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as end:
+                self._ignore_upgrade(data[end.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
         if not self._in_head or self.transport.is_closing():
             return
         self._head_bytes += len(data)
@@ -48,6 +62,17 @@ class Connection(HttpToolsProtocol):
             self._refuse(431, f"the request's head exceeds {MAX_HEAD_BYTES} bytes")
         elif self._head_timer is None:
             self._time_head()
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """The parser takes what follows such a head for the other protocol; another one reads the body."""
+        self.cycle.keep_alive = False
+        self.parser = httptools.HttpRequestParser(
+            SimpleNamespace(on_body=self.on_body, on_message_complete=self.on_message_complete)
+        )
+        framing = (b"content-length", b"transfer-encoding")
+        lines = [b"%b: %b\r\n" % header for header in self.headers if header[0] in framing]
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % b"".join(lines))
+        self.parser.feed_data(rest)
 
     def _time_head(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_is_late)

@@ -1,6 +1,7 @@
 """/generate over HTTP against a scripted engine."""
 
 import json
+import socket
 import time
 
 import pytest
@@ -14,6 +15,29 @@ def events(response):
 
 
 # ---- whole answers ----
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("framing", ["content-length: 12", "transfer-encoding: chunked"])
+def test_client_that_offers_another_protocol_is_answered_in_http_1(server, framing, pieces):
+    """As Java's does with its first request."""
+    head = "POST /generate HTTP/1.1\r\nhost: x\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\n"
+    body = '{"text":"x"}'
+    content = f"c\r\n{body}\r\n0\r\n\r\n" if "chunked" in framing else body
+    parts = [f"{head}{framing}\r\n\r\n", content]
+    with socket.create_connection(("127.0.0.1", server.http.base_url.port), timeout=10) as client:
+        for part in parts if pieces == 2 else ["".join(parts)]:
+            client.sendall(part.encode())
+            time.sleep(0.05)
+        answer = client.makefile("rb").read().decode()
+    assert answer.startswith("HTTP/1.1 200 ") and '"text":"hello world"' in answer
+
+
+def test_offer_of_another_protocol_does_not_excuse_a_body_that_is_none(server):
+    head = "POST /generate HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n"
+    with socket.create_connection(("127.0.0.1", server.http.base_url.port), timeout=10) as client:
+        client.sendall(f"{head}transfer-encoding: chunked\r\n\r\nno length\r\n".encode())
+        assert client.makefile("rb").read().startswith(b"HTTP/1.1 400 ")
 
 
 def test_text_prompt_gives_text_ids_and_meta_info(server):
