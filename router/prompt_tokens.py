@@ -1,7 +1,8 @@
 """A request's prompt as token ids, for exact routing: the worker's tokenizer and chat template, again.
 
 Only requests whose ids are certain are tokenized: token ids, plain text, or chat messages of plain text
-without tools. Anything else is None, and is routed by its approximate image.
+without tools. Anything else, and what is longer than any context, is None, and is routed by its
+approximate image.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from router.call import BAD_JSON, Call
 log = logging.getLogger("router")
 
 INLINE_CHARS = 2000  # longer prompts are encoded on a thread: 1 MB of text takes 100 ms
+MOST_CHARS = 4 << 20  # a million tokens of ordinary text; each takes 100 bytes and more while they are made
 LOOPS_OVER_CONTENT = re.compile(r"\bin\s+(?:content\b|\w+\.content\b|\w+\[\s*['\"]content['\"]\s*\])")
 TESTS_FOR_STRING = re.compile(r"\bis\s+(?:not\s+)?string\b")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -52,6 +54,8 @@ class PromptTokens:
         if prompt is None or isinstance(prompt, list):
             return prompt
         text, special = prompt
+        if len(text) > MOST_CHARS:
+            return None
         if len(text) <= INLINE_CHARS:
             return self._encode(text, special)
         loop = asyncio.get_running_loop()

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kv_worker import PAGE, KvWorker, write_tokenizer
 
+from router import prompt_tokens
 from router.call import ROUTES, Call
 from router.kv_events import KvImage, OutOfStep
 from router.page_hash import page_hashes, root_hash
@@ -138,6 +139,18 @@ async def test_chats_are_rendered_as_the_worker_renders_them(tmp_path):
         assert all(
             "input_ids" not in w.seen[-1].json for w in workers if w.seen[-1:] and "tools" in w.seen[-1].json
         )
+
+
+@asynchronous
+async def test_text_longer_than_any_context_is_not_tokenized(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt_tokens, "MOST_CHARS", 5)
+    tokens = prompt_tokens.PromptTokens(write_tokenizer(tmp_path))
+    found = []
+    for text in ("hello", "hello there"):
+        call = Call(ROUTES["/generate"], json.dumps({"text": text}).encode())
+        call.parse(True)
+        found.append(await tokens.ids(call))
+    assert found == [tokens._encode("hello", True), None]
 
 
 @asynchronous
