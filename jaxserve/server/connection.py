@@ -15,8 +15,9 @@ HEAD_TIMEOUT_S = 60.0
 
 
 class Connection(HttpToolsProtocol):
-    """Heads that do not end, by size or by time, are refused: 431, 408. Who offers another protocol is
-    answered in HTTP/1.1 (RFC 9110, 7.8): Java's client offers h2c with its first request."""
+    """Heads that do not end, by size or by time, are refused: 431, 408. What cannot be read is a 400 in
+    JSON. Who offers another protocol is answered in HTTP/1.1 (RFC 9110, 7.8): Java's client offers h2c with
+    its first request."""
 
     _in_head = True  # nothing of a request, or a part of its head has come
     _head_bytes = 0
@@ -54,7 +55,7 @@ class Connection(HttpToolsProtocol):
             except httptools.HttpParserUpgrade as end:
                 self._ignore_upgrade(data[end.args[0] :])
         except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
+            self._refuse(400, "the request is not valid HTTP/1.1")
         if not self._in_head or self.transport.is_closing():
             return
         self._head_bytes += len(data)
@@ -90,7 +91,9 @@ class Connection(HttpToolsProtocol):
             self._refuse(408, f"the request's head did not arrive within {HEAD_TIMEOUT_S} s")
 
     def _refuse(self, status: int, message: str) -> None:
-        if self.cycle is None or self.cycle.response_complete:  # else an answer is going out
+        """Close, with an error for an answer unless another request's, or a part of one, is to come first."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or not (self._in_head or cycle.response_started):
             body = encode_json(error_body(message, status))
             self.transport.write(
                 b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\nconnection: close\r\n"

@@ -1,6 +1,7 @@
 """What a wrong request is answered: status, parameter and message, in OpenAI's error body."""
 
 import gzip
+import json
 import socket
 
 import httpx
@@ -313,6 +314,22 @@ def test_head_over_the_limit_is_431(server, monkeypatch):
         answer = client.makefile("rb").read().decode()
     assert answer.startswith("HTTP/1.1 431 ")
     assert "head exceeds 1000 bytes" in answer
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00 a TLS greeting\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nno colon\r\n\r\n",
+        b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnot a size\r\n",
+    ],
+)
+def test_what_is_no_http_is_400(server, sent):
+    with socket.create_connection(("127.0.0.1", server.http.base_url.port), timeout=5) as client:
+        client.sendall(sent)
+        head, body = client.makefile("rb").read().split(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["message"] == "the request is not valid HTTP/1.1"
 
 
 def test_connection_that_asks_for_nothing_is_closed(server, monkeypatch):
