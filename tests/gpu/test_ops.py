@@ -13,7 +13,7 @@ from jaxserve.ops.paged_attention import hopper, reference
 from jaxserve.ops.sampling import fast as fast_sampling
 from jaxserve.ops.sampling import reference as sorted_sampling
 from jaxserve.ops.split_keys import Split
-from tests.ops import test_hopper_mla
+from tests.ops import test_hopper_mla, test_mla_attention
 from tests.ops.cases import KERNEL_HEADS, Decode, Heads, Pool, Prefill, decode_case, prefill_case, tolerance
 from tests.ops.test_hopper_prefill import HEADS as HOPPER_HEADS
 from tests.ops.test_hopper_prefill import arguments as with_nan_past_each_end
@@ -94,6 +94,14 @@ def test_decode_gives_the_same_for_any_split(split):
     decode = functools.partial(paged_attention.fast.decode, split=split, **case.pool.options())
     out = np.asarray(jax.jit(decode)(*case.arguments()), np.float32)
     np.testing.assert_allclose(out, case.expected(), rtol=0, atol=tolerance(case.pool.heads))
+
+
+@pytest.mark.parametrize("split", [Split(1), Split(4), Split(4, min_blocks=2)], ids=str)
+def test_latent_decode_gives_the_same_for_any_split(split):
+    latents = test_mla_attention.CASES[2]
+    got = test_mla_attention.run_decode(latents, "fast", split=split)
+    want = test_mla_attention.expected_decode(latents)
+    np.testing.assert_allclose(got, want, rtol=0, atol=latents.tolerance())
 
 
 def test_pages_beyond_2_to_the_31_elements_are_read():
