@@ -1,7 +1,7 @@
 """Decode rows whose keys several programs share (split-K), for attention kernels in Pallas-Triton.
 
-A row has as many shares as its own length is worth. One that is a share is written where it belongs; of
-others each program leaves its part and the logarithm of its denominator, and a second, small kernel combines
+A row has as many shares as its own length is worth. A row of one share is written where it belongs; of
+another each program leaves its part and the logarithm of its denominator, and a second, small kernel combines
 them.
 """
 

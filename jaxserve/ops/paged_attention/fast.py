@@ -2,7 +2,7 @@
 
 `decode` splits long rows' keys over several programs (`split_keys`); the heads of one KV group are the rows
 of its matrix products. Programs start in the order of the rows: where lengths differ, the longest rows should
-come first (256 of some 1,000 tokens: 285 us, 365 in any order, on one H200).
+come first (256 of some 1,000 tokens: 287 us, in any order 348, on one H200).
 `prefill` gives each program some query rows of one block and one head.
 
 The softmax runs in base 2 (exp2 is one instruction), sums and products accumulate in float32.
@@ -41,7 +41,7 @@ class Tile(NamedTuple):
 # which has three buffers of keys and values: 1 row of 4,096 tokens 12.4, 12.1, 10.9; 32 of 4,096 150, 138,
 # 126; 48 of about 1,000 112, 100, 85; 64 of 300 24, 24, 28; 256 of 300 84, 82, 84. float8, and (128, 4, 3):
 # 1 of 4,096 12, 15, 16, 10; 32 of 4,096 150, 185, 175, 127; 64 of 1,000 80, 65, 68, 68; 256 of 300 88, 84,
-# 87, 101. K256 on an H100, GB/s: (32, 4, 3) 2518 and 2640, (64, 4, 3) 2419 and 2458.
+# 87, 101. K64 was not timed again. K256 on an H100, GB/s: (32, 4, 3) 2518 and 2640, (64, 4, 3) 2419 and 2458.
 # Prefill tiles: the fastest of 14 on one H100, bfloat16, page size 16, two runs; of 4,096 tokens, TFLOP/s:
 # (64, 4, 3, rows 128) 250 and 258; (64, 8, 5, 128) 242 and 248; (64, 4, 5, rows 64) 227 and 229. K256:
 # (32, 8, 2, 128) 215 and 220, (32, 4, 3, 64) 201 and 207. K64: (128, 8, 5, 128) 143 and 159, (64, 8, 5, 128)
