@@ -79,6 +79,9 @@ class ServerConfig:
     moe_runner_backend: str | None = key(
         None, "grouped GEMM of the experts; names of other runtimes are mapped to ours"
     )
+    disable_custom_all_reduce: bool = key(
+        False, "let XLA make all collectives; default: GPUs of one process exchange small arrays themselves"
+    )
     enable_two_batch_overlap: bool = key(False, "run each step as two interleaved half batches")
     enable_eplb: bool = key(False, "replicate and move hot experts")
     ep_num_redundant_experts: int = key(0, "extra physical experts for --enable-eplb", least=0)

@@ -7,9 +7,11 @@ are here, and the collectives of a decode and of a mixed step are read from its 
 each kind and group: bytes that one device sends. The exit status is 1 where the two differ: weights or
 KV that are gathered would show here. Layout names are those of `tools.plan`.
 
-Bytes are those of ring algorithms. On GPUs (jaxlib 0.11.2) an all-reduce of up to 256 KiB is a kernel
-in which each device reads all of every other's part: n - 1 times the payload instead of 2 (n - 1) / n.
-Up to 4 MiB it is a kernel that scatters and gathers, beyond that NCCL's; both send what is printed.
+Bytes are those of ring algorithms, and collectives all XLA's, also where GPUs would exchange small
+arrays by the kernel of `jaxserve.ops.peer_exchange`. On GPUs (jaxlib 0.11.2) an all-reduce of up to 256
+KiB is a kernel in which each device reads all of every other's part: n - 1 times the payload instead of
+2 (n - 1) / n. Up to 4 MiB it is a kernel that scatters and gathers, beyond that NCCL's; both send what is
+printed.
 """
 
 import argparse
@@ -113,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "chunked_prefill_size": args.chunk,
         "max_total_tokens": 4096,
         "moe_a2a_backend": args.moe_a2a_backend,
+        "disable_custom_all_reduce": True,  # only XLA's collectives can be read from a program
         "log_level": "warning",
     }
     try:

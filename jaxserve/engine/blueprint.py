@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 CPU_POOL_TOKENS = 65536  # KV capacity on CPU unless memory or a flag says otherwise
 STEPS_S, MOST_STEPS = 2e-3, 8  # of decode in one launch: how much reading of weights, and how many
+MESH_STEPS_S, MOST_MESH_STEPS = 10e-3, 4  # on several devices, which take the host longer to launch
 READ_BYTES_PER_S = 3e12  # of a GPU's memory
 DRAFT_ROWS = 64  # up to which a step of an 8B model on an H100 takes little longer than one of 8 rows
 CPU_FRACTION, GPU_FRACTION = 0.25, 0.88
@@ -195,7 +196,10 @@ class Blueprint:
         if self.on_cpu:
             return 1
         read_s = self.weight_bytes_of_device / READ_BYTES_PER_S
-        return max(1, min(MOST_STEPS, int(STEPS_S / read_s)))
+        steps = min(MOST_STEPS, int(STEPS_S / read_s))
+        if self.layout.num_devices > 1:
+            steps = max(steps, min(MOST_MESH_STEPS, int(MESH_STEPS_S / read_s)))
+        return max(1, steps)
 
     def drafter(self) -> Drafter | None:
         """Who makes guesses; None without speculative decoding."""

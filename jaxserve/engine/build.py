@@ -37,6 +37,7 @@ from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.kv import PoolLayout
 from jaxserve.layers.linear import Projections
 from jaxserve.messages import Info, Progress
+from jaxserve.parallel.links import LinkPlan
 from jaxserve.weights import load, load_dummy, open_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,9 @@ def build(
     )
     buckets = blueprint.buckets(num_pages)
     pools = _make_pools(blueprint, num_pages)
-    function = ModelFunction(graph, treedef, experts, blueprint.expert_backend, blueprint.two_batches)
+    # Halves of a step overlap in an order that devices need not share.
+    links = None if config.disable_custom_all_reduce or blueprint.two_batches else LinkPlan.of(mesh)
+    function = ModelFunction(graph, treedef, experts, blueprint.expert_backend, blueprint.two_batches, links)
     runner = Runner(
         function,
         leaves,
@@ -167,7 +170,9 @@ def build(
         report(Progress("compiling", done, total))
 
     if hosts is None:
-        settling = [shared_keys(config), facts, programs, blueprint.num_nextn, blueprint.decode_steps]
+        settling = [
+            shared_keys(config), facts, programs, blueprint.num_nextn, blueprint.decode_steps, repr(links)
+        ]  # fmt: skip
         runner.compile_all(compiled, _kept_programs(settling, mesh))
     else:
         compile_alike(runner, hosts, repr((config_facts(config), facts, programs)), compiled)

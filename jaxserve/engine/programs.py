@@ -27,6 +27,7 @@ from jaxserve.layers.kv import StateBlocks
 from jaxserve.layers.moe import ExpertSpec
 from jaxserve.ops import sampling
 from jaxserve.parallel.dispatch import Backend
+from jaxserve.parallel.links import LinkPlan, Links
 from jaxserve.parallel.slots import SlotTable
 
 SCORE_ROWS = 128  # prompt tokens whose logits exist at a time
@@ -38,6 +39,7 @@ class ModelFunction:
 
     `experts` is the model's ExpertSpec when it has any; `expert_backend` says how tokens reach them.
     `two_batches` runs its blocks on two halves of a step in turn.
+    `links` are the devices' own collectives, where they have any.
     `kept` says which of the leaves are given, when not all: every argument costs the host time.
     """
 
@@ -46,6 +48,7 @@ class ModelFunction:
     experts: ExpertSpec | None = None
     expert_backend: Backend = "none"
     two_batches: bool = False
+    links: LinkPlan | None = None
     kept: tuple[int, ...] | None = None
 
     def call(self, leaves: Sequence[jax.Array]) -> Any:
@@ -89,13 +92,14 @@ class Carried(NamedTuple):
     """What a step takes over from the one before it on the devices, and hands on; always donated.
 
     `expert_load` is empty for a dense model, else (uint32 [ranks * L, E],): how often each expert was
-    chosen.
+    chosen. `links` is empty where XLA makes all collectives.
     """
 
     key_pages: Any
     value_pages: Any
     table_SN: Any
     expert_load: Any
+    links: Any = ()
 
     @property
     def pages(self) -> tuple[Any, Any, Any]:
@@ -160,6 +164,7 @@ def forward(
         states=states[0] if states else None,
         state_blocks=StateBlocks(f["state_from"], f["state_end"], f["state_kept"]) if in_blocks else None,
         two_batches=model.two_batches,
+        links=_links(model, carried),
     )  # fmt: skip
     hidden_TD = model.call(leaves)(token_T, step)
     samples_SD = per_rank(mesh, lambda hidden, index: hidden[index], hidden_TD, f["sample_index"])
@@ -201,6 +206,7 @@ def decode(
             context_len_R=len_R,
             expert_slots=expert_slots,
             two_batches=model.two_batches,
+            links=_links(model, carried),
         )  # fmt: skip
         logits_RV = module.logits(module(token_R, context))
         drawing = {"seed": f["seed"], "position": f["position"] + i, "temperature": f["temperature"]}
@@ -225,13 +231,18 @@ def _begin(
     return carried._replace(table_SN=table_SN), jnp.where(f["token"] < 0, last_T, f["token"])
 
 
+def _links(model: ModelFunction, carried: Carried) -> Links | None:
+    return None if model.links is None else Links(model.links, carried.links)
+
+
 def _hand_on(model: ModelFunction, carried: Carried, step: StepContext) -> Carried:
     """What the next step takes over once the model has run in `step`."""
     load = carried.expert_load
     if model.experts is not None:
         (load_LE,) = load
         load = (load_LE + step.expert_load(model.experts.num_experts),)
-    return Carried(step.key_pages, step.value_pages, carried.table_SN, load)
+    links = carried.links if step.links is None else step.links.after()
+    return Carried(step.key_pages, step.value_pages, carried.table_SN, load, links)
 
 
 def _set_entries(table_SN: jax.Array, slot_U: jax.Array, index_U: jax.Array, page_U: jax.Array) -> jax.Array:

@@ -127,6 +127,9 @@ class Runner:
             pages = (sizes.num_pages, sizes.page_size)
             self.nextn = NextnLayer(num_nextn, sizes.num_slots, pages, self._map_mesh, self.buckets)
         self.launches = Launches(sizes.num_ranks, self.buckets, bool(states), decode_steps, self.nextn)
+        self._links: Any = ()
+        if model.links is not None:  # the mailboxes are written by address: they only have to be there
+            self._links, self._mailboxes = model.links.make(mesh)
         self._programs: dict[Any, Callable] = {}
         self.program_keys: tuple[Any, ...] = ()  # in the same order on every host; set by compile_all
 
@@ -192,9 +195,9 @@ class Runner:
     def _step(self, program: Callable, *own: Any) -> Any:
         """Start a program that carries pools, page table and experts' load on; returns what else it makes."""
         load, expert_slots = self._expert_arrays
-        carried = Carried(self._key_pages, self._value_pages, self._table, load)
+        carried = Carried(self._key_pages, self._value_pages, self._table, load, self._links)
         carried, *made = program(self._leaves, carried, expert_slots, self._last_token, *own)
-        self._key_pages, self._value_pages, self._table, load = carried
+        self._key_pages, self._value_pages, self._table, load, self._links = carried
         if self.experts is not None:
             (self.experts.load,) = load
         return made
@@ -363,8 +366,10 @@ class Runner:
         def hidden(rows: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((ranks * rows, *of_token.shape), of_token.dtype, sharding=rank)
 
-        carried = Carried(keys, values, table, load)
-        of_carried = Carried(keys.sharding, values.sharding, rank, rank)
+        links = jax.tree.map(_abstract, self._links)
+        carried = Carried(keys, values, table, load, links)
+        of_links = jax.tree.map(lambda x: x.sharding, links)
+        of_carried = Carried(keys.sharding, values.sharding, rank, rank, of_links)
         tasks: dict[Any, Any] = {}
         of_token = self._model.hidden(leaves)
         for b in reversed(self.buckets):

@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 from jaxserve.layers.kv import HeadSplit, KVSpec, LatentSpec, StateBlocks, pool_layout, pool_layouts
 from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.norm import RMSNorm
-from jaxserve.layers.operand import Operand
-from jaxserve.layers.quant import BlockFP8, linear_weight
+from jaxserve.layers.operand import Operand, wide
+from jaxserve.layers.quant import BlockFP8, Weight, linear_weight
 from jaxserve.layers.rope import Rope, RopeTable
 from jaxserve.layers.weight import weight
 from jaxserve.mesh import GROUP
@@ -26,6 +26,7 @@ from jaxserve.ops import kv_write, paged_attention
 from jaxserve.ops.grouped_gemm import Activation, ExpertWeights
 from jaxserve.ops.kv_write import Heads
 from jaxserve.parallel.dispatch import Backend, Dispatch
+from jaxserve.parallel.links import LinkArrays, LinkPlan, Links
 from jaxserve.parallel.slots import SlotTable
 
 __all__ = ["Attention", "KVSpec", "LatentSpec", "QueryBlocks", "StepContext", "pool_layout", "pool_layouts"]
@@ -62,6 +63,7 @@ class StepContext:
         states, state_blocks: what a model with recurrent layers keeps of each sequence, and which
             rows of it the query blocks touch (see `jaxserve.layers.lightning`).
         two_batches: run the blocks on two halves of the tokens in turn (see `jaxserve.layers.overlap`).
+        links: the devices' own collectives; None: XLA makes them all.
 
     Attributes:
         chosen: by layer with experts, those of each token, -1 for padding; once the layer ran.
@@ -86,6 +88,7 @@ class StepContext:
         states: jax.Array | None = None,
         state_blocks: StateBlocks | None = None,
         two_batches: bool = False,
+        links: Links | None = None,
     ):
         self.key_pages, self.value_pages = key_pages, value_pages
         self.page_table_SN = page_table_SN
@@ -95,7 +98,8 @@ class StepContext:
         self.blocks, self.block_size = blocks, block_size
         self.num_pages, self.page_size = num_pages, page_size
         self.mesh = mesh
-        self.dispatch = Dispatch(mesh, expert_backend)
+        self.dispatch = Dispatch(mesh, expert_backend, links)
+        self.links = links
         self.expert_slots = expert_slots
         self.states, self.state_blocks = states, state_blocks
         self.two_batches = two_batches
@@ -314,6 +318,43 @@ class StepContext:
         )(chosen_LTX)
 
 
+def project_split(
+    x_TX: jax.Array | Operand, weight: Weight, bias: nnx.Param | None, step: StepContext | None
+) -> jax.Array:
+    """`project` where the devices of an attention group have each a share of the numbers that are summed.
+
+    Args:
+        x_TX: [T, *in], whose second dimension is split, as is the second one of `weight` [D, *in].
+
+    Without links, for quantised weights and for many tokens, XLA adds what the devices have.
+    """
+    links = None if step is None else step.links
+    if step is not None and links is not None and isinstance(weight, nnx.Param):
+        matrix, x_TX = weight[...], wide(x_TX)
+        shape = x_TX.shape[0] // step.num_ranks, matrix.shape[0]
+        if count := links.count(jax.ShapeDtypeStruct(shape, x_TX.dtype), GROUP):
+            product = step.once(("project_split", x_TX.ndim), lambda: _project_split(step.mesh, links.plan))
+            out_TD = product(x_TX, matrix, links.claim(GROUP, count))
+            return out_TD if bias is None else out_TD + bias[...].astype(out_TD.dtype)
+    return project(x_TX, weight, bias)
+
+
+def _project_split(mesh: Mesh | None, plan: LinkPlan) -> Callable[..., jax.Array]:
+    def on_device(x_tX: jax.Array, matrix_DX: jax.Array, arrays: LinkArrays) -> jax.Array:
+        out_tD = Links(plan, arrays).sum(project(x_tX, matrix_DX), GROUP)
+        assert out_tD is not None
+        return out_tD
+
+    P = PartitionSpec
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(P("dp", GROUP), P(None, GROUP), P()),
+        out_specs=P("dp"),
+        check_vma=False,
+    )
+
+
 def read_first(out: jax.Array, pools: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple]:
     """Both as they are, but whoever writes to the pools next does so after `out` was computed from them.
 
@@ -410,7 +451,7 @@ class Attention(nnx.Module):
             softcap=self.softcap,
             sinks_H=None if self.sinks is None else self.sinks[...],
         )
-        return project(out_THK, self.o, self.o_bias)
+        return project_split(out_THK, self.o, self.o_bias, step)
 
     def _norm(self, norm: RMSNorm, heads: Heads) -> Heads:
         x_THK = heads.value_THK

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import StepContext
+from jaxserve.layers.attention import StepContext, project_split
 from jaxserve.layers.linear import project
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.operand import Operand
@@ -220,4 +220,5 @@ class LightningAttention(nnx.Module):
             out_THK = attend(step, self.state_layer, query_THK, key_THK, value_THK, slope_H)
         out_THK = out_THK.astype(hidden_TD.dtype)
         out_THK = self.norm(out_THK.reshape(out_THK.shape[0], -1)).reshape(out_THK.shape)
-        return project(jax.nn.sigmoid(project(hidden_TD, self.gate)) * out_THK, self.out)
+        gated_THK = jax.nn.sigmoid(project(hidden_TD, self.gate)) * out_THK
+        return project_split(gated_THK, self.out, None, step)

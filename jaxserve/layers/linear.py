@@ -25,7 +25,7 @@ from jaxserve.ops.latent_write import Columns
 
 def project(
     x: jax.Array | Operand,
-    weight: Weight,
+    weight: Weight | jax.Array,
     bias: nnx.Param | None = None,
     *,
     out_dtype: DTypeLike | None = None,
@@ -55,7 +55,7 @@ def project(
     return y if bias is None else y + bias[...].astype(y.dtype)
 
 
-def _shape(weight: Weight) -> tuple[int, ...]:
+def _shape(weight: Weight | jax.Array) -> tuple[int, ...]:
     return weight.get_value().shape if isinstance(weight, nnx.Param) else weight.shape
 
 

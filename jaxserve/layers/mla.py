@@ -19,7 +19,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import StepContext, decode_slots, read_first, write_address
+from jaxserve.layers.attention import (
+    StepContext,
+    decode_slots,
+    project_split,
+    read_first,
+    write_address,
+)
 from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.operand import Operand
@@ -106,7 +112,7 @@ class LatentAttention(nnx.Module):
             query = Columns.whole(project(self.query_norm.operand(query.value_TC), self.query))
         out_THL = self._attend(step, query, down)
         out_THV = _by_head("thl,hvl->thv", out_THL, self.value_up[...])
-        return project(out_THV, self.out, self.out_bias)
+        return project_split(out_THV, self.out, self.out_bias, step)
 
     def _attend(self, step: StepContext, query: Columns, down: Columns) -> jax.Array:
         """Writes the tokens' latents and rope parts into the layer's pages, then attends: out_THL.

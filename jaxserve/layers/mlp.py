@@ -7,7 +7,8 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxserve.layers.linear import Projections, project
+from jaxserve.layers.attention import StepContext, project_split
+from jaxserve.layers.linear import Projections
 from jaxserve.layers.operand import Operand
 from jaxserve.layers.quant import BlockFP8, linear_weight
 from jaxserve.layers.weight import weight
@@ -45,10 +46,9 @@ class GatedMLP(nnx.Module):
         self.down = matrix((hidden, ffn), ("embed", "ffn"), f"{name}.down_proj.weight")
         self.down_bias = declare((hidden,), ("embed",), f"{name}.down_proj.bias") if bias else None
 
-    def __call__(self, hidden_TD: jax.Array | Operand, step: object = None) -> jax.Array:
-        """`step` is what experts in the same place would need; a dense layer does not."""
+    def __call__(self, hidden_TD: jax.Array | Operand, step: StepContext | None = None) -> jax.Array:
         inner_TF = Gated(hidden_TD, self.gate_up, self.activation)
-        return project(inner_TF, self.down, self.down_bias)
+        return project_split(inner_TF, self.down, self.down_bias, step)
 
 
 class Gated(Operand):

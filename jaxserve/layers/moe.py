@@ -141,7 +141,7 @@ class MoE(nnx.Module):
         if self.shared is None:
             return out_TD.astype(hidden_TD.dtype)
         with jax.named_scope("shared_expert"):
-            shared_TD = self.shared(hidden_TD)
+            shared_TD = self.shared(hidden_TD, step)
             if self.shared_gate is not None:
                 gate_T1 = project(wide_TD, self.shared_gate, out_dtype=jnp.float32)
                 shared_TD = shared_TD * jax.nn.sigmoid(gate_T1).astype(shared_TD.dtype)

@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxserve.mesh import AXES, GROUP
 from jaxserve.ops import backend as kernels
 from jaxserve.ops.grouped_gemm import Activation, ExpertWeights, feed_forward
+from jaxserve.parallel.links import Links
 from jaxserve.parallel.slots import SlotTable
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Dispatch:
 
     mesh: Mesh | AbstractMesh | None = None
     backend: Backend = "none"
+    links: Links | None = None  # the devices' own collectives
 
     def __call__(
         self,
@@ -76,33 +78,38 @@ class Dispatch:
         if self.mesh is None:
             return feed_forward(hidden_TD, expert_TX, weight_TX, weights, activation)
         sizes = dict(self.mesh.shape)
+        links = self.links
         route = _gathered
         if self.backend != "none":
             num_tokens, ragged = hidden_TD.shape[0] // sizes["dp"], self.backend == "ragged"
             plan = Exchange.plan(num_tokens, expert_TX.shape[1], sizes, ragged)
             if self.backend in ("all_to_all", "ragged") or (self.backend == "auto" and plan.is_worth_it):
-                route = plan.run
+                route, links = plan.run, None  # which may not run, but the gathered path instead
         # Of all devices: a device's own ids are -1 where the expert is another's.
         feed = partial(feed_forward, rows_per_expert=expert_TX.size / weights.gate_EFD.shape[0])
         experts, ffn = ((), AXES) if self.backend == "none" else (EXPERT_AXES, ("tp",))
 
-        def on_device(hidden_tD, expert_tX, weight_tX, weights: ExpertWeights, slots) -> jax.Array:
+        def on_device(hidden_tD, expert_tX, weight_tX, weights: ExpertWeights, slots, arrays) -> jax.Array:
+            inside = None if links is None else links.inside(arrays)
             if slots is not None:  # by rank, or the first tokens of all ranks would take the same copy
                 expert_tX = slots.find(expert_tX, lax.axis_index("dp"))
             if weights.down_bias_ED is not None:  # each share of the FFN would add it again
                 bias_eD = jnp.where(lax.axis_index(ffn) == 0, weights.down_bias_ED, 0)
                 weights = weights._replace(down_bias_ED=bias_eD)
-            return route(feed, hidden_tD, expert_tX, weight_tX, weights, activation, bool(experts))
+            collectives = Collectives(inside)
+            return route(
+                feed, hidden_tD, expert_tX, weight_tX, weights, activation, bool(experts), collectives
+            )
 
-        rank = PartitionSpec("dp")
+        rank, whole = PartitionSpec("dp"), PartitionSpec()
         scale_a_channel = weights.down_scale is not None and weights.down_scale.shape[2] == 1
         return jax.shard_map(
             on_device,
             mesh=self.mesh,
-            in_specs=(rank, rank, rank, _weight_specs(experts, ffn, scale_a_channel), PartitionSpec()),
+            in_specs=(rank, rank, rank, _weight_specs(experts, ffn, scale_a_channel), whole, whole),
             out_specs=rank,
             check_vma=False,  # the kernels' outputs carry no replication types
-        )(hidden_TD, expert_TX, weight_TX, weights, slots)
+        )(hidden_TD, expert_TX, weight_TX, weights, slots, () if links is None else links.arrays)
 
 
 def _weight_specs(
@@ -129,16 +136,34 @@ def _weight_specs(
 
 
 def _gathered(
-    feed, hidden_tD, expert_tX, weight_tX, weights, activation, experts_are_split: bool
+    feed,
+    hidden_tD,
+    expert_tX,
+    weight_tX,
+    weights,
+    activation,
+    experts_are_split: bool,
+    collectives: "Collectives",
 ) -> jax.Array:
     """Every device sees all tokens and adds what its experts, or its share of them, contribute."""
-    hidden_TD, expert_TX, weight_TX = (_gather(x, "dp") for x in (hidden_tD, expert_tX, weight_tX))
+    hidden_TD = collectives.gather(hidden_tD, "dp")
+    expert_TX, weight_TX = _unjoin(collectives.gather(_join(expert_tX, weight_tX), "dp"))
     if experts_are_split:
         num_local = weights.gate_EFD.shape[0]
         expert_TX = _local(expert_TX, lax.axis_index(EXPERT_AXES) * num_local, num_local)
     out_TD = feed(hidden_TD, expert_TX, weight_TX, weights, activation).astype(hidden_tD.dtype)
-    out_tD = lax.psum_scatter(out_TD, "dp", tiled=True)  # first, so that fewer rows are summed below
-    return _sum(out_tD, GROUP)
+    out_tD = collectives.scatter_sum(out_TD, "dp")  # first, so that fewer rows are summed below
+    return collectives.sum(out_tD, GROUP)
+
+
+def _join(expert_tX: jax.Array, weight_tX: jax.Array) -> jax.Array:
+    """One message for ids and weights, whose bits travel as integers: int32 [t, 2 X]."""
+    return jnp.concatenate([expert_tX, lax.bitcast_convert_type(weight_tX, jnp.int32)], axis=1)
+
+
+def _unjoin(routing: jax.Array) -> tuple[jax.Array, jax.Array]:
+    expert_tX, weight_tX = jnp.split(routing, 2, axis=1)
+    return expert_tX, lax.bitcast_convert_type(weight_tX, jnp.float32)
 
 
 def _local(expert: jax.Array, first: jax.Array, count: int) -> jax.Array:
@@ -189,7 +214,15 @@ class Exchange:
         return self.num_destinations * self.capacity < 0.75 * self.num_ranks * self.num_tokens
 
     def run(
-        self, feed, hidden_tD, expert_tX, weight_tX, weights, activation, experts_are_split: bool
+        self,
+        feed,
+        hidden_tD,
+        expert_tX,
+        weight_tX,
+        weights,
+        activation,
+        experts_are_split: bool,
+        collectives: "Collectives",
     ) -> jax.Array:
         assert experts_are_split
         e, C, num_local = self.num_destinations, self.capacity, weights.gate_EFD.shape[0]
@@ -212,11 +245,8 @@ class Exchange:
             first_M = jnp.repeat(jnp.arange(e, dtype=jnp.int32) * num_local, C)
             expert_MX = jnp.where(token_M[:, None] >= 0, expert_sX[at_M], -1)
             expert_MX = _local(expert_MX, first_M[:, None], num_local)
-            # One message for ids and weights: float bits travel as integers, ids from 1 on, since rows of
-            # zeros are those that nobody sent.
-            routing = jnp.concatenate(
-                [expert_MX + 1, lax.bitcast_convert_type(weight_sX[at_M], jnp.int32)], axis=1
-            )
+            # Ids from 1 on, since rows of zeros are those that nobody sent.
+            routing = _join(expert_MX + 1, weight_sX[at_M])
             swap = swap_back = _swap
             if self.ragged:
                 sent_e = sends_se.sum(axis=0, dtype=jnp.int32)
@@ -224,20 +254,15 @@ class Exchange:
                 swap = partial(_swap_ragged, sent_e=sent_e, came_e=came_e)
                 swap_back = partial(_swap_ragged, sent_e=came_e, came_e=sent_e)
             hidden_MD, routing = swap(hidden_sD[at_M]), swap(routing)
-            out_MD = feed(
-                hidden_MD,
-                routing[:, :X] - 1,
-                lax.bitcast_convert_type(routing[:, X:], jnp.float32),
-                weights,
-                activation,
-            )
+            expert_MX, weight_MX = _unjoin(routing)
+            out_MD = feed(hidden_MD, expert_MX - 1, weight_MX, weights, activation)
             back_MD = swap_back(out_MD.astype(hidden_tD.dtype))
             row_sX = jnp.take_along_axis(
                 jnp.pad(row_se, ((0, 0), (0, 1)), constant_values=e * C), dest_sX, axis=1
             )
             part_sXD = back_MD[jnp.minimum(row_sX, e * C - 1)].astype(jnp.float32)
             out_sD = jnp.sum(jnp.where(sends_sX[..., None], part_sXD, 0), axis=1).astype(hidden_tD.dtype)
-            out_tD = _gather(_sum(out_sD, ("tp",)), "ep")
+            out_tD = collectives.gather(collectives.sum(out_sD, ("tp",)), "ep")
             return out_tD[: self.num_tokens]
 
         if self.share == C:
@@ -246,7 +271,7 @@ class Exchange:
         all_have_room = lax.pmin(has_room.astype(jnp.int32), AXES) == 1
 
         def gather() -> jax.Array:
-            return _gathered(feed, hidden_tD, expert_tX, weight_tX, weights, activation, True)
+            return _gathered(feed, hidden_tD, expert_tX, weight_tX, weights, activation, True, collectives)
 
         return lax.cond(all_have_room, exchange, gather)
 
@@ -283,13 +308,30 @@ def _swap_ragged(x_MD: jax.Array, sent_e: jax.Array, came_e: jax.Array) -> jax.A
     )
 
 
-# XLA keeps a sum over one device, and joins it with others: then both wait for what either needs.
+@dataclass(frozen=True)
+class Collectives:
+    """Over the mesh's axes of more than one device, by the devices' own kernel where it takes them.
 
+    XLA keeps a sum over one device, and joins it with others: then both wait for what either needs.
+    """
 
-def _sum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    axes = tuple(axis for axis in axes if lax.axis_size(axis) > 1)
-    return lax.psum(x, axes) if axes else x
+    links: Links | None = None
 
+    def sum(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        real = tuple(axis for axis in axes if lax.axis_size(axis) > 1)
+        if not real:
+            return x
+        out = None if self.links is None else self.links.sum(x, axes)
+        return lax.psum(x, real) if out is None else out
 
-def _gather(x: jax.Array, axis: str) -> jax.Array:
-    return lax.all_gather(x, axis, tiled=True) if lax.axis_size(axis) > 1 else x
+    def gather(self, x: jax.Array, axis: str) -> jax.Array:
+        if lax.axis_size(axis) == 1:
+            return x
+        out = None if self.links is None else self.links.gather(x, (axis,))
+        return lax.all_gather(x, axis, tiled=True) if out is None else out
+
+    def scatter_sum(self, x: jax.Array, axis: str) -> jax.Array:
+        if lax.axis_size(axis) == 1:
+            return x
+        out = None if self.links is None else self.links.scatter_sum(x, (axis,))
+        return lax.psum_scatter(x, axis, tiled=True) if out is None else out

@@ -146,7 +146,9 @@ def test_request_that_comes_between_is_let_in_after_the_launch(steps_of, single)
     [
         ("smollm2-135m", {}, 8),
         ("llama-3.1-8b", {}, 1),
-        ("llama-3.1-8b", {"tp": 8}, 2),
+        ("llama-3.1-8b", {"tp": 2}, 3),
+        ("llama-3.1-8b", {"tp": 8}, 4),
+        ("smollm2-135m", {"tp": 3}, 8),
         ("llama-3.1-8b", {"num_continuous_decode_steps": 3}, 3),
         ("smollm2-135m", {"speculative_algorithm": "NGRAM"}, 1),
         ("minimax-text-01", {"tp": 8, "num_continuous_decode_steps": 4}, 1),

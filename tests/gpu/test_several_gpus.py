@@ -26,6 +26,8 @@ def cells(count):
     """(family, layout) on `count` devices."""
     for family in (DENSE, *SPARSE, HYBRID):
         yield family, {"tp": count}
+    for family in (DENSE, SPARSE[0]):  # XLA makes all collectives
+        yield family, {"tp": count, "disable_custom_all_reduce": True}
     for family in (DENSE, *SPARSE):
         yield family, dpa(count)
     for family in SPARSE:
@@ -47,6 +49,8 @@ def answers(family, rounds=1, **layout):
             for _ in range(rounds)
         ]
         assert engine.stats()["compiles_after_ready"] == 0
+        by_xla = layout.get("tp", 1) == 1 or layout.get("disable_custom_all_reduce", False)
+        assert by_xla or engine._engine.runner._links, "GPUs of one host exchange small arrays themselves"
     return replies
 
 

@@ -1,0 +1,207 @@
+"""Collectives of small arrays among the GPUs of one process, by a kernel in the step's own graph.
+
+XLA's collectives are for everything else: other layouts and platforms, several hosts, long prompts. Which
+one a call takes is known when it is traced, from sizes alone; both give the same sums, in another order.
+
+A `LinkPlan` is what is fixed, `LinkArrays` what a program takes and hands on, `Links` the two of them
+while a program is traced.
+"""
+
+import ctypes
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from jaxserve.mesh import AXES, GROUP
+from jaxserve.ops import backend as kernels
+from jaxserve.ops import peer_exchange
+
+logger = logging.getLogger(__name__)
+
+RANKS = ("dp",)
+GROUPS = (GROUP, RANKS)  # the sets of axes over which devices exchange
+SENT_WHOLE = 2 * 2**20  # bytes that a device sends of a sum in one go; larger ones are summed in parts
+LARGEST = 4 * 2**20  # bytes of a sum
+
+Axes = tuple[str, ...]
+
+
+class LinkArrays(NamedTuple):
+    """By group: the number of the next exchange, int32, and the members' mailboxes, int32 [devices, 2].
+
+    Both are whole on every device; a group's members are a run of devices or lie a step apart.
+    """
+
+    number: tuple[jax.Array, ...]
+    mailbox: tuple[jax.Array, ...]
+
+
+@dataclass(frozen=True)
+class LinkPlan:
+    """The groups of a mesh, and the room of a mailbox.
+
+    Attributes:
+        sizes: of the mesh, (dp, ep, tp).
+    """
+
+    sizes: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, mesh: Mesh) -> "LinkPlan | None":
+        """None where devices cannot write to each other's memory, or not by a kernel of ours."""
+        devices = list(mesh.devices.flat)
+        plan = cls(tuple(mesh.shape[axis] for axis in AXES))
+        if mesh.size == 1 or mesh.is_multi_process or devices[0].platform not in ("gpu", "cuda"):
+            return None
+        if any(size & (size - 1) for size in plan.sizes):
+            return None
+        if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "default") not in ("default", "bfc"):
+            return None  # peers reach only what cudaMalloc gave
+        if not _peers_reach_each_other([device.local_hardware_id for device in devices]):
+            logger.info("GPUs cannot write to each other's memory; collectives are all XLA's")
+            return None
+        return plan
+
+    @property
+    def groups(self) -> tuple[Axes, ...]:
+        return tuple(axes for axes in GROUPS if self.size(axes) > 1)
+
+    def size(self, axes: Axes) -> int:
+        return math.prod(size for axis, size in zip(AXES, self.sizes) if axis in axes)
+
+    def capacity(self, axes: Axes) -> int:
+        """Words of one message, at most."""
+        num = self.size(axes)
+        return max(SENT_WHOLE // (num - 1), LARGEST // num) // 8
+
+    def mailbox_bytes(self, axes: Axes) -> int:
+        return 2 * self.size(axes) * self.capacity(axes) * peer_exchange.WORD
+
+    def make(self, mesh: Mesh) -> tuple[LinkArrays, tuple[jax.Array, ...]]:
+        """What programs take, and the mailboxes' memory, which must live as long as they do."""
+        by_device, whole = NamedSharding(mesh, PartitionSpec(AXES)), NamedSharding(mesh, PartitionSpec())
+        mail, addresses = [], []
+        for axes in self.groups:
+            shape = (mesh.size, self.mailbox_bytes(axes) // 4)
+            memory = jax.jit(lambda shape=shape: jnp.zeros(shape, jnp.int32), out_shardings=by_device)()
+            jax.block_until_ready(memory)
+            start = {shard.device: shard.data.unsafe_buffer_pointer() for shard in memory.addressable_shards}
+            address = np.array([start[device] for device in mesh.devices.flat], "<u8")
+            addresses.append(jax.device_put(address.view("<i4").reshape(-1, 2), whole))
+            mail.append(memory)
+        numbers = tuple(jax.device_put(np.int32(1), whole) for _ in self.groups)
+        return LinkArrays(numbers, tuple(addresses)), tuple(mail)
+
+
+class Links:
+    """A program's collectives, while it is traced.
+
+    `sum`, `gather` and `scatter_sum` are for use inside `shard_map`, with the arrays that it was given. They
+    must be traced in the order in which they run, and on no path that may not run.
+    """
+
+    def __init__(self, plan: LinkPlan, arrays: LinkArrays, used: dict[Axes, int] | None = None):
+        self.plan, self.arrays = plan, arrays
+        self._used = dict.fromkeys(plan.groups, 0) if used is None else used
+
+    def inside(self, arrays: LinkArrays) -> "Links":
+        """The same ones in a `shard_map` that was given their arrays."""
+        return Links(self.plan, arrays, self._used)
+
+    def claim(self, axes: Axes, count: int) -> LinkArrays:
+        """The arrays for links of their own that make `count` exchanges, and may be traced once for many."""
+        self._used[axes] += count
+        return self.after(less={axes: count})
+
+    def after(self, less: Mapping[Axes, int] = MappingProxyType({})) -> LinkArrays:
+        """The arrays for who comes next."""
+        numbers = [
+            number + (self._used[axes] - less.get(axes, 0))
+            for number, axes in zip(self.arrays.number, self.plan.groups)
+        ]
+        return self.arrays._replace(number=tuple(numbers))
+
+    def count(self, x: jax.ShapeDtypeStruct, axes: Axes) -> int:
+        """The exchanges of a sum; 0: it is not for this kernel."""
+        num, size = self.plan.size(axes), x.size * x.dtype.itemsize
+        if (num - 1) * size <= SENT_WHOLE and self._takes(x.size, x.dtype, axes):
+            return 1
+        return 2 if size <= LARGEST and x.size % num == 0 and self._takes(x.size // num, x.dtype, axes) else 0
+
+    def sum(self, x: jax.Array, axes: Axes) -> jax.Array | None:
+        """As `lax.psum`; None where it is not for this kernel."""
+        match self.count(jax.ShapeDtypeStruct(x.shape, x.dtype), axes):
+            case 1:
+                return self._exchange(x.reshape(1, -1), axes, sums=True).reshape(x.shape)
+            case 2:
+                part = self._exchange(x.reshape(self.plan.size(axes), -1), axes, sums=True)
+                return self._exchange(part[None], axes, sums=False).reshape(x.shape)
+        return None
+
+    def gather(self, x_tD: jax.Array, axes: Axes) -> jax.Array | None:
+        """As `lax.all_gather`, tiled; None where it is not for this kernel."""
+        least = 8 * peer_exchange.TILE // x_tD.dtype.itemsize
+        more = -x_tD.size % least
+        if not self._takes(x_tD.size + more, x_tD.dtype, axes):
+            return None
+        row = jnp.pad(x_tD.reshape(1, -1), ((0, 0), (0, more)))
+        parts = self._exchange(row, axes, sums=False)[:, : x_tD.size]
+        return parts.reshape(-1, *x_tD.shape[1:])
+
+    def scatter_sum(self, x_TD: jax.Array, axes: Axes) -> jax.Array | None:
+        """As `lax.psum_scatter`, tiled; None where it is not for this kernel."""
+        num = self.plan.size(axes)
+        if not self._takes(x_TD.size // num, x_TD.dtype, axes):
+            return None
+        return self._exchange(x_TD.reshape(num, -1), axes, sums=True).reshape(-1, *x_TD.shape[1:])
+
+    def _takes(self, num: int, dtype: DTypeLike, axes: Axes) -> bool:
+        return axes in self._used and 0 < peer_exchange.words(num, dtype) <= self.plan.capacity(axes)
+
+    def _exchange(self, x_PM: jax.Array, axes: Axes, sums: bool) -> jax.Array:
+        group, num = self.plan.groups.index(axes), self.plan.size(axes)
+        number = self.arrays.number[group] + self._used[axes]
+        self._used[axes] += 1
+        mailboxes, me = self.arrays.mailbox[group], lax.axis_index(axes)
+        if kernels.chosen() != "fast":
+            return _exchange_by_xla(x_PM, axes, sums)
+        if num < mailboxes.shape[0]:
+            apart = 1 if axes == GROUP else self.plan.size(GROUP)
+            first = lax.axis_index(RANKS) * num if axes == GROUP else lax.axis_index(GROUP)
+            mailboxes = mailboxes[first + apart * jnp.arange(num)]
+        return peer_exchange.exchange(
+            x_PM, number, mailboxes, me, capacity=self.plan.capacity(axes), sums=sums
+        )
+
+
+def _exchange_by_xla(x_PM: jax.Array, axes: Axes, sums: bool) -> jax.Array:
+    """`peer_exchange.exchange` in XLA's collectives."""
+    parts_NM = lax.all_gather(x_PM, axes)
+    mine_NM = parts_NM[:, lax.axis_index(axes) if x_PM.shape[0] > 1 else 0]
+    return mine_NM.astype(jnp.float32).sum(axis=0).astype(x_PM.dtype) if sums else mine_NM
+
+
+def _peers_reach_each_other(devices: Sequence[int]) -> bool:
+    """Whether every one of these CUDA devices can access every other one's memory."""
+    try:
+        cuda: Any = ctypes.CDLL("libcuda.so.1")
+        cuda.cuInit(0)
+    except OSError:
+        return False
+    can = ctypes.c_int(0)
+    for one, other in permutations(devices, 2):
+        if cuda.cuDeviceCanAccessPeer(ctypes.byref(can), one, other) != 0 or not can.value:
+            return False
+    return True

@@ -1,0 +1,157 @@
+"""The devices' own collectives, with XLA's in the kernel's place: what is exchanged, and in which order.
+
+The kernel itself wants GPUs (tests/gpu/test_several_gpus.py).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jaxserve
+from jaxserve.mesh import AXES, GROUP, Layout, make_mesh
+from jaxserve.parallel import links as links_module
+from jaxserve.parallel.links import RANKS, LinkArrays, LinkPlan, Links
+from tests.engine.asking import check_greedy
+from tests.models.tiny import GOLDEN, Golden
+
+LAYOUTS = {"tp4": Layout(4), "dpa4": Layout(4, dp=4), "tp4-dpa2": Layout(4, dp=2), "ep4": Layout(4, ep=4)}
+
+
+@pytest.fixture(params=LAYOUTS)
+def mesh(request):
+    return make_mesh(LAYOUTS[request.param], jax.devices())
+
+
+def plan_of(mesh):
+    """What `LinkPlan.of` says of a mesh of GPUs that reach each other."""
+    return LinkPlan(tuple(mesh.shape[axis] for axis in AXES))
+
+
+def run(mesh, function, x):
+    """`function(links, x)` on each device's part of `x`, and the arrays for who comes next."""
+    arrays, mail = plan_of(mesh).make(mesh)
+    links = Links(plan_of(mesh), arrays)
+
+    def on_device(x, arrays):
+        return function(links.inside(arrays), x)
+
+    shard_map = jax.shard_map(
+        on_device, mesh=mesh, in_specs=(P(AXES), P()), out_specs=P(AXES), check_vma=False
+    )
+    out = jax.jit(lambda x, arrays: (shard_map(x, arrays), links.after()))(x, arrays)
+    del mail
+    return out
+
+
+def test_groups_are_those_of_more_than_one_device():
+    assert plan_of(make_mesh(LAYOUTS["tp4"], jax.devices())).groups == (GROUP,)
+    assert plan_of(make_mesh(LAYOUTS["dpa4"], jax.devices())).groups == (RANKS,)
+    assert plan_of(make_mesh(LAYOUTS["tp4-dpa2"], jax.devices())).groups == (GROUP, RANKS)
+
+
+@pytest.mark.parametrize("name", ["sum", "gather", "scatter_sum"])
+def test_collectives_are_those_of_lax(mesh, name):
+    x = jax.random.normal(jax.random.key(0), (4 * 8, 1024))
+    for axes in plan_of(mesh).groups:
+        lax = {
+            "sum": lambda x, axes=axes: jax.lax.psum(x, axes),
+            "gather": lambda x, axes=axes: jax.lax.all_gather(x, axes, tiled=True),
+            "scatter_sum": lambda x, axes=axes: jax.lax.psum_scatter(x, axes, tiled=True),
+        }[name]
+        wanted = jax.shard_map(lax, mesh=mesh, in_specs=P(AXES), out_specs=P(AXES), check_vma=False)(x)
+        got, _ = run(mesh, lambda links, x, axes=axes: getattr(links, name)(x, axes), x)
+        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_large_sums_are_made_in_two_exchanges_and_larger_ones_not_at_all():
+    mesh = make_mesh(LAYOUTS["tp4"], jax.devices())
+    links = Links(plan_of(mesh), plan_of(mesh).make(mesh)[0])
+
+    def count(rows):
+        return links.count(jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16), GROUP)
+
+    assert [count(rows) for rows in (1, 64, 128, 512, 1024)] == [1, 1, 2, 2, 0]
+    x = jax.random.normal(jax.random.key(0), (4 * 512, 4096), jnp.bfloat16)
+    got, after = run(mesh, lambda links, x: links.sum(x, GROUP), x)
+    want = np.asarray(x, np.float32).reshape(4, 512, 4096).sum(axis=0)
+    np.testing.assert_allclose(np.asarray(got, np.float32)[:512], want, rtol=1e-2, atol=1e-2)
+    assert int(after.number[0]) == 3
+
+
+def test_sizes_that_words_do_not_divide_are_left_to_xla_but_gathered_with_padding():
+    mesh = make_mesh(LAYOUTS["dpa4"], jax.devices())
+    links = Links(plan_of(mesh), plan_of(mesh).make(mesh)[0])
+    assert links.count(jax.ShapeDtypeStruct((1, 100), jnp.float32), RANKS) == 0
+    assert links.count(jax.ShapeDtypeStruct((1, 1024), jnp.int8), RANKS) == 0
+    assert links.count(jax.ShapeDtypeStruct((1, 1024), jnp.float32), GROUP) == 0, "a group of one device"
+    x = jnp.arange(4 * 3 * 5, dtype=jnp.int32).reshape(12, 5)
+    got, _ = run(mesh, lambda links, x: links.gather(x, RANKS), x)
+    np.testing.assert_array_equal(got, np.tile(x, (4, 1)))
+
+
+def test_numbers_rise_by_one_an_exchange_of_a_group():
+    mesh = make_mesh(LAYOUTS["tp4-dpa2"], jax.devices())
+    arrays = LinkArrays((jnp.int32(7), jnp.int32(1)), plan_of(mesh).make(mesh)[0].mailbox)
+    links = Links(plan_of(mesh), arrays)
+    claimed = links.claim(GROUP, 2)
+    assert [int(n) for n in claimed.number] == [7, 1]
+    inner = links.inside(links.arrays)
+    assert [int(n) for n in inner.claim(RANKS, 1).number] == [9, 1]
+    assert [int(n) for n in links.claim(GROUP, 1).number] == [9, 2]
+    assert [int(n) for n in links.after().number] == [10, 2]
+
+
+def test_no_links_without_gpus_that_reach_each_other(monkeypatch):
+    assert LinkPlan.of(make_mesh(LAYOUTS["tp4"], jax.devices())) is None
+    monkeypatch.setattr(links_module.ctypes, "CDLL", no_driver)
+    assert not links_module._peers_reach_each_other([0, 1])
+
+
+def no_driver(name):
+    raise OSError(f"{name}: cannot open shared object file")
+
+
+@pytest.mark.parametrize("reach", [True, False])
+def test_every_pair_of_gpus_is_asked_for(monkeypatch, reach):
+    asked = []
+
+    class Driver:
+        def cuInit(self, flags):
+            return 0
+
+        def cuDeviceCanAccessPeer(self, can, one, other):
+            asked.append((one, other))
+            can._obj.value = 1 if reach or len(asked) < 3 else 0
+            return 0
+
+    monkeypatch.setattr(links_module.ctypes, "CDLL", lambda name: Driver())
+    assert links_module._peers_reach_each_other([0, 1, 3]) is reach
+    assert asked == [(0, 1), (0, 3), (1, 0), (1, 3), (3, 0), (3, 1)][: 6 if reach else 3]
+
+
+@pytest.mark.parametrize(
+    "family, layout",
+    [
+        ("llama", {"tp": 4}),
+        ("deepseek_v3", {"tp": 4, "dp_size": 2, "enable_dp_attention": True}),
+        ("qwen3_moe", {"tp": 4, "ep": 4, "dp_size": 4, "enable_dp_attention": True}),
+        ("minimax_text", {"tp": 2}),
+    ],
+)
+def test_engines_give_the_recorded_tokens(monkeypatch, family, layout):
+    """Numbers go from step to step, and each program's exchanges are one apart."""
+    monkeypatch.setattr(LinkPlan, "of", classmethod(lambda cls, mesh: plan_of(mesh)))
+    golden = Golden.read(family)
+    params = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+    with jaxserve.Engine(
+        model_path=str(GOLDEN / family), dtype="float32", device="cpu", skip_tokenizer_init=True,
+        max_total_tokens=2048, max_running_requests=8, chunked_prefill_size=64, **layout,
+    ) as engine:  # fmt: skip
+        for _ in range(2):
+            prompts = [prompt.tolist() for prompt in golden.prompts]
+            check_greedy(golden, engine.generate(input_ids=prompts, sampling_params=params))
+        numbers = [int(number) for number in engine._engine.runner._links.number]
+        assert min(numbers) > 8, "exchanges of every group"
+        assert engine.stats()["compiles_after_ready"] == 0
