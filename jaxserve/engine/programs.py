@@ -144,13 +144,15 @@ def forward(
     expert_slots: SlotTable | None,
     last_token_S: jax.Array,
     states: tuple[jax.Array, ...],
+    samples_SD: jax.Array,
     packed_RM: jax.Array,
 ) -> tuple[Any, ...]:
     """One step without sampling.
 
     Returns what is carried on, the state pool, the hidden states of the sample rows and, when the bucket
     has prompts, those of all tokens (for prompt logprobs). `expert_slots` says where experts are when
-    they may move. `states` is empty but for a model with recurrent layers, see `state_layout`.
+    they may move. `states` is empty but for a model with recurrent layers, see `state_layout`. `samples_SD`
+    are those of an earlier step, read by now, whose place these take (see `Runner`).
     """
     f = packing.unpack(packed_RM)
     carried, token_T = _begin(mesh, f, carried, last_token_S)
@@ -167,7 +169,8 @@ def forward(
         links=_links(model, carried),
     )  # fmt: skip
     hidden_TD = model.call(leaves)(token_T, step)
-    samples_SD = per_rank(mesh, lambda hidden, index: hidden[index], hidden_TD, f["sample_index"])
+    new_SD = per_rank(mesh, lambda hidden, index: hidden[index], hidden_TD, f["sample_index"])
+    samples_SD = jax.lax.dynamic_update_slice_in_dim(samples_SD, new_SD, 0, axis=0)
     states = () if step.states is None else (step.states,)
     out = _hand_on(model, carried, step), states, samples_SD
     return (*out, hidden_TD) if bucket.chunks else out

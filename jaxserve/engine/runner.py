@@ -52,7 +52,7 @@ class Launched:
     sampled: dict[str, jax.Array] = field(default_factory=dict)
     scored: dict[str, jax.Array] | None = None
     drafts: jax.Array | None = None  # [ranks * requests, drafts]
-    last: jax.Array | None = None  # of the forward program, and never donated: something to wait for
+    last: jax.Array | None = None  # never donated: something to wait for
 
 
 @dataclass(slots=True)
@@ -75,6 +75,10 @@ class StepResult:
 
 class Runner:
     """One model instance on its mesh.
+
+    What a step hands to the next, or to its own sampling, is donated, and so is at the same address in every
+    step. Where one of a program's arrays moves, XLA records anew all kernels of its CUDA graph that use the
+    memory: for what was sampled from that were half of them, since XLA computes other things in its place.
 
     Args:
         pools: (key_pages, value_pages), see `jaxserve.layers.kv.pool_layouts`.
@@ -114,6 +118,7 @@ class Runner:
         rows = sizes.num_ranks * sizes.num_slots
         self._table = self._zeros((rows, sizes.pages_per_seq), np.int32)
         self._last_token = self._zeros((rows,), np.int32)
+        self._samples: dict[int, jax.Array] = {}  # by their number; known once programs are traced
         self._slots = {
             "output_count": self._zeros((rows, sizes.vocab_size), np.int16),
             "in_prompt": self._zeros((rows, sizes.vocab_size), np.bool_),
@@ -166,9 +171,11 @@ class Runner:
                 case ("move_experts", _):
                     assert self.experts is not None
                     made.last = self.experts.carry_out(program, launch.packed, self._leaves, packed)
-                case Bucket():
-                    self._states, samples, *hidden = self._step(program, self._states, packed)
-                    made.last = samples
+                case Bucket(num_samples=num):
+                    own = self._states, self._samples[num], packed
+                    self._states, samples, *hidden = self._step(program, *own)
+                    self._samples[num] = samples
+                    made.last = hidden[0] if hidden else None
                     if self.nextn is not None:
                         self.nextn.hidden = (samples, *hidden)
                 case ("decode", _):
@@ -183,11 +190,12 @@ class Runner:
                     made.last = made.drafts
                 case ("score", _):
                     made.scored = program(self._head_leaves, *hidden, packed)
-                case (_, Variant(filters=filters)):
+                case (num, Variant(filters=filters)):
                     slots = self._slots if filters else {}
                     self._last_token, slots, made.sampled = program(
-                        self._head_leaves, made.last, self._last_token, slots, packed
+                        self._head_leaves, self._samples[num], self._last_token, slots, packed
                     )
+                    made.last = made.sampled["token"]
                     if filters:
                         self._slots = slots
         return made
@@ -372,6 +380,8 @@ class Runner:
         of_carried = Carried(keys.sharding, values.sharding, rank, rank, of_links)
         tasks: dict[Any, Any] = {}
         of_token = self._model.hidden(leaves)
+        for num in {b.num_samples for b in self.buckets}:
+            self._samples[num] = self._zeros((ranks * num, *of_token.shape), of_token.dtype)
         for b in reversed(self.buckets):
             packing = self.launches.forward[b]
             function = partial(
@@ -382,10 +392,10 @@ class Runner:
                 (self.sizes.num_pages, self.sizes.page_size),
                 self._map_mesh,
             )
-            args = (leaves, carried, expert_slots, last, states, packed(packing))
+            args = (leaves, carried, expert_slots, last, states, hidden(b.num_samples), packed(packing))
             hidden_parts = [rank, rank] if b.chunks else [rank]
             of_states = tuple(x.sharding for x in states)
-            tasks[b] = (function, args, (1, 4), (of_carried, of_states, *hidden_parts))
+            tasks[b] = (function, args, (1, 4, 5), (of_carried, of_states, *hidden_parts))
         for b, packing in self.launches.decode.items():
             pages = (self.sizes.num_pages, self.sizes.page_size)
             function = partial(
