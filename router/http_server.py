@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 MAX_HEAD_BYTES = 1 << 19  # of a request that comes in pieces; more than is read at once
 MAX_PIPELINED = 8  # requests that wait for the one before; while so many do, nothing is read
 LAST_REQUEST_S = 0.25  # for the request of a client that connected just before the port closed
+STALLED_S = 60.0  # for so long a client may take nothing of its answer; half of what a worker allows
 DATA_TARGETS = {path.encode(): path for path in ROUTES}
 
 
@@ -142,6 +143,7 @@ class ClientConnection(HttpToolsProtocol):
     on_lost: Callable[[], Any] | None = None
     lost = False
     head_timer: asyncio.TimerHandle | None = None  # runs while a request's head is on its way
+    stall_timer: asyncio.TimerHandle | None = None  # runs while the client takes less than it is sent
     idle_since_s: float | None = None  # loop time; None while a request runs or since bytes have come
     in_head = in_message = upgrade = False
     head_bytes = 0  # of a head that did not come at once
@@ -286,13 +288,33 @@ class ClientConnection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
-        if self.head_timer is not None:
-            self.head_timer.cancel()
+        for timer in (self.head_timer, self.stall_timer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
         if self.timeout_keep_alive_task is not None:
             self.timeout_keep_alive_task.cancel()
         if self.on_lost is not None:
             self.on_lost()
+
+    # A client that takes nothing keeps its place at a worker, and after a while the worker cuts its stream,
+    # which must not begin again elsewhere.
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._look_for_stall(self.transport.get_write_buffer_size() + 1)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.stall_timer is not None:
+            self.stall_timer.cancel()
+
+    def _look_for_stall(self, waiting_bytes: int) -> None:
+        now_waiting_bytes = self.transport.get_write_buffer_size()
+        if now_waiting_bytes < waiting_bytes:
+            self.stall_timer = self.loop.call_later(STALLED_S, self._look_for_stall, now_waiting_bytes)
+        else:
+            self.transport.abort()
 
     # One keep-alive timer a connection that looks how long it has been idle, instead of one armed and
     # cancelled for every request (1.5 us).

@@ -135,6 +135,7 @@ def test_every_pair_of_gpus_is_asked_for(monkeypatch, reach):
     "family, layout",
     [
         ("llama", {"tp": 4}),
+        ("llama", {"tp": 4, "num_continuous_decode_steps": 4}),
         ("deepseek_v3", {"tp": 4, "dp_size": 2, "enable_dp_attention": True}),
         ("qwen3_moe", {"tp": 4, "ep": 4, "dp_size": 4, "enable_dp_attention": True}),
         ("minimax_text", {"tp": 2}),

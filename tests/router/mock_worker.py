@@ -159,6 +159,8 @@ class MockWorker:
             if not gone.done():
                 gone.cancel()
                 await asyncio.sleep(0)
+            elif not gone.cancelled():
+                gone.exception()  # a connection may break instead of ending
 
     async def _left(self, gone: asyncio.Future, seconds: float) -> bool:
         """Whether the client left during these seconds."""

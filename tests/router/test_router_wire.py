@@ -1,14 +1,16 @@
 """What peers may put on the wire: answers and requests that are odd, late, malformed or hostile."""
 
 import asyncio
+from unittest.mock import Mock
 
 import gateway_harness
 import pytest
 from gateway_harness import RawClient, asynchronous, running, until
 from mock_worker import HANG_UP, MockWorker
 
+from router import http_server
 from router.breaker import PROBE
-from router.http_server import MAX_HEAD_BYTES
+from router.http_server import MAX_HEAD_BYTES, ClientConnection
 from router.upstream import HIGH_WATER_BYTES, json_of
 
 TEXT = b'{"text":"x"}'
@@ -356,6 +358,48 @@ async def test_garbage_behind_a_request_ends_its_answer_and_puts_nothing_into_it
         data += await client.reader.read()
         assert data.count(b"HTTP/1.1") == 1 and b"bad_request" not in data and b"[DONE]" not in data
         await idle(r)
+
+
+@asynchronous
+async def test_client_that_takes_nothing_of_its_stream_loses_its_connection_and_its_place(monkeypatch):
+    monkeypatch.setattr(http_server, "STALLED_S", 0.2)
+    async with running(1) as r:
+        client = await RawClient.connect(r.port)
+        client.writer.transport.pause_reading()
+        client.writer.write(post(b'{"text":"x","stream":true,"max_tokens":10000000}'))
+        await until(lambda: r.workers[0].running == 1)
+        await until(lambda: r.workers[0].running == 0, timeout_s=40)
+        await idle(r)
+        assert len(r.workers[0].seen) == 1, "and it does not begin again"
+
+
+@pytest.mark.parametrize("takes, is_cut", [(0, True), (1, False)])
+@asynchronous
+async def test_client_that_takes_a_little_of_its_answer_keeps_its_connection(monkeypatch, takes, is_cut):
+    monkeypatch.setattr(http_server, "STALLED_S", 0.01)
+    connection = ClientConnection.__new__(ClientConnection)
+    connection.loop, connection.flow = asyncio.get_running_loop(), Mock()
+    transport = connection.transport = SlowTransport(takes)
+    connection.pause_writing()
+    await until(lambda: transport.looks > 4 or transport.aborted)
+    connection.resume_writing()
+    looks = transport.looks
+    await asyncio.sleep(0.05)
+    assert transport.aborted == is_cut and transport.looks == looks
+
+
+class SlowTransport:
+    """One whose buffer empties by `takes` bytes between two looks."""
+
+    def __init__(self, takes):
+        self.takes, self.looks, self.aborted = takes, 0, False
+
+    def get_write_buffer_size(self):
+        self.looks += 1
+        return 100_000 - self.takes * self.looks
+
+    def abort(self):
+        self.aborted = True
 
 
 @asynchronous
