@@ -334,14 +334,14 @@ def project_split(
         shape = x_TX.shape[0] // step.num_ranks, matrix.shape[0]
         if count := links.count(jax.ShapeDtypeStruct(shape, x_TX.dtype), GROUP):
             product = step.once(("project_split", x_TX.ndim), lambda: _project_split(step.mesh, links.plan))
-            out_TD = product(x_TX, matrix, links.claim(GROUP, count))
+            out_TD = product(x_TX, matrix, links.arrays, links.claim(GROUP, count))
             return out_TD if bias is None else out_TD + bias[...].astype(out_TD.dtype)
     return project(x_TX, weight, bias)
 
 
 def _project_split(mesh: Mesh | None, plan: LinkPlan) -> Callable[..., jax.Array]:
-    def on_device(x_tX: jax.Array, matrix_DX: jax.Array, arrays: LinkArrays) -> jax.Array:
-        out_tD = Links(plan, arrays).sum(project(x_tX, matrix_DX), GROUP)
+    def on_device(x_tX: jax.Array, matrix_DX: jax.Array, arrays: LinkArrays, ahead: jax.Array) -> jax.Array:
+        out_tD = Links(plan, arrays, {GROUP: ahead}).sum(project(x_tX, matrix_DX), GROUP)
         assert out_tD is not None
         return out_tD
 
@@ -349,7 +349,7 @@ def _project_split(mesh: Mesh | None, plan: LinkPlan) -> Callable[..., jax.Array
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(P("dp", GROUP), P(None, GROUP), P()),
+        in_specs=(P("dp", GROUP), P(None, GROUP), P(), P()),
         out_specs=P("dp"),
         check_vma=False,
     )

@@ -79,6 +79,7 @@ def words(num: int, dtype: DTypeLike) -> int:
 def exchange(
     x_PM: jax.Array,
     number: jax.Array,
+    ahead: jax.Array,
     mailboxes_N2: jax.Array,
     me: jax.Array,
     *,
@@ -91,7 +92,8 @@ def exchange(
     Args:
         x_PM: [N, M], a row for each member, or [1, M], the same for all; a type of 2 or 4 bytes, and M what
             `words` takes.
-        number: int32 scalar, of this exchange: one more than of the group's last. 0 is none.
+        number, ahead: int32 scalars, whose sum is the number of this exchange: one more than of the group's
+            last. 0 is none. `ahead` is to be a constant: adding it outside would be a kernel of its own.
         mailboxes_N2: int32 [N, 2], lower and upper half of the address of each member's mailbox, which has
             2 * N * capacity words and was zeros in the beginning.
         me: int32 scalar, this device's row of them.
@@ -111,12 +113,12 @@ def exchange(
         compiler_params=plt.CompilerParams(num_warps=TILE // 32, num_stages=1),
         interpret=interpret,
         name="exchange",
-    )(x_PM, number.reshape(1), mailboxes_N2, me.reshape(1))
+    )(x_PM, number.reshape(1), ahead.reshape(1), mailboxes_N2, me.reshape(1))
 
 
-def _kernel(x_ref, number_ref, mailboxes_ref, me_ref, out_ref, *, capacity, sums):
+def _kernel(x_ref, number_ref, ahead_ref, mailboxes_ref, me_ref, out_ref, *, capacity, sums):
     (P, _), N, dtype = x_ref.shape, mailboxes_ref.shape[0], x_ref.dtype
-    tile, me, number = pl.program_id(0), me_ref[0], number_ref[0]
+    tile, me, number = pl.program_id(0), me_ref[0], number_ref[0] + ahead_ref[0]
     per_word = 8 // dtype.itemsize
     # A word's numbers lie TILE apart, so that neighbouring threads read neighbouring numbers.
     columns = [(tile * per_word + part) * TILE + jnp.arange(TILE) for part in range(per_word)]

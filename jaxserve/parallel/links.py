@@ -11,10 +11,9 @@ import ctypes
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -112,26 +111,25 @@ class Links:
     must be traced in the order in which they run, and on no path that may not run.
     """
 
-    def __init__(self, plan: LinkPlan, arrays: LinkArrays, used: dict[Axes, int] | None = None):
+    def __init__(self, plan: LinkPlan, arrays: LinkArrays, ahead: dict[Axes, Any] | None = None):
+        """`ahead`: by group, the exchanges that come before, a number or an int32 scalar."""
         self.plan, self.arrays = plan, arrays
-        self._used = dict.fromkeys(plan.groups, 0) if used is None else used
+        self._ahead = dict.fromkeys(plan.groups, 0) if ahead is None else ahead
 
     def inside(self, arrays: LinkArrays) -> "Links":
         """The same ones in a `shard_map` that was given their arrays."""
-        return Links(self.plan, arrays, self._used)
+        return Links(self.plan, arrays, self._ahead)
 
-    def claim(self, axes: Axes, count: int) -> LinkArrays:
-        """The arrays for links of their own that make `count` exchanges, and may be traced once for many."""
-        self._used[axes] += count
-        return self.after(less={axes: count})
+    def claim(self, axes: Axes, count: int) -> jax.Array:
+        """`ahead` for links of their own, which make `count` exchanges and are traced once for many."""
+        ahead = jnp.int32(self._ahead[axes])
+        self._ahead[axes] += count
+        return ahead
 
-    def after(self, less: Mapping[Axes, int] = MappingProxyType({})) -> LinkArrays:
-        """The arrays for who comes next."""
-        numbers = [
-            number + (self._used[axes] - less.get(axes, 0))
-            for number, axes in zip(self.arrays.number, self.plan.groups)
-        ]
-        return self.arrays._replace(number=tuple(numbers))
+    def after(self) -> LinkArrays:
+        """The arrays for the program that comes next."""
+        numbers = zip(self.arrays.number, self.plan.groups)
+        return self.arrays._replace(number=tuple(number + self._ahead[axes] for number, axes in numbers))
 
     def count(self, x: jax.ShapeDtypeStruct, axes: Axes) -> int:
         """The exchanges of a sum; 0: it is not for this kernel."""
@@ -168,12 +166,12 @@ class Links:
         return self._exchange(x_TD.reshape(num, -1), axes, sums=True).reshape(-1, *x_TD.shape[1:])
 
     def _takes(self, num: int, dtype: DTypeLike, axes: Axes) -> bool:
-        return axes in self._used and 0 < peer_exchange.words(num, dtype) <= self.plan.capacity(axes)
+        return axes in self._ahead and 0 < peer_exchange.words(num, dtype) <= self.plan.capacity(axes)
 
     def _exchange(self, x_PM: jax.Array, axes: Axes, sums: bool) -> jax.Array:
         group, num = self.plan.groups.index(axes), self.plan.size(axes)
-        number = self.arrays.number[group] + self._used[axes]
-        self._used[axes] += 1
+        number, ahead = self.arrays.number[group], jnp.int32(self._ahead[axes])
+        self._ahead[axes] += 1
         mailboxes, me = self.arrays.mailbox[group], lax.axis_index(axes)
         if kernels.chosen() != "fast":
             return _exchange_by_xla(x_PM, axes, sums)
@@ -182,7 +180,7 @@ class Links:
             first = lax.axis_index(RANKS) * num if axes == GROUP else lax.axis_index(GROUP)
             mailboxes = mailboxes[first + apart * jnp.arange(num)]
         return peer_exchange.exchange(
-            x_PM, number, mailboxes, me, capacity=self.plan.capacity(axes), sums=sums
+            x_PM, number, ahead, mailboxes, me, capacity=self.plan.capacity(axes), sums=sums
         )
 
 
