@@ -120,12 +120,11 @@ def build(
         load_dummy(model, blueprint.sharding, config.random_seed, progress)
     else:
         load(model, checkpoint, blueprint.sharding, progress)
-    if mesh.size == 1:
-        for _, node in nnx.iter_graph(model):
-            if isinstance(node, Projections):
-                node.fuse()
-            elif isinstance(node, ChannelScaled):
-                node.is_alone = True
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, Projections):
+            node.fuse(mesh if mesh.size > 1 else None)
+        elif isinstance(node, ChannelScaled):
+            node.is_alone = mesh.size == 1
     load_s = time.monotonic() - load_s
     graph, state = nnx.split(model)
     leaves, treedef = jax.tree.flatten(state)

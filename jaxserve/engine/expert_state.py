@@ -157,7 +157,7 @@ def expert_leaves(model: nnx.Module, leaves: Sequence[jax.Array]) -> list[tuple[
     layers: dict[int, tuple[int, ...]] = {}
     for _, moe in nnx.iter_graph(model):
         if isinstance(moe, MoE):
-            params = [p for _, p in nnx.iter_graph(moe) if isinstance(p, nnx.Param)]
+            params = [p for _, p in nnx.iter_graph(moe.experts) if isinstance(p, nnx.Param)]
             stacked = [p for p in params if p.logical[:1] == ("expert",)]
             layers[moe.index] = tuple(number[id(p.get_raw_value())] for p in stacked)
     return [layers[index] for index in sorted(layers)]

@@ -180,8 +180,10 @@ class StepContext:
             f"pool has {self.key_pages.shape[2]} heads, the layout {group} x {split.num_kv}; see pool_layout"
         )
         parts = query, key, value
-        firsts = query.first, key.first, value.first
-        assert group == 1 or firsts == (0, 0, 0), "heads are joined, which a mesh would split elsewhere"
+        firsts = tuple(heads.first // heads.ways for heads in parts)  # on a device
+        assert all(x.ways == group or x.count == x.array_TXK.shape[1] for x in parts), (
+            "heads are joined otherwise than the mesh splits them"
+        )
         cut = (split, firsts, scale, window, softcap)
         attend = self.once(cut, lambda: self._attention(*cut))
         out_THK, (self.key_pages, self.value_pages) = attend(
@@ -201,7 +203,7 @@ class StepContext:
     def _attention(
         self,
         split: HeadSplit,
-        firsts: tuple[int, int, int],
+        firsts: tuple[int, ...],
         scale: float,
         window: int | None,
         softcap: float | None,

@@ -13,11 +13,13 @@ from itertools import accumulate
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.operand import Operand, wide
 from jaxserve.layers.quant import BlockScaled, Weight
+from jaxserve.mesh import GROUP
 from jaxserve.ops.float8_rows import Unscaled
 from jaxserve.ops.kv_write import Heads
 from jaxserve.ops.latent_write import Columns
@@ -63,7 +65,7 @@ class Projections(nnx.Module):
     """Several products with one input, such as queries, keys and values.
 
     `fuse` joins the weights into one, so that there is one GEMM: at few rows a small GEMM does not
-    fill a GPU. Only for weights that no mesh splits.
+    fill a GPU. Where a mesh splits them, each device joins what it has.
 
     Args:
         biases: one a weight, None for a product without; empty when none has any.
@@ -74,6 +76,7 @@ class Projections(nnx.Module):
         self.weights = nnx.List(weights)
         self.biases = nnx.List(biases if any(b is not None for b in biases) else ())
         self.fused = False
+        self.ways = 1  # in which fused weights are split
 
     def __call__(self, hidden_TD: jax.Array | Operand) -> list[jax.Array]:
         """One [T, *out] a weight."""
@@ -89,7 +92,9 @@ class Projections(nnx.Module):
             return [Columns.whole(out_TX) for out_TX in self(hidden_TD)]
         joined_TC = project(hidden_TD, self.weights[0], self.biases[0] if self.biases else None)
         sizes = [math.prod(shape) for shape in self.out_shapes]
-        return [Columns(joined_TC, end - size, size) for size, end in zip(sizes, accumulate(sizes))]
+        return [
+            Columns(joined_TC, end - size, size, self.ways) for size, end in zip(sizes, accumulate(sizes))
+        ]
 
     def unscaled(self, hidden_TD: jax.Array | Operand) -> Unscaled | None:
         """What a call gives, side by side and to be scaled by whoever reads it; None where there is no
@@ -106,34 +111,47 @@ class Projections(nnx.Module):
         (width,) = {shape[-1] for shape in self.out_shapes}
         parts = self.columns(hidden_TD)
         joined_TXK = parts[0].array_TC.reshape(hidden_TD.shape[0], -1, width)
-        return [Heads(joined_TXK, part.first // width, part.count // width) for part in parts]
+        return [Heads(joined_TXK, part.first // width, part.count // width, self.ways) for part in parts]
 
-    def fuse(self) -> None:
+    def fuse(self, mesh: Mesh | None = None) -> None:
         """Join weights that are loaded; the separate ones are freed.
 
-        Those with scales for blocks stay apart, those that are not alike, and products of which only
-        some have a bias.
+        Those with scales for blocks stay apart, those that are not alike, products of which only some have
+        a bias, and weights of which `mesh` splits only some over an attention group.
         """
         wide = [w for w in self.weights if isinstance(w, nnx.Param)]
         scaled = [w for w in self.weights if isinstance(w, ChannelScaled)]
         biases = [b.get_value() for b in self.biases if b is not None]
         if len(self.weights) not in (len(wide), len(scaled)) or len(biases) < len(self.biases):
             return
-        if wide:
-            self.weights = nnx.List([nnx.Param(_join_rows([w.get_value() for w in wide]))])
+        matrices = [w.get_value() for w in wide] or [w.numbers.get_value() for w in scaled]
+        is_split = {matrix.sharding.shard_shape(matrix.shape)[0] < matrix.shape[0] for matrix in matrices}
+        if len(is_split) > 1:
+            return
+        if True in is_split:
+            assert mesh is not None
+            self.ways = mesh.shape["ep"] * mesh.shape["tp"]
+        join = partial(_join, mesh=mesh, spec=PartitionSpec(GROUP if self.ways > 1 else None))
+        joined = nnx.Param(join(matrices, shape=(-1, matrices[0].shape[-1])))
+        if scaled:
+            scale = nnx.Param(join([w.scale.get_value() for w in scaled], shape=(-1,)))
+            self.weights = nnx.List([ChannelScaled(joined, scale, is_alone=mesh is None)])
         else:
-            numbers = _join_rows([w.numbers.get_value() for w in scaled])
-            scale = _join([w.scale.get_value() for w in scaled], (-1,))
-            self.weights = nnx.List([ChannelScaled(nnx.Param(numbers), nnx.Param(scale), is_alone=True)])
+            self.weights = nnx.List([joined])
         if biases:
-            self.biases = nnx.List([nnx.Param(_join(biases, (-1,)))])
+            self.biases = nnx.List([nnx.Param(join(biases, shape=(-1,)))])
         self.fused = True
 
 
-def _join_rows(weights: list[jax.Array]) -> jax.Array:
-    return _join(weights, (-1, weights[0].shape[-1]))
+@partial(jax.jit, static_argnames=("shape", "mesh", "spec"))
+def _join(
+    arrays: list[jax.Array], *, shape: tuple[int, ...], mesh: Mesh | None, spec: PartitionSpec
+) -> jax.Array:
+    """The arrays, each of `shape`, one after the other: whole, or what a device has of them."""
 
+    def on_device(arrays: list[jax.Array]) -> jax.Array:
+        return jnp.concatenate([array.reshape(shape) for array in arrays])
 
-@partial(jax.jit, static_argnums=1)
-def _join(arrays: list[jax.Array], shape: tuple[int, ...]) -> jax.Array:
-    return jnp.concatenate([array.reshape(shape) for array in arrays])
+    if mesh is None:
+        return on_device(arrays)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(arrays)

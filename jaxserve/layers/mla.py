@@ -120,9 +120,9 @@ class LatentAttention(nnx.Module):
         The step's `key_pages` hold latents and its `value_pages` rope parts.
         """
         firsts = query.first, down.first
-        assert step.mesh is None or firsts == (0, 0), (
-            "products are joined, which a mesh would split elsewhere"
-        )
+        group = 1 if step.mesh is None else step.mesh.shape["ep"] * step.mesh.shape["tp"]
+        is_alone = query.count == query.array_TC.shape[1]
+        assert group == 1 or is_alone, "queries are joined, whose heads the mesh splits"
         cut = (firsts, self.latent_norm.eps, self.interleaved, self.scale)
         attend = step.once(("latent", *cut), lambda: _attention(step, *cut))
         table = step.rope(self.rope)

@@ -1,13 +1,19 @@
 """Norm, feed-forward, vocabulary and products against plain numpy."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.norm import RMSNorm
+from jaxserve.mesh import GROUP, Layout, make_mesh
 
 rng = np.random.default_rng(0)
 EXACT = 2e-6  # float32 rounding of sums of a few terms of size one
@@ -76,6 +82,43 @@ def test_fused_projections_give_what_the_separate_ones_gave():
     for got, want in zip(projections(x_TD), separate, strict=True):
         assert got.shape == want.shape
         np.testing.assert_allclose(got, want, atol=EXACT)
+
+
+@pytest.mark.parametrize("dp, split", [(1, True), (4, False), (2, True)])
+def test_projections_fused_over_a_mesh_give_what_the_separate_ones_gave(dp, split):
+    mesh = make_mesh(Layout(4, dp=dp), jax.devices())
+    spec, rank = PartitionSpec(GROUP if split else None), PartitionSpec("dp")
+
+    def put(shape, spec):
+        value = jnp.asarray(rng.normal(size=shape), jnp.float32)
+        return jax.device_put(value, NamedSharding(mesh, spec))
+
+    shapes = ((8, 3), (4, 3), (4, 3))
+    weights = [nnx.Param(put((*shape, 6), spec)) for shape in shapes]
+    biases = [nnx.Param(put(shape, spec)) for shape in shapes]
+    projections = Projections(weights, biases)
+    x_TD = put((8, 6), rank)
+    separate = projections(x_TD)
+    projections.fuse(mesh)
+    assert len(projections.weights) == 1 and projections.ways == (4 // dp if split else 1)
+    (joined,) = projections.weights
+    assert joined.get_value().addressable_shards[0].data.shape == (48 // projections.ways, 6)
+    compiled = jax.jit(lambda x: (projections(x), projections.heads(x))).lower(x_TD).compile()
+    assert not re.search("all-gather|all-reduce|all-to-all|permute", compiled.as_text()), "nothing travels"
+    for got, want in zip(projections(x_TD), separate, strict=True):
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, atol=EXACT)
+    for heads, want in zip(projections.heads(x_TD), separate, strict=True):
+        np.testing.assert_allclose(heads.value_THK, want, atol=EXACT)
+
+
+def test_projections_of_which_a_mesh_splits_some_stay_apart():
+    mesh = make_mesh(Layout(4), jax.devices())
+    specs = PartitionSpec(GROUP), PartitionSpec()
+    weights = [nnx.Param(jax.device_put(jnp.ones((8, 6)), NamedSharding(mesh, spec))) for spec in specs]
+    projections = Projections(weights)
+    projections.fuse(mesh)
+    assert not projections.fused and len(projections.weights) == 2
 
 
 def test_mlp_gates_with_the_tanh_form_of_gelu():

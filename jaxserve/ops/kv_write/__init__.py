@@ -10,15 +10,20 @@ from typing import NamedTuple
 import jax
 
 from jaxserve.ops import backend
+from jaxserve.ops.joined import columns_of
 from jaxserve.ops.kv_write import fast, reference
 
 
 class Heads(NamedTuple):
-    """Heads [first, first + count) of an array [T, heads, K]; `first` and `count` are static."""
+    """Heads [first, first + count) of an array [T, heads, K]; all but the array is static.
+
+    Of an array that is split in `ways`, each part has its share of them, in the same places.
+    """
 
     array_TXK: jax.Array
     first: int
     count: int
+    ways: int = 1
 
     @classmethod
     def whole(cls, array_THK: jax.Array) -> "Heads":
@@ -26,7 +31,7 @@ class Heads(NamedTuple):
 
     @property
     def value_THK(self) -> jax.Array:
-        return self.array_TXK[:, self.first : self.first + self.count]
+        return columns_of(self.array_TXK, self.first, self.count, self.ways)
 
 
 def rotate_and_write(

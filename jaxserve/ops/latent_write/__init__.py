@@ -11,15 +11,17 @@ from typing import NamedTuple
 import jax
 
 from jaxserve.ops import backend
+from jaxserve.ops.joined import columns_of
 from jaxserve.ops.latent_write import fast, reference
 
 
 class Columns(NamedTuple):
-    """Columns [first, first + count) of an array [T, C]; `first` and `count` are static."""
+    """Columns [first, first + count) of an array [T, C], as `kv_write.Heads` are heads."""
 
     array_TC: jax.Array
     first: int
     count: int
+    ways: int = 1
 
     @classmethod
     def whole(cls, array_T: jax.Array) -> "Columns":
@@ -29,7 +31,7 @@ class Columns(NamedTuple):
 
     @property
     def value_TC(self) -> jax.Array:
-        return self.array_TC[:, self.first : self.first + self.count]
+        return columns_of(self.array_TC, self.first, self.count, self.ways)
 
 
 def rotate_and_write_latent(
