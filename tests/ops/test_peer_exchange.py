@@ -1,6 +1,6 @@
 """The kernel of exchanges, with threads as its members and an array as their memory.
 
-What its assembler text does is done by `Memory` here; tests/gpu/test_peer_exchange.py has it run.
+What its assembler text does is done by `Memory` here; tests/gpu/test_exchange.py has it run.
 """
 
 import threading

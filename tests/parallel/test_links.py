@@ -3,6 +3,8 @@
 The kernel itself wants GPUs (tests/gpu/test_several_gpus.py).
 """
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +108,32 @@ def test_no_links_without_gpus_that_reach_each_other(monkeypatch):
     assert LinkPlan.of(make_mesh(LAYOUTS["tp4"], jax.devices())) is None
     monkeypatch.setattr(links_module.ctypes, "CDLL", no_driver)
     assert not links_module._peers_reach_each_other([0, 1])
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({}, None),
+        ({"platform": "cpu"}, "no GPUs"),
+        ({"tp": 3}, "no power of two"),
+        ({"tp": 1}, "one device"),
+        ({"is_multi_process": True}, "memory of another process"),
+        ({"allocator": "platform"}, "memory that peers may not reach"),
+        ({"reach": False}, "GPUs that do not reach each other"),
+    ],
+)
+def test_where_gpus_exchange_and_where_xla_does(monkeypatch, change, reason):
+    case = {
+        "platform": "gpu", "tp": 4, "is_multi_process": False, "allocator": "bfc", "reach": True, **change
+    }  # fmt: skip
+    devices = [SimpleNamespace(platform=case["platform"], local_hardware_id=i) for i in range(case["tp"])]
+    mesh = SimpleNamespace(
+        devices=np.array(devices), shape={"dp": 1, "ep": 1, "tp": case["tp"]}, size=case["tp"],
+        is_multi_process=case["is_multi_process"],
+    )  # fmt: skip
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_ALLOCATOR", case["allocator"])
+    monkeypatch.setattr(links_module, "_peers_reach_each_other", lambda ids: case["reach"])
+    assert LinkPlan.of(mesh) == (LinkPlan((1, 1, 4)) if reason is None else None), reason
 
 
 def no_driver(name):
