@@ -336,14 +336,17 @@ def project_split(
         shape = x_TX.shape[0] // step.num_ranks, matrix.shape[0]
         if count := links.count(jax.ShapeDtypeStruct(shape, x_TX.dtype), GROUP):
             product = step.once(("project_split", x_TX.ndim), lambda: _project_split(step.mesh, links.plan))
-            out_TD = product(x_TX, matrix, links.arrays, links.claim(GROUP, count))
+            ahead = links.claim(GROUP, count)
+            out_TD = links.last = product(x_TX, matrix, ahead, links.arrays, links.last)
             return out_TD if bias is None else out_TD + bias[...].astype(out_TD.dtype)
     return project(x_TX, weight, bias)
 
 
 def _project_split(mesh: Mesh | None, plan: LinkPlan) -> Callable[..., jax.Array]:
-    def on_device(x_tX: jax.Array, matrix_DX: jax.Array, arrays: LinkArrays, ahead: jax.Array) -> jax.Array:
-        out_tD = Links(plan, arrays, {GROUP: ahead}).sum(project(x_tX, matrix_DX), GROUP)
+    def on_device(
+        x_tX: jax.Array, matrix_DX: jax.Array, ahead: jax.Array, arrays: LinkArrays, last: jax.Array
+    ) -> jax.Array:
+        out_tD = Links(plan, arrays, last, {GROUP: ahead}).sum(project(x_tX, matrix_DX), GROUP)
         assert out_tD is not None
         return out_tD
 
@@ -351,7 +354,7 @@ def _project_split(mesh: Mesh | None, plan: LinkPlan) -> Callable[..., jax.Array
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(P("dp", GROUP), P(None, GROUP), P(), P()),
+        in_specs=(P("dp", GROUP), P(None, GROUP), P(), *Links.SPECS),
         out_specs=P("dp"),
         check_vma=False,
     )

@@ -12,7 +12,8 @@ barrier, one way through the link. Source: the protocol LL of NCCL, as its docum
 
 Places are used in turn, two for each member. A device that begins exchange k + 2 has read all members'
 words of k + 1, so they have begun it and are done with k, and the place of k is free. That holds for one
-group whose members make the same exchanges in the same order; another group needs mailboxes of its own.
+group whose members make the same exchanges one after another in the order of their numbers, which each says
+by taking something from the one before; another group needs mailboxes of its own.
 Numbers start again after 2**32 exchanges, a day or more; a message is then taken for another only where
 nobody wrote since the exchange of that very number, 2**32 before.
 """
@@ -82,6 +83,7 @@ def exchange(
     ahead: jax.Array,
     mailboxes_N2: jax.Array,
     me: jax.Array,
+    after: jax.Array,
     *,
     capacity: int,
     sums: bool,
@@ -97,6 +99,8 @@ def exchange(
         mailboxes_N2: int32 [N, 2], lower and upper half of the address of each member's mailbox, which has
             2 * N * capacity words and was zeros in the beginning.
         me: int32 scalar, this device's row of them.
+        after: what the exchange before this one made, in any shape. Nothing is read of it, but XLA would run
+            exchanges that do not depend on each other in an order of its own.
         capacity: words of a message, at most.
         sums: add what came, in float32 and in the members' order, so that all get the same sum.
 
@@ -113,10 +117,10 @@ def exchange(
         compiler_params=plt.CompilerParams(num_warps=TILE // 32, num_stages=1),
         interpret=interpret,
         name="exchange",
-    )(x_PM, number.reshape(1), ahead.reshape(1), mailboxes_N2, me.reshape(1))
+    )(x_PM, number.reshape(1), ahead.reshape(1), mailboxes_N2, me.reshape(1), after)
 
 
-def _kernel(x_ref, number_ref, ahead_ref, mailboxes_ref, me_ref, out_ref, *, capacity, sums):
+def _kernel(x_ref, number_ref, ahead_ref, mailboxes_ref, me_ref, _, out_ref, *, capacity, sums):
     (P, _), N, dtype = x_ref.shape, mailboxes_ref.shape[0], x_ref.dtype
     tile, me, number = pl.program_id(0), me_ref[0], number_ref[0] + ahead_ref[0]
     per_word = 8 // dtype.itemsize

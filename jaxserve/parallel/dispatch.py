@@ -89,8 +89,8 @@ class Dispatch:
         feed = partial(feed_forward, rows_per_expert=expert_TX.size / weights.gate_EFD.shape[0])
         experts, ffn = ((), AXES) if self.backend == "none" else (EXPERT_AXES, ("tp",))
 
-        def on_device(hidden_tD, expert_tX, weight_tX, weights: ExpertWeights, slots, arrays) -> jax.Array:
-            inside = None if links is None else links.inside(arrays)
+        def on_device(hidden_tD, expert_tX, weight_tX, weights: ExpertWeights, slots, given) -> jax.Array:
+            inside = None if links is None else links.inside(*given)
             if slots is not None:  # by rank, or the first tokens of all ranks would take the same copy
                 expert_tX = slots.find(expert_tX, lax.axis_index("dp"))
             if weights.down_bias_ED is not None:  # each share of the FFN would add it again
@@ -101,15 +101,19 @@ class Dispatch:
                 feed, hidden_tD, expert_tX, weight_tX, weights, activation, bool(experts), collectives
             )
 
+        given = (None, None) if links is None else (links.arrays, links.last)
         rank, whole = PartitionSpec("dp"), PartitionSpec()
         scale_a_channel = weights.down_scale is not None and weights.down_scale.shape[2] == 1
-        return jax.shard_map(
+        out_TD = jax.shard_map(
             on_device,
             mesh=self.mesh,
-            in_specs=(rank, rank, rank, _weight_specs(experts, ffn, scale_a_channel), whole, whole),
+            in_specs=(rank, rank, rank, _weight_specs(experts, ffn, scale_a_channel), whole, Links.SPECS),
             out_specs=rank,
             check_vma=False,  # the kernels' outputs carry no replication types
-        )(hidden_TD, expert_TX, weight_TX, weights, slots, () if links is None else links.arrays)
+        )(hidden_TD, expert_TX, weight_TX, weights, slots, given)
+        if links is not None:
+            links.last = out_TD
+        return out_TD
 
 
 def _weight_specs(

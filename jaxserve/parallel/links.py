@@ -107,18 +107,31 @@ class LinkPlan:
 class Links:
     """A program's collectives, while it is traced.
 
-    `sum`, `gather` and `scatter_sum` are for use inside `shard_map`, with the arrays that it was given. They
-    must be traced in the order in which they run, and on no path that may not run.
+    `sum`, `gather` and `scatter_sum` are for use inside `shard_map`, by links that have the arrays and `last`
+    that it was given (of `SPECS`), and on no path that may not run. They run in the order in which they are
+    traced: each exchange takes `last`, and whoever leaves the `shard_map` sets it to what came out.
+
+    Attributes:
+        last: what was made of the last exchange, [tokens, ...].
     """
 
-    def __init__(self, plan: LinkPlan, arrays: LinkArrays, ahead: dict[Axes, Any] | None = None):
+    SPECS = PartitionSpec(), PartitionSpec("dp")  # of the arrays, and of `last`
+
+    def __init__(
+        self,
+        plan: LinkPlan,
+        arrays: LinkArrays,
+        last: jax.Array | None = None,
+        ahead: dict[Axes, Any] | None = None,
+    ):
         """`ahead`: by group, the exchanges that come before, a number or an int32 scalar."""
         self.plan, self.arrays = plan, arrays
+        self.last = jnp.zeros(plan.sizes[:1], jnp.int32) if last is None else last
         self._ahead = dict.fromkeys(plan.groups, 0) if ahead is None else ahead
 
-    def inside(self, arrays: LinkArrays) -> "Links":
-        """The same ones in a `shard_map` that was given their arrays."""
-        return Links(self.plan, arrays, self._ahead)
+    def inside(self, arrays: LinkArrays, last: jax.Array) -> "Links":
+        """The same ones in a `shard_map` that was given their arrays and `last`."""
+        return Links(self.plan, arrays, last, self._ahead)
 
     def claim(self, axes: Axes, count: int) -> jax.Array:
         """`ahead` for links of their own, which make `count` exchanges and are traced once for many."""
@@ -174,14 +187,17 @@ class Links:
         self._ahead[axes] += 1
         mailboxes, me = self.arrays.mailbox[group], lax.axis_index(axes)
         if kernels.chosen() != "fast":
-            return _exchange_by_xla(x_PM, axes, sums)
+            self.last = _exchange_by_xla(x_PM, axes, sums)
+            return self.last
         if num < mailboxes.shape[0]:
             apart = 1 if axes == GROUP else self.plan.size(GROUP)
             first = lax.axis_index(RANKS) * num if axes == GROUP else lax.axis_index(GROUP)
             mailboxes = mailboxes[first + apart * jnp.arange(num)]
-        return peer_exchange.exchange(
-            x_PM, number, ahead, mailboxes, me, capacity=self.plan.capacity(axes), sums=sums
+        capacity = self.plan.capacity(axes)
+        self.last = peer_exchange.exchange(
+            x_PM, number, ahead, mailboxes, me, self.last, capacity=capacity, sums=sums
         )
+        return self.last
 
 
 def _exchange_by_xla(x_PM: jax.Array, axes: Axes, sums: bool) -> jax.Array:

@@ -68,6 +68,7 @@ def exchange_all(memory, rounds, first=1):
                 jnp.int32(3),
                 memory.addresses,
                 jnp.int32(member),
+                jnp.zeros(1),
                 capacity=CAPACITY,
                 sums=sums,
                 interpret=True,

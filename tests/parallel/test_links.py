@@ -3,16 +3,21 @@
 The kernel itself wants GPUs (tests/gpu/test_several_gpus.py).
 """
 
+import inspect
+from functools import partial
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jaxserve
+from jaxserve.layers.attention import project_split
 from jaxserve.mesh import AXES, GROUP, Layout, make_mesh
+from jaxserve.ops import backend, peer_exchange
 from jaxserve.parallel import links as links_module
 from jaxserve.parallel.links import RANKS, LinkArrays, LinkPlan, Links
 from tests.engine.asking import check_greedy
@@ -36,15 +41,82 @@ def run(mesh, function, x):
     arrays, mail = plan_of(mesh).make(mesh)
     links = Links(plan_of(mesh), arrays)
 
-    def on_device(x, arrays):
-        return function(links.inside(arrays), x)
+    def on_device(x, arrays, last):
+        return function(links.inside(arrays, last), x)
 
-    shard_map = jax.shard_map(
-        on_device, mesh=mesh, in_specs=(P(AXES), P()), out_specs=P(AXES), check_vma=False
-    )
-    out = jax.jit(lambda x, arrays: (shard_map(x, arrays), links.after()))(x, arrays)
+    specs = (P(AXES), *Links.SPECS)
+    shard_map = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=P(AXES), check_vma=False)
+    out = jax.jit(lambda x, arrays, last: (shard_map(x, arrays, last), links.after()))(x, arrays, links.last)
     del mail
     return out
+
+
+def eqns(jaxpr, name):
+    """Those of a jaxpr and of what it calls whose name parameter, or primitive, is `name`, in order."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if name in (eqn.params.get("name"), eqn.primitive.name):
+            found.append(eqn)
+            continue
+        inner = [getattr(value, "jaxpr", value) for value in eqn.params.values()]
+        found += [e for value in inner if hasattr(value, "eqns") for e in eqns(value, name)]
+    return found
+
+
+def test_each_exchange_takes_what_the_one_before_made_for_xla_would_change_their_order():
+    mesh = make_mesh(LAYOUTS["tp4-dpa2"], jax.devices())
+    plan = plan_of(mesh)
+    arrays, _ = plan.make(mesh)
+
+    def on_device(x, ids, arrays, last):
+        links = Links(plan, arrays, last)
+        return links.gather(ids, RANKS), links.sum(x, GROUP), links.scatter_sum(x, RANKS)
+
+    specs = (P(AXES), P(AXES), *Links.SPECS)
+    function = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=P(AXES), check_vma=False)
+    x, ids, last = jnp.ones((4 * 512, 4096), jnp.bfloat16), jnp.ones((32, 6), jnp.int32), jnp.zeros(2)
+    with backend.use("fast"):
+        jaxpr = jax.make_jaxpr(function)(x, ids, arrays, last)
+    first, *others = found = eqns(jaxpr.jaxpr, "exchange")
+    assert len(found) == 4, "a gather, a sum in two parts, a scattered sum"
+    after = inspect.signature(peer_exchange.exchange).parameters
+    place = list(after).index("after")
+    for before, exchange in zip(found, others):
+        makers = {id(v): e for e in eqns_beside(jaxpr.jaxpr, first) for v in e.outvars}
+        maker = makers[id(exchange.invars[place])]
+        while maker.primitive.name in ("reshape", "broadcast_in_dim"):
+            maker = makers[id(maker.invars[0])]
+        assert maker is before
+
+
+def eqns_beside(jaxpr, eqn):
+    """All equations of the jaxpr in which `eqn` is."""
+    if eqn in jaxpr.eqns:
+        return jaxpr.eqns
+    for outer in jaxpr.eqns:
+        for value in outer.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns") and (found := eqns_beside(inner, eqn)):
+                return found
+    return []
+
+
+def test_sums_of_products_take_what_the_one_before_made():
+    mesh = make_mesh(LAYOUTS["tp4"], jax.devices())
+    links = Links(plan_of(mesh), plan_of(mesh).make(mesh)[0])
+    step = SimpleNamespace(
+        links=links, mesh=mesh, num_ranks=1, once=lambda key, make: partial(jax.jit, inline=False)(make())
+    )
+    weight = nnx.Param(jnp.ones((1024, 64), jnp.bfloat16))
+
+    def both(x, y):
+        return project_split(x, weight, None, step), project_split(y, weight, None, step)
+
+    x = jnp.ones((8, 64), jnp.bfloat16)
+    with backend.use("fast"):
+        jaxpr = jax.make_jaxpr(both)(x, 2 * x).jaxpr
+    one, other = (eqn for eqn in jaxpr.eqns if eqn.primitive.name in ("pjit", "jit"))
+    assert one.outvars[0] in other.invars
 
 
 def test_groups_are_those_of_more_than_one_device():
@@ -98,7 +170,7 @@ def test_numbers_rise_by_one_an_exchange_of_a_group():
     arrays = LinkArrays((jnp.int32(7), jnp.int32(1)), plan_of(mesh).make(mesh)[0].mailbox)
     links = Links(plan_of(mesh), arrays)
     assert int(links.claim(GROUP, 2)) == 0
-    inner = links.inside(links.arrays)
+    inner = links.inside(links.arrays, links.last)
     assert int(inner.claim(RANKS, 1)) == 0
     assert int(links.claim(GROUP, 1)) == 2
     assert [int(n) for n in links.after().number] == [10, 2]
