@@ -86,9 +86,6 @@ class Assumptions:
         30e-6,
         "a collective inside a node, beyond its bytes; measured on 2 H200, waiting for the other included",
     )
-    exchange_latency_s: float = _assume(
-        5e-6, "the same of at most 4 MiB, which devices exchange by a kernel of ours; measured on 2 H200"
-    )
     network_latency_s: float = _assume(30e-6, "a collective between nodes, beyond its bytes; assumed")
 
     def lines(self) -> list[str]:
@@ -133,7 +130,6 @@ class Work:
         return max(self.num_bytes / (device.bandwidth * assumed.bandwidth_fraction), self.flops / rate)
 
 
-LARGEST_EXCHANGE = 4 * 2**20  # bytes, see `jaxserve.parallel.links`
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "permute"]
 
 
@@ -176,9 +172,7 @@ class Collective:
     def seconds(self, device: Device, assumed: Assumptions, devices_per_node: int) -> float:
         on_links = self.bytes_sent / (device.link * assumed.link_fraction)
         if self.num_nodes(devices_per_node) == 1:
-            is_small = self.payload <= LARGEST_EXCHANGE
-            latency_s = assumed.exchange_latency_s if is_small else assumed.link_latency_s
-            return self.count * (on_links + latency_s)
+            return self.count * (on_links + assumed.link_latency_s)
         on_network = self.bytes_off_node(devices_per_node) / (device.network * assumed.network_fraction)
         return self.count * (max(on_links, on_network) + assumed.network_latency_s)
 
