@@ -9,6 +9,7 @@ All backends give the same sums in another order, and none ever drops a token.
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 Backend = Literal["none", "allgather", "all_to_all", "ragged", "auto"]
 EXPERT_AXES = ("dp", "ep")
+Feed = Callable[
+    [jax.Array, jax.Array, jax.Array], jax.Array
+]  # a device's experts, of tokens, ids and weights
 
 
 def choose_backend(asked: str | None, ep: int) -> Backend:
@@ -86,7 +90,7 @@ class Dispatch:
             if self.backend in ("all_to_all", "ragged") or (self.backend == "auto" and plan.is_worth_it):
                 route, links = plan.run, None  # which may not run, but the gathered path instead
         # Of all devices: a device's own ids are -1 where the expert is another's.
-        feed = partial(feed_forward, rows_per_expert=expert_TX.size / weights.gate_EFD.shape[0])
+        rows_per_expert = expert_TX.size / weights.gate_EFD.shape[0]
         experts, ffn = ((), AXES) if self.backend == "none" else (EXPERT_AXES, ("tp",))
 
         def on_device(hidden_tD, expert_tX, weight_tX, weights: ExpertWeights, slots, given) -> jax.Array:
@@ -96,10 +100,13 @@ class Dispatch:
             if weights.down_bias_ED is not None:  # each share of the FFN would add it again
                 bias_eD = jnp.where(lax.axis_index(ffn) == 0, weights.down_bias_ED, 0)
                 weights = weights._replace(down_bias_ED=bias_eD)
-            collectives = Collectives(inside)
-            return route(
-                feed, hidden_tD, expert_tX, weight_tX, weights, activation, bool(experts), collectives
-            )
+
+            def feed(hidden_TD: jax.Array, expert_TX: jax.Array, weight_TX: jax.Array) -> jax.Array:
+                tokens = hidden_TD, expert_TX, weight_TX
+                return feed_forward(*tokens, weights, activation, rows_per_expert=rows_per_expert)
+
+            num_local = weights.gate_EFD.shape[0] if experts else None
+            return route(feed, num_local, hidden_tD, expert_tX, weight_tX, Collectives(inside))
 
         given = (None, None) if links is None else (links.arrays, links.last)
         rank, whole = PartitionSpec("dp"), PartitionSpec()
@@ -140,22 +147,14 @@ def _weight_specs(
 
 
 def _gathered(
-    feed,
-    hidden_tD,
-    expert_tX,
-    weight_tX,
-    weights,
-    activation,
-    experts_are_split: bool,
-    collectives: "Collectives",
+    feed: Feed, num_local: int | None, hidden_tD, expert_tX, weight_tX, collectives: "Collectives"
 ) -> jax.Array:
-    """Every device sees all tokens and adds what its experts, or its share of them, contribute."""
+    """Every device sees all tokens and adds what its `num_local` experts, or its share of all, contribute."""
     hidden_TD = collectives.gather(hidden_tD, "dp")
     expert_TX, weight_TX = _unjoin(collectives.gather(_join(expert_tX, weight_tX), "dp"))
-    if experts_are_split:
-        num_local = weights.gate_EFD.shape[0]
+    if num_local is not None:
         expert_TX = _local(expert_TX, lax.axis_index(EXPERT_AXES) * num_local, num_local)
-    out_TD = feed(hidden_TD, expert_TX, weight_TX, weights, activation).astype(hidden_tD.dtype)
+    out_TD = feed(hidden_TD, expert_TX, weight_TX).astype(hidden_tD.dtype)
     out_tD = collectives.scatter_sum(out_TD, "dp")  # first, so that fewer rows are summed below
     return collectives.sum(out_tD, GROUP)
 
@@ -218,18 +217,10 @@ class Exchange:
         return self.num_destinations * self.capacity < 0.75 * self.num_ranks * self.num_tokens
 
     def run(
-        self,
-        feed,
-        hidden_tD,
-        expert_tX,
-        weight_tX,
-        weights,
-        activation,
-        experts_are_split: bool,
-        collectives: "Collectives",
+        self, feed: Feed, num_local: int | None, hidden_tD, expert_tX, weight_tX, collectives: "Collectives"
     ) -> jax.Array:
-        assert experts_are_split
-        e, C, num_local = self.num_destinations, self.capacity, weights.gate_EFD.shape[0]
+        assert num_local is not None, "experts that are not split stay where they are"
+        e, C = self.num_destinations, self.capacity
         hidden_sD, expert_sX, weight_sX = self._my_share(hidden_tD, expert_tX, weight_tX)
 
         # Where each token goes: once to each destination that any of its choices names.
@@ -259,7 +250,7 @@ class Exchange:
                 swap_back = partial(_swap_ragged, sent_e=came_e, came_e=sent_e)
             hidden_MD, routing = swap(hidden_sD[at_M]), swap(routing)
             expert_MX, weight_MX = _unjoin(routing)
-            out_MD = feed(hidden_MD, expert_MX - 1, weight_MX, weights, activation)
+            out_MD = feed(hidden_MD, expert_MX - 1, weight_MX)
             back_MD = swap_back(out_MD.astype(hidden_tD.dtype))
             row_sX = jnp.take_along_axis(
                 jnp.pad(row_se, ((0, 0), (0, 1)), constant_values=e * C), dest_sX, axis=1
@@ -275,7 +266,7 @@ class Exchange:
         all_have_room = lax.pmin(has_room.astype(jnp.int32), AXES) == 1
 
         def gather() -> jax.Array:
-            return _gathered(feed, hidden_tD, expert_tX, weight_tX, weights, activation, True, collectives)
+            return _gathered(feed, num_local, hidden_tD, expert_tX, weight_tX, collectives)
 
         return lax.cond(all_have_room, exchange, gather)
 
