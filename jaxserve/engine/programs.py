@@ -25,9 +25,10 @@ from jaxserve.engine.batch import (
 from jaxserve.layers.attention import QueryBlocks, StepContext
 from jaxserve.layers.kv import StateBlocks
 from jaxserve.layers.moe import ExpertSpec
+from jaxserve.mesh import GROUP
 from jaxserve.ops import sampling
 from jaxserve.parallel.dispatch import Backend
-from jaxserve.parallel.links import LinkPlan, Links
+from jaxserve.parallel.links import LinkArrays, LinkPlan, Links
 from jaxserve.parallel.slots import SlotTable
 
 SCORE_ROWS = 128  # prompt tokens whose logits exist at a time
@@ -213,7 +214,7 @@ def decode(
         )  # fmt: skip
         logits_RV = module.logits(module(token_R, context))
         drawing = {"seed": f["seed"], "position": f["position"] + i, "temperature": f["temperature"]}
-        new_R = per_rank(mesh, partial(_draw, RANDOM), logits_RV, {}, drawing)
+        new_R = _draw(mesh, RANDOM, logits_RV, {}, drawing, context.links)
         token_R = jnp.where(taking_part_R, new_R, token_R)
         out_NR = jax.lax.dynamic_update_index_in_dim(out_NR, token_R, i, 0)
         return _hand_on(model, carried, context), token_R, out_NR
@@ -277,6 +278,7 @@ FULL = Variant("full", random=True, filters=True, logprobs=False)
 LOGPROBS = Variant("logprobs", random=True, filters=True, logprobs=True)
 VARIANTS = (GREEDY, RANDOM, FULL, LOGPROBS)  # by `SamplingWork`
 
+Drawing = tuple[jax.Array, jax.Array, jax.Array]  # seed, position and temperature of each row
 SlotState = dict[str, jax.Array]
 """What sampling keeps of each slot: `output_count` and `in_prompt` [S, V], `bias_id` and `bias_value`
 [S, NUM_BIASES]. Only slots whose request asks for penalties or biases have theirs set."""
@@ -297,7 +299,7 @@ def sample(
     f = packing.unpack(packed_RM)
     logits_SV = model.call(leaves).logits(samples_SD)
     if variant.random:
-        token_S = per_rank(mesh, partial(_draw, variant), logits_SV, slots, f)
+        token_S = _draw(mesh, variant, logits_SV, slots, f)
     else:
         token_S = sampling.greedy(logits_SV)  # each device's best, not whole rows, go through the group
     last_token_S = per_rank(mesh, _set_rows, last_token_S, f["slot"], token_S)
@@ -311,7 +313,51 @@ def sample(
     return last_token_S, slots, out
 
 
-def _draw(variant: Variant, logits_RV: jax.Array, slots: SlotState, f: dict[str, jax.Array]) -> jax.Array:
+def _draw(
+    mesh: Mesh | None,
+    variant: Variant,
+    logits_RV: jax.Array,
+    slots: SlotState,
+    f: dict[str, jax.Array],
+    links: Links | None = None,
+) -> jax.Array:
+    """Rows with filters are gathered whole on each device; of others, devices have parts."""
+    size = 1 if mesh is None else mesh.shape["ep"] * mesh.shape["tp"]
+    if variant.filters or size == 1 or logits_RV.shape[1] % size:
+        return per_rank(mesh, partial(_draw_whole, variant), logits_RV, slots, f)
+    drawing = f["seed"], f["position"], f["temperature"]
+    rank, split = PartitionSpec("dp"), PartitionSpec("dp", GROUP)
+    if links is None:
+        return jax.shard_map(
+            partial(_draw_split, None), mesh=mesh, in_specs=(split, rank), out_specs=rank, check_vma=False
+        )(logits_RV, drawing)
+
+    def on_device(arrays: LinkArrays, last: jax.Array, logits_RU: jax.Array, drawing: Drawing) -> jax.Array:
+        return _draw_split(links.inside(arrays, last), logits_RU, drawing)
+
+    specs = *Links.SPECS, split, rank
+    links.last = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=rank, check_vma=False)(
+        links.arrays, links.last, logits_RV, drawing
+    )
+    return links.last
+
+
+def _draw_split(links: Links | None, logits_RU: jax.Array, drawing: Drawing) -> jax.Array:
+    """On one device of a group, whose members have U of the logits each."""
+    seed_R, position_R, temperature_R = drawing
+
+    def gather(x_R: jax.Array) -> jax.Array:
+        gathered = None if links is None else links.gather(x_R, GROUP)
+        return jax.lax.all_gather(x_R, GROUP) if gathered is None else gathered.reshape(-1, *x_R.shape)
+
+    group = sampling.Group(jax.lax.axis_index(GROUP), gather)
+    uniform_R = sampling.uniform(seed_R, position_R)
+    return sampling.sample_temperature_split(logits_RU, uniform_R, temperature_R, group)
+
+
+def _draw_whole(
+    variant: Variant, logits_RV: jax.Array, slots: SlotState, f: dict[str, jax.Array]
+) -> jax.Array:
     uniform_R = sampling.uniform(f["seed"], f["position"])
     if not variant.filters:
         return sampling.sample_temperature(logits_RV, uniform_R, f["temperature"])

@@ -4,6 +4,7 @@ Model code sees one device: tokens [T], heads [H]. `StepContext` alone knows pag
 blocks and the mesh.
 """
 
+import math
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -14,11 +15,12 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
+from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.kv import HeadSplit, KVSpec, LatentSpec, StateBlocks, pool_layout, pool_layouts
 from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.operand import Operand, wide
-from jaxserve.layers.quant import BlockFP8, Weight, linear_weight
+from jaxserve.layers.quant import BlockFP8, BlockScaled, Weight, linear_weight
 from jaxserve.layers.rope import Rope, RopeTable
 from jaxserve.layers.weight import weight
 from jaxserve.mesh import GROUP
@@ -328,33 +330,55 @@ def project_split(
     Args:
         x_TX: [T, *in], whose second dimension is split, as is the second one of `weight` [D, *in].
 
-    Without links, for quantised weights and for many tokens, XLA adds what the devices have.
+    Without links, and for many tokens, XLA adds what the devices have. With them, float8 rows have a scale
+    on each device, of what it has of them, where XLA's have one for all.
     """
     links = None if step is None else step.links
-    if step is not None and links is not None and isinstance(weight, nnx.Param):
-        matrix, x_TX = weight[...], wide(x_TX)
-        shape = x_TX.shape[0] // step.num_ranks, matrix.shape[0]
-        if count := links.count(jax.ShapeDtypeStruct(shape, x_TX.dtype), GROUP):
-            product = step.once(("project_split", x_TX.ndim), lambda: _project_split(step.mesh, links.plan))
-            ahead = links.claim(GROUP, count)
-            out_TD = links.last = product(x_TX, matrix, ahead, links.arrays, links.last)
-            return out_TD if bias is None else out_TD + bias[...].astype(out_TD.dtype)
-    return project(x_TX, weight, bias)
+    if step is None or links is None:
+        return project(x_TX, weight, bias)
+    array_TX = wide(x_TX)
+    parts = _split_parts(weight, array_TX)
+    shape = x_TX.shape[0] // step.num_ranks, parts[0].shape[0]
+    count = links.count(jax.ShapeDtypeStruct(shape, x_TX.dtype), GROUP)
+    if not count:
+        return project(x_TX, weight, bias)
+    key = "project_split", array_TX.ndim, len(parts)
+    product = step.once(key, lambda: _project_split(step.mesh, links.plan, len(parts)))
+    ahead = links.claim(GROUP, count)
+    out_TD = links.last = product(array_TX, parts, ahead, links.arrays, links.last)
+    return out_TD if bias is None else out_TD + bias[...].astype(out_TD.dtype)
 
 
-def _project_split(mesh: Mesh | None, plan: LinkPlan) -> Callable[..., jax.Array]:
+def _split_parts(weight: Weight, x_TX: jax.Array) -> tuple[jax.Array, ...]:
+    """The matrix of a weight [D, *in]; or its numbers in 8 bits, and the scale of each output."""
+    if isinstance(weight, ChannelScaled):
+        return weight.numbers[...], weight.scale[...]
+    if isinstance(weight, BlockScaled):
+        return (weight.matrix(math.prod(x_TX.shape[1:]), x_TX.dtype).reshape(weight.shape),)
+    return (weight[...],)
+
+
+def _project_split(mesh: Mesh | None, plan: LinkPlan, num_parts: int) -> Callable[..., jax.Array]:
     def on_device(
-        x_tX: jax.Array, matrix_DX: jax.Array, ahead: jax.Array, arrays: LinkArrays, last: jax.Array
+        x_tX: jax.Array,
+        parts: tuple[jax.Array, ...],
+        ahead: jax.Array,
+        arrays: LinkArrays,
+        last: jax.Array,
     ) -> jax.Array:
-        out_tD = Links(plan, arrays, last, {GROUP: ahead}).sum(project(x_tX, matrix_DX), GROUP)
+        weight: Any = parts[0]
+        if num_parts == 2:
+            weight = ChannelScaled(*map(nnx.Param, parts), is_alone=True)
+        out_tD = Links(plan, arrays, last, {GROUP: ahead}).sum(project(x_tX, weight), GROUP)
         assert out_tD is not None
         return out_tD
 
     P = PartitionSpec
+    specs = P(None, GROUP), P()  # a matrix or numbers, and the scale of each output
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(P("dp", GROUP), P(None, GROUP), P(), *Links.SPECS),
+        in_specs=(P("dp", GROUP), specs[:num_parts], P(), *Links.SPECS),
         out_specs=P("dp"),
         check_vma=False,
     )

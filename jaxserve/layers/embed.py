@@ -1,14 +1,18 @@
 """The vocabulary at both ends of a model: token embedding and output head."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from jaxserve.layers.attention import StepContext
 from jaxserve.layers.linear import project
 from jaxserve.layers.weight import weight
 from jaxserve.mesh import GROUP
+from jaxserve.parallel.links import LinkArrays, Links
 
 
 class Vocabulary(nnx.Module):
@@ -51,12 +55,34 @@ class Vocabulary(nnx.Module):
         self.head = None if self.head is None else _padded(self.head, num_devices)
         self.by_device = NamedSharding(mesh, PartitionSpec("dp", GROUP)) if mesh.size > 1 else None
 
-    def embed(self, token_T: jax.Array) -> jax.Array:
+    def embed(self, token_T: jax.Array, step: StepContext | None = None) -> jax.Array:
         """Embedding rows. Token ids are checked where a request enters; here they are in range."""
-        hidden_TD = jnp.take(self.embedding[...], token_T, axis=0, mode="clip")
+        hidden_TD = None if step is None or step.links is None else self._rows_by_links(token_T, step)
+        if hidden_TD is None:
+            hidden_TD = jnp.take(self.embedding[...], token_T, axis=0, mode="clip")
         if self.scale is None:
             return hidden_TD
         return hidden_TD * jnp.asarray(self.scale, hidden_TD.dtype)
+
+    def _rows_by_links(self, token_T: jax.Array, step: StepContext) -> jax.Array | None:
+        """A row is added to the zeros of those who do not have it; None where XLA is to do this."""
+        links, matrix_VD = step.links, self.embedding[...]
+        assert links is not None
+        shape = token_T.shape[0] // step.num_ranks, matrix_VD.shape[1]
+        if not links.count(jax.ShapeDtypeStruct(shape, matrix_VD.dtype), GROUP):
+            return None
+
+        def on_device(arrays: LinkArrays, last: jax.Array, token_t: jax.Array, matrix_UD: jax.Array) -> Any:
+            row_t = token_t - jax.lax.axis_index(GROUP) * matrix_UD.shape[0]
+            is_here_t = (row_t >= 0) & (row_t < matrix_UD.shape[0])
+            hidden_tD = jnp.where(is_here_t[:, None], jnp.take(matrix_UD, row_t, axis=0, mode="clip"), 0)
+            return links.inside(arrays, last).sum(hidden_tD, GROUP)
+
+        specs = *Links.SPECS, PartitionSpec("dp"), PartitionSpec(GROUP)
+        links.last = jax.shard_map(
+            on_device, mesh=step.mesh, in_specs=specs, out_specs=PartitionSpec("dp"), check_vma=False
+        )(links.arrays, links.last, token_T, matrix_VD)
+        return links.last
 
     def logits(self, hidden_RD: jax.Array) -> jax.Array:
         """float32 logits [R, V]."""

@@ -144,13 +144,13 @@ class DeepseekV3ForCausalLM(nnx.Module):
         )
 
     def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
-        hidden_TD = self.vocabulary.embed(token_T)
+        hidden_TD = self.vocabulary.embed(token_T, step)
         return self.norm(run_blocks(self.blocks, hidden_TD, step))
 
     def next_token(self, token_T: jax.Array, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
         """Hidden states whose logits are of the token after `token_T`, which follows that of `hidden_TD`."""
         assert self.nextn is not None, "the layer for multi-token prediction was not read"
-        return self.nextn(self.vocabulary.embed(token_T), hidden_TD, step)
+        return self.nextn(self.vocabulary.embed(token_T, step), hidden_TD, step)
 
     def logits(self, hidden_RD: jax.Array) -> jax.Array:
         return self.vocabulary.logits(hidden_RD)

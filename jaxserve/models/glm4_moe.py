@@ -97,7 +97,7 @@ class Glm4MoeForCausalLM(nnx.Module):
         self.norm = RMSNorm("model.norm", size.D, eps=size.eps, dtype=dtype)
 
     def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
-        hidden_TD = self.vocabulary.embed(token_T)
+        hidden_TD = self.vocabulary.embed(token_T, step)
         return self.norm(run_blocks(self.blocks, hidden_TD, step))
 
     def logits(self, hidden_RD: jax.Array) -> jax.Array:

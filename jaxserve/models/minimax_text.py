@@ -137,7 +137,7 @@ class MiniMaxText01ForCausalLM(nnx.Module):
         self.norm = RMSNorm("model.norm", size.D, eps=size.eps, dtype=dtype)
 
     def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
-        hidden_TD = self.vocabulary.embed(token_T)
+        hidden_TD = self.vocabulary.embed(token_T, step)
         for block in self.blocks:
             hidden_TD = block(hidden_TD, step)
         return self.norm(hidden_TD)

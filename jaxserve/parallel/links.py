@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 from jaxserve.mesh import AXES, GROUP
 from jaxserve.ops import backend as kernels
 from jaxserve.ops import peer_exchange
+from jaxserve.ops.peer_exchange import Kind
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,8 @@ class LinkPlan:
     def capacity(self, axes: Axes) -> int:
         """Words of one message, at most."""
         num = self.size(axes)
-        return max(SENT_WHOLE // (num - 1), LARGEST // num) // 8
+        tile = peer_exchange.DATA * peer_exchange.TILE
+        return -(-max(SENT_WHOLE // (num - 1), LARGEST // num) // tile) * peer_exchange.TILE
 
     def mailbox_bytes(self, axes: Axes) -> int:
         return 2 * self.size(axes) * self.capacity(axes) * peer_exchange.WORD
@@ -155,39 +157,35 @@ class Links:
         """As `lax.psum`; None where it is not for this kernel."""
         match self.count(jax.ShapeDtypeStruct(x.shape, x.dtype), axes):
             case 1:
-                return self._exchange(x.reshape(1, -1), axes, sums=True).reshape(x.shape)
+                return self._exchange(x.reshape(1, -1), axes, "sum").reshape(x.shape)
             case 2:
-                part = self._exchange(x.reshape(self.plan.size(axes), -1), axes, sums=True)
-                return self._exchange(part[None], axes, sums=False).reshape(x.shape)
+                parts = x.reshape(self.plan.size(axes), -1)
+                return self._exchange(parts, axes, "sum in parts").reshape(x.shape)
         return None
 
     def gather(self, x_tD: jax.Array, axes: Axes) -> jax.Array | None:
         """As `lax.all_gather`, tiled; None where it is not for this kernel."""
-        least = 8 * peer_exchange.TILE // x_tD.dtype.itemsize
-        more = -x_tD.size % least
-        if not self._takes(x_tD.size + more, x_tD.dtype, axes):
+        if not self._takes(x_tD.size, x_tD.dtype, axes):
             return None
-        row = jnp.pad(x_tD.reshape(1, -1), ((0, 0), (0, more)))
-        parts = self._exchange(row, axes, sums=False)[:, : x_tD.size]
-        return parts.reshape(-1, *x_tD.shape[1:])
+        return self._exchange(x_tD.reshape(1, -1), axes, "gather").reshape(-1, *x_tD.shape[1:])
 
     def scatter_sum(self, x_TD: jax.Array, axes: Axes) -> jax.Array | None:
         """As `lax.psum_scatter`, tiled; None where it is not for this kernel."""
         num = self.plan.size(axes)
         if not self._takes(x_TD.size // num, x_TD.dtype, axes):
             return None
-        return self._exchange(x_TD.reshape(num, -1), axes, sums=True).reshape(-1, *x_TD.shape[1:])
+        return self._exchange(x_TD.reshape(num, -1), axes, "sum").reshape(-1, *x_TD.shape[1:])
 
     def _takes(self, num: int, dtype: DTypeLike, axes: Axes) -> bool:
         return axes in self._ahead and 0 < peer_exchange.words(num, dtype) <= self.plan.capacity(axes)
 
-    def _exchange(self, x_PM: jax.Array, axes: Axes, sums: bool) -> jax.Array:
+    def _exchange(self, x_PM: jax.Array, axes: Axes, kind: Kind) -> jax.Array:
         group, num = self.plan.groups.index(axes), self.plan.size(axes)
         number, ahead = self.arrays.number[group], jnp.int32(self._ahead[axes])
-        self._ahead[axes] += 1
+        self._ahead[axes] += 2 if kind == "sum in parts" else 1
         mailboxes, me = self.arrays.mailbox[group], lax.axis_index(axes)
         if kernels.chosen() != "fast":
-            self.last = _exchange_by_xla(x_PM, axes, sums)
+            self.last = _exchange_by_xla(x_PM, axes, kind)
             return self.last
         if num < mailboxes.shape[0]:
             apart = 1 if axes == GROUP else self.plan.size(GROUP)
@@ -195,16 +193,19 @@ class Links:
             mailboxes = mailboxes[first + apart * jnp.arange(num)]
         capacity = self.plan.capacity(axes)
         self.last = peer_exchange.exchange(
-            x_PM, number, ahead, mailboxes, me, self.last, capacity=capacity, sums=sums
+            x_PM, number, ahead, mailboxes, me, self.last, capacity=capacity, kind=kind
         )
         return self.last
 
 
-def _exchange_by_xla(x_PM: jax.Array, axes: Axes, sums: bool) -> jax.Array:
+def _exchange_by_xla(x_PM: jax.Array, axes: Axes, kind: Kind) -> jax.Array:
     """`peer_exchange.exchange` in XLA's collectives."""
     parts_NM = lax.all_gather(x_PM, axes)
     mine_NM = parts_NM[:, lax.axis_index(axes) if x_PM.shape[0] > 1 else 0]
-    return mine_NM.astype(jnp.float32).sum(axis=0).astype(x_PM.dtype) if sums else mine_NM
+    if kind == "gather":
+        return mine_NM
+    sum_M = mine_NM.astype(jnp.float32).sum(axis=0).astype(x_PM.dtype)
+    return sum_M if kind == "sum" else lax.all_gather(sum_M, axes)
 
 
 def _peers_reach_each_other(devices: Sequence[int]) -> bool:

@@ -33,14 +33,15 @@ class Memory:
             return jax.pure_callback(self.send, jax.ShapeDtypeStruct((TILE,), jnp.int32), *args)
         if text == peer_exchange._RECEIVE:  # CPUs have no int64 here
             return jax.pure_callback(self.receive, jax.ShapeDtypeStruct((2, TILE), jnp.int32), *args)
+        if text == peer_exchange._THIRD:
+            return jax.pure_callback(self.third, jax.ShapeDtypeStruct((TILE,), jnp.int32), *args)
         (both,) = args
-        return both[[peer_exchange._LOW, peer_exchange._HIGH].index(text)]
+        return both[[peer_exchange._FIRST, peer_exchange._SECOND].index(text)]
 
-    def send(self, low, high, at, first, second, number):
+    def send(self, low, high, at, *data):
         with self.lock:
             for thread in range(TILE):
-                data = (x.view(np.uint32)[thread] for x in map(np.asarray, (first, number, second, number)))
-                self.word(high[thread], at[thread])[:] = list(data)
+                self.word(high[thread], at[thread])[:] = [np.asarray(x).view(np.uint32)[thread] for x in data]
         return np.zeros(TILE, np.int32)
 
     def receive(self, low, high, at, number):
@@ -49,19 +50,24 @@ class Memory:
         for thread in range(TILE):
             wanted = np.asarray(number).view(np.uint32)[thread]
             word = self.word(high[thread], at[thread])
-            while not (word[1] == word[3] == wanted):
+            while word[3] != wanted:
                 assert time.monotonic() < until, "a member never sent"
                 time.sleep(0.001)
-            out[:, thread] = word[0], word[2]
+            out[:, thread] = word[:2]
         return out.view(np.int32)
+
+    def third(self, low, high, at, first):
+        words = [self.word(high[thread], at[thread])[2] for thread in range(TILE)]
+        return np.array(words, np.uint32).view(np.int32)
 
 
 def exchange_all(memory, rounds, first=1):
-    """What each member gets in each round; a round is what the members give, and whether it is summed."""
+    """What each member gets in each round; a round is what the members give, and the kind of exchange."""
     results = [[] for _ in range(len(memory.bytes))]
 
     def run(member):
-        for number, (inputs, sums) in enumerate(rounds, first):
+        number = first
+        for inputs, kind in rounds:
             got = exchange(
                 jax.device_put(inputs[member], jax.devices()[member]),
                 jnp.asarray(np.int64(number - 3).astype(np.int32)),
@@ -70,9 +76,10 @@ def exchange_all(memory, rounds, first=1):
                 jnp.int32(member),
                 jnp.zeros(1),
                 capacity=CAPACITY,
-                sums=sums,
+                kind=kind,
                 interpret=True,
             )
+            number += 2 if kind == "sum in parts" else 1
             results[member].append(np.asarray(got))
 
     threads = [threading.Thread(target=run, args=(member,)) for member in range(len(memory.bytes))]
@@ -99,38 +106,50 @@ def draw(rng, members, parts, num, dtype):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("memory", [2], indirect=True)
 def test_members_get_what_the_others_have_for_them(memory, dtype):
+    """Of a message that fills its last word in part, and of one of several programs."""
     rng = np.random.default_rng(0)
-    num = 8 * TILE // jnp.dtype(dtype).itemsize
-    same, each = draw(rng, 2, 1, 2 * num, dtype), draw(rng, 2, 2, num, dtype)
+    same, each = (
+        draw(rng, 2, 1, CAPACITY * 12 // jnp.dtype(dtype).itemsize, dtype),
+        draw(rng, 2, 2, 100, dtype),
+    )
     for first in (1, 2**31 - 2):  # numbers start again from below zero
-        got = exchange_all(memory, [(same, False), (each, False), (same, True), (each, True)], first)
+        kinds = "gather", "gather", "sum", "sum", "sum in parts", "sum"
+        rounds = list(zip((same, each, same, each, each, same), kinds))
+        got = exchange_all(memory, rounds, first)
         for member in range(2):
-            gathered, swapped, summed, scattered = got[member]
+            gathered, swapped, summed, scattered, everywhere, again = got[member]
             np.testing.assert_array_equal(gathered, np.concatenate(same))
             np.testing.assert_array_equal(swapped, np.stack([x[member] for x in each]))
             wide = [np.asarray(x, np.float32) for x in same]
             np.testing.assert_array_equal(summed, (wide[0] + wide[1])[0].astype(dtype))
-            wide = [np.asarray(x, np.float32)[member] for x in each]
-            np.testing.assert_array_equal(scattered, (wide[0] + wide[1]).astype(dtype))
+            np.testing.assert_array_equal(again, summed)
+            wide = [np.asarray(x, np.float32) for x in each]
+            np.testing.assert_array_equal(scattered, (wide[0] + wide[1])[member].astype(dtype))
+            np.testing.assert_array_equal(everywhere, (wide[0] + wide[1]).astype(dtype))
 
 
+@pytest.mark.parametrize("kind", ["sum", "sum in parts"])
 @pytest.mark.parametrize("memory", [4], indirect=True)
-def test_sums_of_four_members_are_the_same_for_all(memory):
-    inputs = draw(np.random.default_rng(1), 4, 1, 4 * TILE, jnp.bfloat16)
-    got = exchange_all(memory, [(inputs, True)])
-    wide = sum(np.asarray(x, np.float32)[0] for x in inputs)
+def test_sums_of_four_members_are_the_same_for_all(memory, kind):
+    inputs = draw(np.random.default_rng(1), 4, 1 if kind == "sum" else 4, 4 * TILE, jnp.bfloat16)
+    got = exchange_all(memory, [(inputs, kind)])
+    wide = sum(np.asarray(x, np.float32) for x in inputs)
     for (result,) in got:
-        np.testing.assert_array_equal(result, wide.astype(jnp.bfloat16))
+        np.testing.assert_array_equal(result, (wide[0] if kind == "sum" else wide).astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize(
     "num, dtype, expected",
     [
-        (4 * TILE, jnp.bfloat16, TILE),
-        (2 * TILE, jnp.int32, TILE),
-        (TILE, jnp.float32, 0),
+        (1, jnp.bfloat16, TILE),
+        (6 * TILE, jnp.bfloat16, TILE),
+        (6 * TILE + 1, jnp.bfloat16, 2 * TILE),
+        (3 * TILE, jnp.int32, TILE),
+        (0, jnp.float32, 0),
         (8 * TILE, jnp.int8, 0),
+        (8 * TILE, jnp.float64, 0),
     ],
 )
 def test_words_are_of_whole_tiles_and_of_types_that_fit(num, dtype, expected):
-    assert words(num, dtype) == expected
+    with jax.enable_x64(True):
+        assert words(num, dtype) == expected

@@ -178,6 +178,34 @@ def test_temperature_zero_and_top_k_one_take_the_lowest_id_of_the_largest():
     assert sampling.greedy(logits).tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("num_devices", [2, 4])
+@pytest.mark.parametrize("vocab", [4000, 4096])
+def test_devices_with_a_part_of_the_logits_draw_what_whole_rows_give(num_devices, vocab):
+    rows = 200
+    logits = 3 * jax.random.normal(jax.random.key(1), (rows, vocab))
+    # Largest ones that are equal, on one device and on several; all on one device; near both ends.
+    logits = logits.at[0, 3000].set(50.0).at[0, 17].set(50.0).at[1, 3001:3004].set(50.0)
+    logits = logits.at[2].set(-jnp.inf).at[2, 2001].set(0.0).at[2, 3999].set(-1.0)
+    uniform = (
+        sampling.uniform(jnp.arange(rows), jnp.arange(rows)).at[2:5].set(array(1 - 2**-24, 0, 1 - 2**-24))
+    )
+    temperature = jnp.where(jnp.arange(rows) % 3 < 2, 0.0, 0.8).at[2:5].set(1.0)
+    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("tp",))
+    spec = PartitionSpec(None, "tp")
+
+    def on_device(logits_RU):
+        group = sampling.Group(
+            jax.lax.axis_index("tp"), functools.partial(jax.lax.all_gather, axis_name="tp")
+        )
+        return sampling.sample_temperature_split(logits_RU, uniform, temperature, group)[None]
+
+    got = jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=spec, out_specs=PartitionSpec("tp")))(logits)
+    want = sampling.sample_temperature(logits, uniform, temperature).tolist()
+    assert want[:3] == [17, 3001, 3999]
+    for tokens in got.tolist():
+        assert tokens == want
+
+
 def test_filters_left_out_are_filters_that_keep_all():
     logits = jax.random.normal(jax.random.key(0), (4, 777))
     uniform, ones = sampling.uniform(jnp.arange(4), jnp.arange(4)), jnp.ones(4)

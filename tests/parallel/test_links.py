@@ -16,6 +16,10 @@ from jax.sharding import PartitionSpec as P
 
 import jaxserve
 from jaxserve.layers.attention import project_split
+from jaxserve.layers.channel_quant import ChannelScaled, quantise
+from jaxserve.layers.embed import Vocabulary
+from jaxserve.layers.linear import project
+from jaxserve.layers.quant import BlockFP8, BlockScaled
 from jaxserve.mesh import AXES, GROUP, Layout, make_mesh
 from jaxserve.ops import backend, peer_exchange
 from jaxserve.parallel import links as links_module
@@ -28,6 +32,12 @@ LAYOUTS = {"tp4": Layout(4), "dpa4": Layout(4, dp=4), "tp4-dpa2": Layout(4, dp=2
 
 @pytest.fixture(params=LAYOUTS)
 def mesh(request):
+    return make_mesh(LAYOUTS[request.param], jax.devices())
+
+
+@pytest.fixture(params=["tp4", "tp4-dpa2", "ep4"])
+def split_mesh(request):
+    """One with attention groups of several devices."""
     return make_mesh(LAYOUTS[request.param], jax.devices())
 
 
@@ -78,7 +88,7 @@ def test_each_exchange_takes_what_the_one_before_made_for_xla_would_change_their
     with backend.use("fast"):
         jaxpr = jax.make_jaxpr(function)(x, ids, arrays, last)
     first, *others = found = eqns(jaxpr.jaxpr, "exchange")
-    assert len(found) == 4, "a gather, a sum in two parts, a scattered sum"
+    assert len(found) == 3, "a gather, a sum in parts, a scattered sum"
     after = inspect.signature(peer_exchange.exchange).parameters
     place = list(after).index("after")
     for before, exchange in zip(found, others):
@@ -119,6 +129,82 @@ def test_sums_of_products_take_what_the_one_before_made():
     assert one.outvars[0] in other.invars
 
 
+@pytest.mark.parametrize(
+    "kind, dtype, far",
+    [
+        ("wide", jnp.float32, 1e-5),
+        ("blocks", jnp.float32, 1e-5),
+        ("int8", jnp.float32, 1e-5),
+        ("fp8", jnp.float32, 1e-5),
+        ("fp8", jnp.bfloat16, 0.06),  # rows of float8 too, with a scale on each device
+    ],
+)
+def test_sums_of_products_are_those_of_one_device(split_mesh, kind, dtype, far):
+    mesh, T, D, H, K = split_mesh, 32, 256, 4, 64
+    x_THK = jax.random.normal(jax.random.key(0), (T, H, K), dtype)
+    wide = jax.random.normal(jax.random.key(1), (D, H, K)) / 16
+    match kind:
+        case "wide":
+            weight = nnx.Param(wide.astype(dtype))
+        case "blocks":
+            scale = nnx.Param(jax.random.uniform(jax.random.key(2), (2, 2), minval=0.5))
+            weight = BlockScaled(nnx.Param(wide.astype(jnp.float8_e4m3fn)), scale, BlockFP8())
+        case _:
+            weight = ChannelScaled(*map(nnx.Param, quantise(wide, kind, 1)))
+    wanted = project(x_THK, weight)
+    plan = plan_of(mesh)
+
+    def split(x_THK, arrays):
+        links, made = Links(plan, arrays), {}
+        num_ranks = mesh.shape["dp"]
+        step = SimpleNamespace(
+            links=links, mesh=mesh, num_ranks=num_ranks, once=lambda key, make: made.setdefault(key, make())
+        )
+        return project_split(x_THK, weight, None, step), links.after()
+
+    got, after = jax.jit(split)(x_THK, plan.make(mesh)[0])
+    assert int(after.number[0]) == 2, "an exchange of the group"
+    got, wanted = np.asarray(got, np.float32), np.asarray(wanted, np.float32)
+    assert np.sqrt(np.mean((got - wanted) ** 2)) <= far * wanted.std()
+
+
+@pytest.mark.parametrize("scheme, layout", [("fp8", {"tp": 2}), ("int8", {"tp": 4})])
+def test_engines_with_weights_in_8_bits_give_one_devices_tokens(engine, monkeypatch, scheme, layout):
+    prompts = [prompt.tolist() for prompt in Golden.read("llama").prompts]
+
+    def tokens(served):
+        params = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+        return [reply["output_ids"] for reply in served.generate(input_ids=prompts, sampling_params=params)]
+
+    wanted = tokens(engine("llama", quantization=scheme))
+    monkeypatch.setattr(LinkPlan, "of", classmethod(lambda cls, mesh: plan_of(mesh)))
+    with jaxserve.Engine(
+        model_path=str(GOLDEN / "llama"), dtype="float32", device="cpu", skip_tokenizer_init=True,
+        max_total_tokens=2048, max_running_requests=8, chunked_prefill_size=64, quantization=scheme, **layout,
+    ) as served:  # fmt: skip
+        assert tokens(served) == wanted
+        assert int(served._engine.runner._links.number[0]) > 64, "sums of products too"
+
+
+def test_rows_of_the_embedding_are_those_of_one_device(split_mesh):
+    mesh = split_mesh
+    vocabulary = Vocabulary("model.", 61, 32, tied=True, dtype=jnp.float32, scale=3.0)
+    vocabulary.split(mesh)
+    rows = vocabulary.embedding.get_value().shape[0]
+    vocabulary.embedding.set_value(jax.random.normal(jax.random.key(0), (rows, 32)))
+    token_T = jnp.arange(64) % 61
+    plan = plan_of(mesh)
+
+    def embed(token_T, arrays):
+        links = Links(plan, arrays)
+        step = SimpleNamespace(links=links, mesh=mesh, num_ranks=mesh.shape["dp"])
+        return vocabulary.embed(token_T, step), links.after()
+
+    got, after = jax.jit(embed)(token_T, plan.make(mesh)[0])
+    assert int(after.number[0]) == 2
+    np.testing.assert_array_equal(got, vocabulary.embed(token_T))
+
+
 def test_groups_are_those_of_more_than_one_device():
     assert plan_of(make_mesh(LAYOUTS["tp4"], jax.devices())).groups == (GROUP,)
     assert plan_of(make_mesh(LAYOUTS["dpa4"], jax.devices())).groups == (RANKS,)
@@ -139,7 +225,7 @@ def test_collectives_are_those_of_lax(mesh, name):
         np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_large_sums_are_made_in_two_exchanges_and_larger_ones_not_at_all():
+def test_large_sums_are_made_in_parts_and_larger_ones_not_at_all():
     mesh = make_mesh(LAYOUTS["tp4"], jax.devices())
     links = Links(plan_of(mesh), plan_of(mesh).make(mesh)[0])
 
@@ -154,10 +240,10 @@ def test_large_sums_are_made_in_two_exchanges_and_larger_ones_not_at_all():
     assert int(after.number[0]) == 3
 
 
-def test_sizes_that_words_do_not_divide_are_left_to_xla_but_gathered_with_padding():
+def test_types_and_groups_that_are_left_to_xla_and_messages_of_part_of_a_word():
     mesh = make_mesh(LAYOUTS["dpa4"], jax.devices())
     links = Links(plan_of(mesh), plan_of(mesh).make(mesh)[0])
-    assert links.count(jax.ShapeDtypeStruct((1, 100), jnp.float32), RANKS) == 0
+    assert links.count(jax.ShapeDtypeStruct((1, 100), jnp.float32), RANKS) == 1
     assert links.count(jax.ShapeDtypeStruct((1, 1024), jnp.int8), RANKS) == 0
     assert links.count(jax.ShapeDtypeStruct((1, 1024), jnp.float32), GROUP) == 0, "a group of one device"
     x = jnp.arange(4 * 3 * 5, dtype=jnp.int32).reshape(12, 5)
@@ -235,6 +321,7 @@ def test_every_pair_of_gpus_is_asked_for(monkeypatch, reach):
     [
         ("llama", {"tp": 4}),
         ("llama", {"tp": 4, "num_continuous_decode_steps": 4}),
+        ("qwen3_moe", {"tp": 4, "dp_size": 2, "enable_dp_attention": True, "num_continuous_decode_steps": 4}),
         ("deepseek_v3", {"tp": 4, "dp_size": 2, "enable_dp_attention": True}),
         ("qwen3_moe", {"tp": 4, "ep": 4, "dp_size": 4, "enable_dp_attention": True}),
         ("minimax_text", {"tp": 2}),

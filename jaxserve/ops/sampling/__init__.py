@@ -9,13 +9,16 @@ on a GPU run kernels, for which such logits are gathered first.
 """
 
 from jaxserve.ops.sampling import fast
+from jaxserve.ops.sampling.fast import Group
 from jaxserve.ops.sampling.rows import greedy, penalize, token_logprobs, uniform
 
 __all__ = [
+    "Group",
     "greedy",
     "penalize",
     "sample",
     "sample_temperature",
+    "sample_temperature_split",
     "token_logprobs",
     "top_logprobs",
     "uniform",
@@ -41,6 +44,14 @@ def sample(logits_RV, uniform_R, temperature_R, top_k_R=None, top_p_R=None, min_
 def sample_temperature(logits_RV, uniform_R, temperature_R):
     """`sample` without filters, for steps in which no row has any."""
     return fast.sample_temperature(logits_RV, uniform_R, temperature_R)
+
+
+def sample_temperature_split(logits_RU, uniform_R, temperature_R, group: Group):
+    """`sample_temperature` on devices that have U of the logits each: whole rows are nowhere.
+
+    The same token on all, and the one that whole rows give, but where rounding decides between two.
+    """
+    return fast.sample_temperature_split(logits_RU, uniform_R, temperature_R, group)
 
 
 def top_logprobs(logits_RV, k: int):

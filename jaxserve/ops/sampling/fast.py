@@ -5,6 +5,9 @@ into one read of the logits and, when the vocabulary is sharded, one small all-r
 thresholds of top_k and top_p come from the kernels of `candidates` instead.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -105,41 +108,86 @@ def _threshold(order_RV, weight_RV, target_R, bits):
 # ---- the draw ----
 
 
+class Group(NamedTuple):
+    """Devices that have a run of the vocabulary each, all as long, in the order of their numbers.
+
+    `gather` takes one number a row, [R], and gives those of all devices, [N, R], in the same order.
+    """
+
+    number: jax.Array
+    gather: Callable[[jax.Array], jax.Array]
+
+
+def sample_temperature_split(logits_RU, uniform_R, temperature_R, group: Group):
+    """`sample_temperature` where a device has U of the vocabulary's logits a row.
+
+    Three numbers of a row go through the group: a device's largest logit, its weight, and the token.
+    """
+    largest_R = group.gather(logits_RU.max(axis=1)).max(axis=0)
+    no_filter_R = jnp.zeros(largest_R.shape, jnp.uint32)
+    part = _Weighed.of(logits_RU, largest_R, temperature_R, no_filter_R, is_greedy(temperature_R))
+    mass_RN = group.gather(part.mass_Rn.sum(axis=1)).T
+    uniform_R = jnp.where(part.only_R, 0, uniform_R)
+    owner_R, target_R = _find(mass_RN, uniform_R * mass_RN.sum(axis=1))
+    # Whoever does not have the token looks for one in vain.
+    token_R = group.number * logits_RU.shape[1] + part.draw(target_R)
+    return group.gather(jnp.where(owner_R == group.number, token_R, 0)).sum(axis=0)
+
+
 def _draw(logits_RV, uniform_R, temperature_R, least_R, only_R):
     """The first token, in id order, whose cumulative probability exceeds `uniform`.
 
     Tokens below `least` have none; rows `only` take the largest logit, the first among equals.
+    """
+    part = _Weighed.of(logits_RV, logits_RV.max(axis=1), temperature_R, least_R, only_R)
+    return part.draw(jnp.where(only_R, 0, uniform_R) * jnp.cumsum(part.mass_Rn, axis=1)[:, -1])
+
+
+class _Weighed(NamedTuple):
+    """Logits in chunks, and what they weigh.
+
     Sums of chunks first, then the cumulative sum of one chunk: a cumulative sum over the whole
     vocabulary would be many passes.
     """
-    R, V = logits_RV.shape
-    C = _chunk_len(V)
-    largest_R, divisor_R = logits_RV.max(axis=1), divisor(temperature_R)
-    least_R = jnp.where(only_R, ordered(largest_R), least_R)
-    uniform_R = jnp.where(only_R, 0, uniform_R)
 
-    def weigh(logits_RnC):
-        weight_RnC = weights(logits_RnC, largest_R[:, None, None], divisor_R[:, None, None])
-        return jnp.where(ordered(logits_RnC) >= least_R[:, None, None], weight_RnC, 0)
+    chunks_RnC: jax.Array
+    mass_Rn: jax.Array
+    weigh: Callable[[jax.Array], jax.Array]
+    only_R: jax.Array
 
-    padded_RV = jnp.pad(logits_RV, ((0, 0), (0, -V % C)), constant_values=-jnp.inf)
-    chunks_RnC = padded_RV.reshape(R, -1, C)
-    mass_Rn = weigh(chunks_RnC).sum(axis=2)
-    cumulative_Rn = jnp.cumsum(mass_Rn, axis=1)
-    target_R = uniform_R * cumulative_Rn[:, -1]
-    chunk_R = _first_above(cumulative_Rn, mass_Rn, target_R)
-    before_R = jnp.take_along_axis(cumulative_Rn, jnp.maximum(chunk_R - 1, 0)[:, None], axis=1)[:, 0]
-    target_R -= jnp.where(chunk_R > 0, before_R, 0)
+    @classmethod
+    def of(cls, logits_RV, largest_R, temperature_R, least_R, only_R):
+        R, V = logits_RV.shape
+        C, divisor_R = _chunk_len(V), divisor(temperature_R)
+        least_R = jnp.where(only_R, ordered(largest_R), least_R)
 
-    weight_RC = weigh(jnp.take_along_axis(chunks_RnC, chunk_R[:, None, None], axis=1))[:, 0]
-    return chunk_R * C + _first_above(jnp.cumsum(weight_RC, axis=1), weight_RC, target_R)
+        def weigh(logits_RnC):
+            weight_RnC = weights(logits_RnC, largest_R[:, None, None], divisor_R[:, None, None])
+            return jnp.where(ordered(logits_RnC) >= least_R[:, None, None], weight_RnC, 0)
+
+        padded_RV = jnp.pad(logits_RV, ((0, 0), (0, -V % C)), constant_values=-jnp.inf)
+        chunks_RnC = padded_RV.reshape(R, -1, C)
+        return cls(chunks_RnC, weigh(chunks_RnC).sum(axis=2), weigh, only_R)
+
+    def draw(self, target_R):
+        """The first token up to which all weigh more than `target`."""
+        chunk_R, target_R = _find(self.mass_Rn, target_R)
+        chosen_R1C = jnp.take_along_axis(self.chunks_RnC, chunk_R[:, None, None], axis=1)
+        place_R, _ = _find(self.weigh(chosen_R1C)[:, 0], target_R)
+        return chunk_R * self.chunks_RnC.shape[2] + place_R
 
 
-def _first_above(cumulative, weight, target_R):
-    """Index of the first cumulative sum above target, and of a positive weight whatever the rounding."""
+def _find(weight, target_R):
+    """(index of the first weight with which their sum is above target, what is left of target before it).
+
+    It is the index of a positive weight, if there is one, whatever the rounding.
+    """
+    cumulative = jnp.cumsum(weight, axis=1)
     passed_R = jnp.sum(cumulative <= target_R[:, None], axis=1)
     last_R = weight.shape[1] - 1 - jnp.argmax(weight[:, ::-1] > 0, axis=1)
-    return jnp.minimum(passed_R, last_R).astype(jnp.int32)
+    index_R = jnp.minimum(passed_R, last_R).astype(jnp.int32)
+    before_R = jnp.take_along_axis(cumulative, jnp.maximum(index_R - 1, 0)[:, None], axis=1)[:, 0]
+    return index_R, target_R - jnp.where(index_R > 0, before_R, 0)
 
 
 def _chunk_len(V):
