@@ -205,22 +205,28 @@ class KeptPrograms:
 
 
 class _Watching:
-    """jax's cache; in `seen.seen` each thread has the last entry (key, content) that it read or wrote."""
+    """jax's cache; in `seen.seen` each thread has the last entry (key, content) that it read or wrote.
+
+    Two threads may compile what is one program, not to the same bytes. The first one's stay, also where
+    both look for them at once, which jax's cache (0.11.2) does not see to.
+    """
 
     def __init__(self, cache: Any, seen: threading.local):
         self._cache, self._seen = cache, seen
         self._path = cache._path
+        self._lock = threading.RLock()
 
     def get(self, key: str) -> bytes | None:
-        content = self._cache.get(key)
+        with self._lock:
+            content = self._cache.get(key)
         if content is not None:
             self._seen.seen = (key, content)
         return content
 
     def put(self, key: str, value: bytes) -> None:
-        """Two threads may compile what is one program, not to the same bytes; the first one's stay."""
-        self._cache.put(key, value)
-        self.get(key)
+        with self._lock:
+            self._cache.put(key, value)
+            self.get(key)
 
 
 def _jax_module(name: str) -> Any:
