@@ -127,7 +127,7 @@ class SandwichBlock(nnx.Module):
     def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
         attended_TD = self.attention(self.before_attention.operand(hidden_TD), step)
         hidden_TD = hidden_TD + self.after_attention(attended_TD)
-        return hidden_TD + self.after_mlp(self.mlp(self.before_mlp.operand(hidden_TD)))
+        return hidden_TD + self.after_mlp(self.mlp(self.before_mlp.operand(hidden_TD), step))
 
 
 def _text_part(hf_config: dict[str, Any]) -> tuple[dict[str, Any], str]:
