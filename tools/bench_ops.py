@@ -3,7 +3,8 @@
 The floor is the larger of bytes over memory bandwidth and operations over the matrix units' rate,
 both measured on the same card first. Times are of one call inside a jitted loop, so they hold no
 dispatch, but do hold the loop's own small kernels: some microseconds in the attention rows (not
-measured apart); for sampling, whose loop rewrites the logits, see the row "loop alone".
+measured apart); for sampling, whose loop rewrites the logits, see the row "loop alone". Rows "exchange"
+are of machines with several GPUs.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import numpy as np
 from jaxserve.ops import mla_attention, paged_attention, sampling
 from jaxserve.ops.kv_write.cached import cached
 from jaxserve.ops.sampling import reference
+from tools.bench_exchange import exchange_rows
 from tools.bench_products import expert_rows, layer_rows, operand_rows
 from tools.bench_timing import Card, Row, measure_card, seconds
 
@@ -174,7 +176,7 @@ def bench_sampling(card: Card, R: int) -> list[Row]:
     return rows
 
 
-KINDS = ("decode", "prefill", "latent", "sampling", "rows", "layer", "experts")
+KINDS = ("decode", "prefill", "latent", "sampling", "rows", "layer", "experts", "exchange")
 
 
 def all_rows(card: Card, only: str) -> list[Row]:
@@ -198,6 +200,8 @@ def all_rows(card: Card, only: str) -> list[Row]:
         rows += layer_rows(card)
     if "experts" in wanted:
         rows += expert_rows(card)
+    if "exchange" in wanted:
+        rows += exchange_rows()
     return rows
 
 

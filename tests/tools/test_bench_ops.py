@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tools import bench_ops, bench_products
+from jaxserve.mesh import AXES
+from jaxserve.parallel.links import LinkPlan
+from tools import bench_exchange, bench_ops, bench_products
 from tools.bench_products import ExpertSizes, LayerSizes
 from tools.bench_timing import Card
 
@@ -58,3 +60,29 @@ def test_float8_pools_are_timed_as_such(monkeypatch):
     row = bench_ops.bench_latent(latents, CARD, R=2, context=32, heads=16)
     assert (row.name, row.floor_us) == ("latent", 2 * 32 * 48 * 2 / 1e3)
     assert jax.tree.map(jnp.shape, latents) == ((32, 16, 32), (32, 16, 16))
+
+
+def test_sums_over_devices_run_one_after_the_other_and_count_what_is_sent(monkeypatch):
+    assert bench_exchange.exchange_rows() == [], "CPUs do not write into each other's memory"
+    of = classmethod(lambda cls, mesh: cls(tuple(mesh.shape[axis] for axis in AXES)))
+    monkeypatch.setattr(LinkPlan, "of", of)
+    rows = bench_exchange.exchange_rows((1, 512), width=256, iterations=2)
+    num = len(jax.devices())
+    assert [row.shape for row in rows] == [
+        f"{count} rows of 256 over {num}, {way}" for count in (1, 512) for way in ("kernel", "XLA")
+    ]
+    one, _, many, _ = [row.floor_us for row in rows]
+    assert many == pytest.approx(512 * one)
+
+
+def test_sums_by_links_and_by_xla_are_the_same():
+    mesh = bench_exchange.make_mesh(bench_exchange.Layout(4), jax.devices())
+    plan = LinkPlan((1, 1, 4))
+    arrays, _ = plan.make(mesh)
+    made = []
+    for by_xla in (False, True):
+        call = bench_exchange.loop(mesh, plan, arrays, (8, 256), 3, by_xla)
+        x, arrays = call(arrays)
+        made.append(np.asarray(x, np.float32))
+    np.testing.assert_array_equal(*made)
+    assert [int(number) for number in arrays.number] == [1 + 3]
