@@ -124,10 +124,11 @@ def sample_temperature_split(logits_RU, uniform_R, temperature_R, group: Group):
     Three numbers of a row go through the group: a device's largest logit, its weight, and the token.
     """
     largest_R = group.gather(logits_RU.max(axis=1)).max(axis=0)
-    no_filter_R = jnp.zeros(largest_R.shape, jnp.uint32)
-    part = _Weighed.of(logits_RU, largest_R, temperature_R, no_filter_R, is_greedy(temperature_R))
+    only_R = is_greedy(temperature_R)
+    least_R = jnp.where(only_R, ordered(largest_R), jnp.uint32(0))
+    part = _Weighed.of(logits_RU, largest_R, temperature_R, least_R)
     mass_RN = group.gather(part.mass_Rn.sum(axis=1)).T
-    uniform_R = jnp.where(part.only_R, 0, uniform_R)
+    uniform_R = jnp.where(only_R, 0, uniform_R)
     owner_R, target_R = _find(mass_RN, uniform_R * mass_RN.sum(axis=1))
     # Whoever does not have the token looks for one in vain.
     token_R = group.number * logits_RU.shape[1] + part.draw(target_R)
@@ -139,7 +140,9 @@ def _draw(logits_RV, uniform_R, temperature_R, least_R, only_R):
 
     Tokens below `least` have none; rows `only` take the largest logit, the first among equals.
     """
-    part = _Weighed.of(logits_RV, logits_RV.max(axis=1), temperature_R, least_R, only_R)
+    largest_R = logits_RV.max(axis=1)
+    least_R = jnp.where(only_R, ordered(largest_R), least_R)
+    part = _Weighed.of(logits_RV, largest_R, temperature_R, least_R)
     return part.draw(jnp.where(only_R, 0, uniform_R) * jnp.cumsum(part.mass_Rn, axis=1)[:, -1])
 
 
@@ -153,13 +156,12 @@ class _Weighed(NamedTuple):
     chunks_RnC: jax.Array
     mass_Rn: jax.Array
     weigh: Callable[[jax.Array], jax.Array]
-    only_R: jax.Array
 
     @classmethod
-    def of(cls, logits_RV, largest_R, temperature_R, least_R, only_R):
+    def of(cls, logits_RV, largest_R, temperature_R, least_R):
+        """Relative to `largest`; logits below `least`, as `ordered`, weigh nothing."""
         R, V = logits_RV.shape
         C, divisor_R = _chunk_len(V), divisor(temperature_R)
-        least_R = jnp.where(only_R, ordered(largest_R), least_R)
 
         def weigh(logits_RnC):
             weight_RnC = weights(logits_RnC, largest_R[:, None, None], divisor_R[:, None, None])
@@ -167,7 +169,7 @@ class _Weighed(NamedTuple):
 
         padded_RV = jnp.pad(logits_RV, ((0, 0), (0, -V % C)), constant_values=-jnp.inf)
         chunks_RnC = padded_RV.reshape(R, -1, C)
-        return cls(chunks_RnC, weigh(chunks_RnC).sum(axis=2), weigh, only_R)
+        return cls(chunks_RnC, weigh(chunks_RnC).sum(axis=2), weigh)
 
     def draw(self, target_R):
         """The first token up to which all weigh more than `target`."""
