@@ -204,7 +204,8 @@ class StepCost:
     def collectives(self, tokens: float, samples: float) -> list[Collective]:
         """What one device takes part in, in a step of `tokens` a dp rank of which `samples` are sampled from.
 
-        Rows of logits are gathered for a draw; where all rows are greedy, only each device's best are.
+        Of a draw without filters three numbers a row are gathered, of greedy rows alone each device's best; for
+        filters, and where the group does not divide the vocabulary, whole rows of logits are.
         """
         group, out = self.layout.group, []
         row = self.hidden * self.itemsize
@@ -213,9 +214,13 @@ class StepCost:
             out.append(Collective("sums in the group", "all_reduce", sums, group, 1, tokens * row))
             if norms := self._norms_over_heads():
                 out.append(Collective("norms over heads", "all_reduce", norms, group, 1, tokens * 4))
-            logits = samples * self.blueprint.model.vocabulary.embedding.get_value().shape[0] * 4
             out.append(Collective("embedding", "all_reduce", 1, group, 1, tokens * row))
-            out.append(Collective("logits", "all_gather", 1, group, 1, logits))
+            vocabulary = self.blueprint.model.vocabulary
+            if vocabulary.size % group:
+                logits = samples * vocabulary.embedding.get_value().shape[0] * 4
+                out.append(Collective("logits", "all_gather", 1, group, 1, logits))
+            else:
+                out.append(Collective("draws", "all_gather", 3, group, 1, samples * group * 4))
         if self.blueprint.experts and self.layout.num_devices > 1:
             out += self._dispatch(self.blueprint.experts.num_layers, tokens, row)
         return out
