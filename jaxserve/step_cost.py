@@ -204,8 +204,8 @@ class StepCost:
     def collectives(self, tokens: float, samples: float) -> list[Collective]:
         """What one device takes part in, in a step of `tokens` a dp rank of which `samples` are sampled from.
 
-        Of a draw without filters three numbers a row are gathered, of greedy rows alone each device's best; for
-        filters, and where the group does not divide the vocabulary, whole rows of logits are.
+        Of a draw without filters three numbers a row are gathered, of greedy rows alone each device's best.
+        For filters, and where the group does not divide the vocabulary, whole rows of logits are.
         """
         group, out = self.layout.group, []
         row = self.hidden * self.itemsize
