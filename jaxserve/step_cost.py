@@ -20,6 +20,7 @@ from jaxserve.layers.moe import MoE
 from jaxserve.mesh import AXES, GROUP, weight_sharding
 from jaxserve.ops.quantized_gemm import takes_float8
 from jaxserve.parallel.dispatch import Exchange
+from jaxserve.parallel.links import RANKS, LinkPlan
 from jaxserve.roofline import Collective, Step, Work, destinations_reached, experts_touched
 
 Part = Literal["dense", "expert", "head", "embedding"]
@@ -50,6 +51,7 @@ class StepCost:
         scaled = {id(n.numbers) for _, n in nnx.iter_graph(model) if isinstance(n, ChannelScaled)}
         self.weights = [_weight(blueprint, p, id(p) in scaled) for p in _params(model)]
         self.itemsize = jnp.dtype(blueprint.dtype).itemsize
+        self.links = self._links()
         self.kv_bytes_of_token = blueprint.page_bytes_of_device / blueprint.config.page_size
 
     # ---- memory ----
@@ -211,19 +213,35 @@ class StepCost:
         row = self.hidden * self.itemsize
         if group > 1:
             sums = sum(w.sums_over_group for w in self.weights)
-            out.append(Collective("sums in the group", "all_reduce", sums, group, 1, tokens * row))
+            out.append(self._sum("sums in the group", sums, tokens))
             if norms := self._norms_over_heads():
                 out.append(Collective("norms over heads", "all_reduce", norms, group, 1, tokens * 4))
-            out.append(Collective("embedding", "all_reduce", 1, group, 1, tokens * row))
+            out.append(self._sum("embedding", 1, tokens))
             vocabulary = self.blueprint.model.vocabulary
             if vocabulary.size % group:
                 logits = samples * vocabulary.embedding.get_value().shape[0] * 4
                 out.append(Collective("logits", "all_gather", 1, group, 1, logits))
             else:
-                out.append(Collective("draws", "all_gather", 3, group, 1, samples * group * 4))
+                by_kernel = self.links is not None and self.links.takes(
+                    math.ceil(samples), jnp.float32, GROUP
+                )
+                out.append(Collective("draws", "all_gather", 3, group, 1, samples * group * 4, by_kernel))
         if self.blueprint.experts and self.layout.num_devices > 1:
             out += self._dispatch(self.blueprint.experts.num_layers, tokens, row)
         return out
+
+    def _links(self) -> LinkPlan | None:
+        """What an engine would exchange by, whose GPUs reach each other's memory."""
+        config = self.blueprint.config
+        by_xla = config.disable_custom_all_reduce or self.blueprint.two_batches or config.nnodes > 1
+        return None if by_xla or self.blueprint.on_cpu else LinkPlan.on_paper(self.layout.shape)
+
+    def _sum(self, name: str, count: int, tokens: float) -> Collective:
+        """`count` sums of rows over the group."""
+        links, num = self.links, math.ceil(tokens) * self.hidden
+        by_kernel = links is not None and links.exchanges(num, self.blueprint.dtype, GROUP) > 0
+        payload = tokens * self.hidden * self.itemsize
+        return Collective(name, "all_reduce", count, self.layout.group, 1, payload, by_kernel)
 
     def _norms_over_heads(self) -> int:
         """Norms over all heads of a layer, which lie on the devices of a group."""
@@ -281,15 +299,15 @@ class StepCost:
             return out
         out = []
         if layout.dp > 1:
-            every = tokens * layout.dp
+            every, message = tokens * layout.dp, math.ceil(tokens) * self.hidden
+            by_kernel = self.links is not None and self.links.takes(message, self.blueprint.dtype, RANKS)
+            ranks = layers, layout.dp, layout.group
             out = [
-                Collective(
-                    "tokens to all", "all_gather", layers, layout.dp, layout.group, every * (row + routing)
-                ),
-                Collective("results back", "reduce_scatter", layers, layout.dp, layout.group, every * row),
+                Collective("tokens to all", "all_gather", *ranks, every * (row + routing), by_kernel),
+                Collective("results back", "reduce_scatter", *ranks, every * row, by_kernel),
             ]
         if layout.group > 1 and (sums := layers - self._joined_sums()):
-            out.append(Collective("sums of experts", "all_reduce", sums, layout.group, 1, tokens * row))
+            out.append(self._sum("sums of experts", sums, tokens))
         return out
 
     @property

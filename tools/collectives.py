@@ -8,10 +8,7 @@ each kind and group: bytes that one device sends. The exit status is 1 where the
 KV that are gathered would show here. Layout names are those of `tools.plan`.
 
 Bytes are those of ring algorithms, and collectives all XLA's, also where GPUs would exchange small
-arrays by the kernel of `jaxserve.ops.peer_exchange`. On GPUs (jaxlib 0.11.2) an all-reduce of up to 256
-KiB is a kernel in which each device reads all of every other's part: n - 1 times the payload instead of
-2 (n - 1) / n. Up to 4 MiB it is a kernel that scatters and gathers, beyond that NCCL's; both send what is
-printed.
+arrays by the kernel of `jaxserve.ops.peer_exchange`.
 """
 
 import argparse

@@ -59,13 +59,18 @@ class LinkPlan:
     sizes: tuple[int, int, int]
 
     @classmethod
+    def on_paper(cls, sizes: tuple[int, int, int]) -> "LinkPlan | None":
+        """Of GPUs in one process that reach each other's memory. None for one, and for numbers of devices
+        that are no power of two."""
+        is_mesh = math.prod(sizes) > 1 and not any(size & (size - 1) for size in sizes)
+        return cls(sizes) if is_mesh else None
+
+    @classmethod
     def of(cls, mesh: Mesh) -> "LinkPlan | None":
         """None where devices cannot write to each other's memory, or not by a kernel of ours."""
         devices = list(mesh.devices.flat)
-        plan = cls(tuple(mesh.shape[axis] for axis in AXES))
-        if mesh.size == 1 or mesh.is_multi_process or devices[0].platform not in ("gpu", "cuda"):
-            return None
-        if any(size & (size - 1) for size in plan.sizes):
+        plan = cls.on_paper(tuple(mesh.shape[axis] for axis in AXES))
+        if plan is None or mesh.is_multi_process or devices[0].platform not in ("gpu", "cuda"):
             return None
         if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "default") not in ("default", "bfc"):
             return None  # peers reach only what cudaMalloc gave
@@ -85,6 +90,18 @@ class LinkPlan:
         """Words of one message, at most."""
         num = self.size(axes)
         return peer_exchange.words(max(LARGEST // num, _most_whole(num)) // 4, jnp.int32)
+
+    def takes(self, num: int, dtype: DTypeLike, axes: Axes) -> bool:
+        """Whether a message of `num` numbers is for this kernel."""
+        return self.size(axes) > 1 and 0 < peer_exchange.words(num, dtype) <= self.capacity(axes)
+
+    def exchanges(self, num: int, dtype: DTypeLike, axes: Axes) -> int:
+        """Of a sum of `num` numbers: 1, 2 where it is made in parts, 0 where it is not for this kernel."""
+        devices, num_bytes = self.size(axes), num * jnp.dtype(dtype).itemsize
+        if num_bytes <= _most_whole(devices) and self.takes(num, dtype, axes):
+            return 1
+        in_parts = num_bytes <= LARGEST and num % devices == 0 and self.takes(num // devices, dtype, axes)
+        return 2 if in_parts else 0
 
     def mailbox_bytes(self, axes: Axes) -> int:
         return 2 * self.size(axes) * self.capacity(axes) * peer_exchange.WORD
@@ -147,10 +164,7 @@ class Links:
 
     def count(self, x: jax.ShapeDtypeStruct, axes: Axes) -> int:
         """The exchanges of a sum; 0: it is not for this kernel."""
-        num, size = self.plan.size(axes), x.size * x.dtype.itemsize
-        if size <= _most_whole(num) and self._takes(x.size, x.dtype, axes):
-            return 1
-        return 2 if size <= LARGEST and x.size % num == 0 and self._takes(x.size // num, x.dtype, axes) else 0
+        return self.plan.exchanges(x.size, x.dtype, axes)
 
     def sum(self, x: jax.Array, axes: Axes) -> jax.Array | None:
         """As `lax.psum`; None where it is not for this kernel."""
@@ -164,19 +178,16 @@ class Links:
 
     def gather(self, x_tD: jax.Array, axes: Axes) -> jax.Array | None:
         """As `lax.all_gather`, tiled; None where it is not for this kernel."""
-        if not self._takes(x_tD.size, x_tD.dtype, axes):
+        if not self.plan.takes(x_tD.size, x_tD.dtype, axes):
             return None
         return self._exchange(x_tD.reshape(1, -1), axes, "gather").reshape(-1, *x_tD.shape[1:])
 
     def scatter_sum(self, x_TD: jax.Array, axes: Axes) -> jax.Array | None:
         """As `lax.psum_scatter`, tiled; None where it is not for this kernel."""
         num = self.plan.size(axes)
-        if not self._takes(x_TD.size // num, x_TD.dtype, axes):
+        if not self.plan.takes(x_TD.size // num, x_TD.dtype, axes):
             return None
         return self._exchange(x_TD.reshape(num, -1), axes, "sum").reshape(-1, *x_TD.shape[1:])
-
-    def _takes(self, num: int, dtype: DTypeLike, axes: Axes) -> bool:
-        return axes in self._ahead and 0 < peer_exchange.words(num, dtype) <= self.plan.capacity(axes)
 
     def _exchange(self, x_PM: jax.Array, axes: Axes, kind: Kind) -> jax.Array:
         group, num = self.plan.groups.index(axes), self.plan.size(axes)
