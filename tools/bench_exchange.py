@@ -21,7 +21,9 @@ ROWS, WIDTH = (1, 8, 32, 64, 128, 256), 4096  # of bfloat16
 LINK_BYTES = 1 << 28
 
 
-def exchange_rows(rows: Sequence[int] = ROWS, width: int = WIDTH, iterations: int = 32) -> list[Row]:
+def exchange_rows(
+    rows: Sequence[int] = ROWS, width: int = WIDTH, iterations: int = 32, link_bytes: int = LINK_BYTES
+) -> list[Row]:
     """Over as many of this machine's GPUs as the largest power of two; none where they reach nobody."""
     num = 1 << (len(jax.devices()).bit_length() - 1)
     mesh = make_mesh(Layout(num), jax.devices())
@@ -29,7 +31,7 @@ def exchange_rows(rows: Sequence[int] = ROWS, width: int = WIDTH, iterations: in
     if plan is None:
         return []
     arrays, mailboxes = plan.make(mesh)
-    bytes_per_s = link_bytes_per_s(mesh, LINK_BYTES if iterations > 1 else 1 << 10)
+    bytes_per_s = link_bytes_per_s(mesh, link_bytes)
     made = []
     for count in rows:
         size = count * width * 2

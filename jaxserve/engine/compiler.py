@@ -36,7 +36,8 @@ def compiler_options(program: Any, has_int8: bool = False) -> dict[str, Any]:
     Products of one input are joined when weights are loaded or not at all: XLA would join what is left, on
     a mesh, by copying the weights in every step (120 MB for a dense layer of DeepSeek-V2-Lite).
     Sums over devices are NCCL's: XLA's own kernel for them is at most 5 % faster, and takes memory for each
-    sum of each program beside all that it was told it may use. Llama-3.1-8B on four H200 did not start.
+    sum of each program beside all that it was told it may use. Llama-3.1-8B on four H200, all sums XLA's,
+    did not start.
     """
     if jax.default_backend() != "gpu":
         return {}

@@ -27,8 +27,8 @@ from jaxserve.layers.kv import StateBlocks
 from jaxserve.layers.moe import ExpertSpec
 from jaxserve.mesh import GROUP
 from jaxserve.ops import sampling
-from jaxserve.parallel.dispatch import Backend
-from jaxserve.parallel.links import LinkArrays, LinkPlan, Links
+from jaxserve.parallel.dispatch import Backend, Collectives
+from jaxserve.parallel.links import LinkPlan, Links
 from jaxserve.parallel.slots import SlotTable
 
 SCORE_ROWS = 128  # prompt tokens whose logits exist at a time
@@ -327,28 +327,27 @@ def _draw(
         return per_rank(mesh, partial(_draw_whole, variant), logits_RV, slots, f)
     drawing = f["seed"], f["position"], f["temperature"]
     rank, split = PartitionSpec("dp"), PartitionSpec("dp", GROUP)
-    if links is None:
-        return jax.shard_map(
-            partial(_draw_split, None), mesh=mesh, in_specs=(split, rank), out_specs=rank, check_vma=False
-        )(logits_RV, drawing)
+    given = (None, None) if links is None else (links.arrays, links.last)
 
-    def on_device(arrays: LinkArrays, last: jax.Array, logits_RU: jax.Array, drawing: Drawing) -> jax.Array:
-        return _draw_split(links.inside(arrays, last), logits_RU, drawing)
+    def on_device(logits_RU: jax.Array, drawing: Drawing, given: Any) -> jax.Array:
+        inside = None if links is None else links.inside(*given)
+        return _draw_split(Collectives(inside), logits_RU, drawing)
 
-    specs = *Links.SPECS, split, rank
-    links.last = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=rank, check_vma=False)(
-        links.arrays, links.last, logits_RV, drawing
+    specs = split, rank, Links.SPECS
+    token_R = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=rank, check_vma=False)(
+        logits_RV, drawing, given
     )
-    return links.last
+    if links is not None:
+        links.last = token_R
+    return token_R
 
 
-def _draw_split(links: Links | None, logits_RU: jax.Array, drawing: Drawing) -> jax.Array:
+def _draw_split(collectives: Collectives, logits_RU: jax.Array, drawing: Drawing) -> jax.Array:
     """On one device of a group, whose members have U of the logits each."""
     seed_R, position_R, temperature_R = drawing
 
     def gather(x_R: jax.Array) -> jax.Array:
-        gathered = None if links is None else links.gather(x_R, GROUP)
-        return jax.lax.all_gather(x_R, GROUP) if gathered is None else gathered.reshape(-1, *x_R.shape)
+        return collectives.gather(x_R, GROUP).reshape(-1, *x_R.shape)
 
     group = sampling.Group(jax.lax.axis_index(GROUP), gather)
     uniform_R = sampling.uniform(seed_R, position_R)

@@ -150,8 +150,8 @@ def _gathered(
     feed: Feed, num_local: int | None, hidden_tD, expert_tX, weight_tX, collectives: "Collectives"
 ) -> jax.Array:
     """Every device sees all tokens and adds what its `num_local` experts, or its share of all, contribute."""
-    hidden_TD = collectives.gather(hidden_tD, "dp")
-    expert_TX, weight_TX = _unjoin(collectives.gather(_join(expert_tX, weight_tX), "dp"))
+    hidden_TD = collectives.gather(hidden_tD, ("dp",))
+    expert_TX, weight_TX = _unjoin(collectives.gather(_join(expert_tX, weight_tX), ("dp",)))
     if num_local is not None:
         expert_TX = _local(expert_TX, lax.axis_index(EXPERT_AXES) * num_local, num_local)
     out_TD = feed(hidden_TD, expert_TX, weight_TX).astype(hidden_tD.dtype)
@@ -257,7 +257,7 @@ class Exchange:
             )
             part_sXD = back_MD[jnp.minimum(row_sX, e * C - 1)].astype(jnp.float32)
             out_sD = jnp.sum(jnp.where(sends_sX[..., None], part_sXD, 0), axis=1).astype(hidden_tD.dtype)
-            out_tD = collectives.gather(collectives.sum(out_sD, ("tp",)), "ep")
+            out_tD = collectives.gather(collectives.sum(out_sD, ("tp",)), ("ep",))
             return out_tD[: self.num_tokens]
 
         if self.share == C:
@@ -319,11 +319,11 @@ class Collectives:
         out = None if self.links is None else self.links.sum(x, axes)
         return lax.psum(x, real) if out is None else out
 
-    def gather(self, x: jax.Array, axis: str) -> jax.Array:
-        if lax.axis_size(axis) == 1:
+    def gather(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        if lax.axis_size(axes) == 1:
             return x
-        out = None if self.links is None else self.links.gather(x, (axis,))
-        return lax.all_gather(x, axis, tiled=True) if out is None else out
+        out = None if self.links is None else self.links.gather(x, axes)
+        return lax.all_gather(x, axes, tiled=True) if out is None else out
 
     def scatter_sum(self, x: jax.Array, axis: str) -> jax.Array:
         if lax.axis_size(axis) == 1:

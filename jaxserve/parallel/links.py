@@ -93,7 +93,7 @@ class LinkPlan:
 
     def takes(self, num: int, dtype: DTypeLike, axes: Axes) -> bool:
         """Whether a message of `num` numbers is for this kernel."""
-        return self.size(axes) > 1 and 0 < peer_exchange.words(num, dtype) <= self.capacity(axes)
+        return axes in self.groups and 0 < peer_exchange.words(num, dtype) <= self.capacity(axes)
 
     def exchanges(self, num: int, dtype: DTypeLike, axes: Axes) -> int:
         """Of a sum of `num` numbers: 1, 2 where it is made in parts, 0 where it is not for this kernel."""

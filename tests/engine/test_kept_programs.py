@@ -315,6 +315,9 @@ def test_of_two_threads_that_compile_one_program_what_jax_has_is_noted():
     with ThreadPoolExecutor(4) as pool:
         noted = list(pool.map(put, [b"one", b"two", b"three", b"four"]))
     assert set(noted) == {("jit_score", cache.content["jit_score"])}
+    for value in (b"first", b"second"):  # one after the other
+        watching.put("jit_sample", value)
+        assert seen.seen == ("jit_sample", b"first")
 
 
 def test_program_that_holds_on_to_this_process_is_not_kept(small, caplog):

@@ -232,7 +232,7 @@ def test_large_sums_are_made_in_parts_and_larger_ones_not_at_all():
     def count(rows):
         return links.count(jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16), GROUP)
 
-    assert [count(rows) for rows in (1, 32, 64, 512, 1024)] == [1, 1, 2, 2, 0]
+    assert [count(rows) for rows in (1, 32, 64, 128, 512, 1024)] == [1, 1, 2, 2, 2, 0]
     x = jax.random.normal(jax.random.key(0), (4 * 512, 4096), jnp.bfloat16)
     got, after = run(mesh, lambda links, x: links.sum(x, GROUP), x)
     want = np.asarray(x, np.float32).reshape(4, 512, 4096).sum(axis=0)
@@ -253,6 +253,7 @@ def test_types_and_groups_that_are_left_to_xla_and_messages_of_part_of_a_word():
     assert links.count(jax.ShapeDtypeStruct((1, 100), jnp.float32), RANKS) == 1
     assert links.count(jax.ShapeDtypeStruct((1, 1024), jnp.int8), RANKS) == 0
     assert links.count(jax.ShapeDtypeStruct((1, 1024), jnp.float32), GROUP) == 0, "a group of one device"
+    assert links.count(jax.ShapeDtypeStruct((1, 1024), jnp.float32), ("dp", "ep")) == 0, "no group"
     x = jnp.arange(4 * 3 * 5, dtype=jnp.int32).reshape(12, 5)
     got, _ = run(mesh, lambda links, x: links.gather(x, RANKS), x)
     np.testing.assert_array_equal(got, np.tile(x, (4, 1)))

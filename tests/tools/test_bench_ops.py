@@ -66,7 +66,7 @@ def test_sums_over_devices_run_one_after_the_other_and_count_what_is_sent(monkey
     assert bench_exchange.exchange_rows() == [], "CPUs do not write into each other's memory"
     of = classmethod(lambda cls, mesh: cls(tuple(mesh.shape[axis] for axis in AXES)))
     monkeypatch.setattr(LinkPlan, "of", of)
-    rows = bench_exchange.exchange_rows((1, 512), width=256, iterations=2)
+    rows = bench_exchange.exchange_rows((1, 512), width=256, iterations=2, link_bytes=1 << 10)
     num = len(jax.devices())
     assert [row.shape for row in rows] == [
         f"{count} rows of 256 over {num}, {way}" for count in (1, 512) for way in ("kernel", "XLA")
