@@ -22,7 +22,7 @@ from jaxserve.config import ConfigError
 from jaxserve.layers.operand import Operand, wide
 from jaxserve.layers.weight import Stacked, weight
 from jaxserve.ops import float8_rows
-from jaxserve.ops.float8_rows import FLOAT8_MAX, Float8Rows, Unscaled, reference
+from jaxserve.ops.float8_rows import FLOAT8_MAX, Float8Rows, reference
 from jaxserve.ops.quantized_gemm import multiply_float8, multiply_wide, takes_float8
 
 Scheme = Literal["fp8", "int8"]
@@ -73,25 +73,15 @@ class ChannelScaled(nnx.Module):
 
     def product(self, x_TI: jax.Array | Operand, out_dtype: DTypeLike) -> jax.Array:
         """x [T, in] times the weight: [T, out], both of merged dimensions."""
-        product = self.unscaled(x_TI, out_dtype)
-        return (
-            multiply_wide(wide(x_TI), *self._matrix(x_TI), out_dtype) if product is None else product.value()
-        )
-
-    def unscaled(self, x_TI: jax.Array | Operand, out_dtype: DTypeLike) -> Unscaled | None:
-        """The same, to be scaled by whoever reads it; None where the product is not one of float8."""
-        if not takes_float8(x_TI.shape[0], x_TI.dtype, self.numbers[...].dtype):
-            return None
-        return multiply_float8(self._rows(x_TI), *self._matrix(x_TI), out_dtype)
+        numbers_OI, scale_O = self.numbers[...].reshape(-1, x_TI.shape[1]), self.scale[...].reshape(-1)
+        if takes_float8(x_TI.shape[0], x_TI.dtype, numbers_OI.dtype):
+            return multiply_float8(self._rows(x_TI), numbers_OI, scale_O, out_dtype)
+        return multiply_wide(wide(x_TI), numbers_OI, scale_O, out_dtype)
 
     def _rows(self, x_TI: jax.Array | Operand) -> Float8Rows:
         if not self.is_alone:
             return reference.quantise(wide(x_TI))
         return x_TI.float8 if isinstance(x_TI, Operand) else float8_rows.quantise(x_TI)
-
-    def _matrix(self, x_TI: jax.Array | Operand) -> tuple[jax.Array, jax.Array]:
-        """Numbers [out, in] and scale [out]."""
-        return self.numbers[...].reshape(-1, x_TI.shape[1]), self.scale[...].reshape(-1)
 
 
 # ---- declaring ----

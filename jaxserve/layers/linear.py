@@ -20,7 +20,6 @@ from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.operand import Operand, wide
 from jaxserve.layers.quant import BlockScaled, Weight
 from jaxserve.mesh import GROUP
-from jaxserve.ops.float8_rows import Unscaled
 from jaxserve.ops.kv_write import Heads
 from jaxserve.ops.latent_write import Columns
 
@@ -95,14 +94,6 @@ class Projections(nnx.Module):
         return [
             Columns(joined_TC, end - size, size, self.ways) for size, end in zip(sizes, accumulate(sizes))
         ]
-
-    def unscaled(self, hidden_TD: jax.Array | Operand) -> Unscaled | None:
-        """What a call gives, side by side and to be scaled by whoever reads it; None where there is no
-        such product."""
-        (weight, *others) = self.weights
-        if others or self.biases or not isinstance(weight, ChannelScaled):
-            return None
-        return weight.unscaled(hidden_TD, hidden_TD.dtype)
 
     def heads(self, hidden_TD: jax.Array | Operand) -> list[Heads]:
         """As `columns`, for products that all are heads of one width."""

@@ -12,8 +12,6 @@ from jaxserve.layers.linear import Projections
 from jaxserve.layers.operand import Operand
 from jaxserve.layers.quant import BlockFP8, linear_weight
 from jaxserve.layers.weight import weight
-from jaxserve.ops import float8_rows
-from jaxserve.ops.float8_rows import Float8Rows
 
 # By the names that config.json uses; both Gemma spellings mean the tanh approximation.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -61,9 +59,3 @@ class Gated(Operand):
     def make_wide(self) -> jax.Array:
         gate_TF, up_TF = self.gate_up(self.hidden_TD)
         return self.activation(gate_TF) * up_TF
-
-    def make_float8(self) -> Float8Rows:
-        product = self.gate_up.unscaled(self.hidden_TD)
-        return (
-            float8_rows.quantise(self.wide) if product is None else float8_rows.gate(product, self.activation)
-        )

@@ -1,7 +1,7 @@
 """What products take that is made in the form they want.
 
-A product of float8 numbers wants rows in float8, which are made in one pass together with what comes
-before them, a norm or a gate. Any other product wants an array.
+A product of float8 numbers wants rows in float8, which may be made in one pass together with what comes
+before them, as a norm is. Any other product wants an array.
 """
 
 from abc import ABC, abstractmethod
@@ -10,6 +10,7 @@ from functools import cached_property
 import jax
 from jax.typing import DTypeLike
 
+from jaxserve.ops import float8_rows
 from jaxserve.ops.float8_rows import Float8Rows
 
 
@@ -32,8 +33,8 @@ class Operand(ABC):
     @abstractmethod
     def make_wide(self) -> jax.Array: ...
 
-    @abstractmethod
-    def make_float8(self) -> Float8Rows: ...
+    def make_float8(self) -> Float8Rows:
+        return float8_rows.quantise(self.wide)
 
 
 def wide(x: jax.Array | Operand) -> jax.Array:

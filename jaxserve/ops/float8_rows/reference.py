@@ -17,9 +17,3 @@ def quantise(x_TI):
 def normalise(x_TD, gain_D, *, eps: float, offset: float = 0.0):
     """See `float8_rows.normalise`."""
     return quantise(rms_norm(x_TD, gain_D, eps=eps, offset=offset))
-
-
-def gate(product, activation):
-    """See `float8_rows.gate`."""
-    gate_TF, up_TF = jnp.split(product.value(), 2, axis=1)
-    return quantise(activation(gate_TF) * up_TF)
