@@ -197,7 +197,7 @@ def test_kernels_make_both_operands_of_a_feed_forward_layer_on_one_device():
 
 
 @pytest.mark.parametrize("is_alone, kernels", [(True, 2), (False, 0)])
-def test_norm_and_gate_are_a_kernel_each_and_none_where_a_mesh_spreads_rows(is_alone, kernels):
+def test_norm_and_gate_have_a_kernel_each_and_none_where_a_mesh_spreads_rows(is_alone, kernels):
     function, x = feed_forward(is_alone)
     with backend.use("fast"), jax.sharding.use_abstract_mesh(H100):
         text = function.trace(x).lower(lowering_platforms=("cuda",)).as_text()

@@ -81,7 +81,7 @@ def test_sums_by_links_and_by_xla_are_the_same():
     arrays, _ = plan.make(mesh)
     made = []
     for by_xla in (False, True):
-        call = bench_exchange.loop(mesh, plan, arrays, (8, 256), 3, by_xla)
+        call = bench_exchange.chain(mesh, plan, arrays, (8, 256), 3, by_xla)
         x, arrays = call(arrays)
         made.append(np.asarray(x, np.float32))
     np.testing.assert_array_equal(*made)
