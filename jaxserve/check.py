@@ -78,10 +78,10 @@ def find_hf_config(config: ServerConfig) -> dict[str, Any]:
     path = Path(config.model_path).expanduser()
     if config.load_format == "dummy":
         return read_dummy_config(config.model_path)[0]
-    if path.is_dir() and (path / "config.json").exists():
-        return read_json(path / "config.json")
-    if path.exists() or not is_hub_id(config.model_path):
-        return open_checkpoint(config.model_path).config  # reads headers, or says what is wrong
+    if config.load_format == "auto" and path.is_dir() and (path / "config.json").exists():
+        return read_json(path / "config.json")  # weights need not be there
+    if path.exists() or not is_hub_id(config.model_path):  # headers are read, or it is said what is wrong
+        return open_checkpoint(config.model_path, load_format=config.load_format).config
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(config.model_path, "config.json", revision=config.revision)

@@ -53,7 +53,11 @@ class ServerConfig:
     sampling_defaults: Literal["model", "openai"] = key(
         "model", "model: defaults from generation_config.json"
     )
-    random_seed: int = key(0, "seed of dummy weights and of requests that bring none")
+    random_seed: int | None = key(
+        None,
+        "seed of what requests without one draw, another on each replica, and of dummy weights; default: "
+        "drawn by the system, and 0 for dummy weights",
+    )
 
     # Where it listens
     host: str = key("0.0.0.0", "address to listen on")

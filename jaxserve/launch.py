@@ -18,10 +18,11 @@ import signal
 import socket
 import sys
 import tempfile
+from pathlib import Path
 
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine_process import EngineProcess
-from jaxserve.messages import EngineDeadError, Info
+from jaxserve.messages import EngineDeadError
 from jaxserve.replicas import Replicas, replica_configs
 from jaxserve.server.app import create_app, serve
 from jaxserve.server.health import start_health_server
@@ -29,6 +30,8 @@ from jaxserve.text.chat_template import ChatTemplate, ChatTemplateError
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
 
 logger = logging.getLogger(__name__)
+
+Text = tuple[Tokenizer | None, ChatTemplate | None]
 
 STOP_S = 5.0  # for an engine of several hosts to tell the others, when told to stop while starting
 
@@ -58,6 +61,7 @@ async def run(config: ServerConfig) -> int:
         for engine in engines:
             engine.asks_stop = stop_for
         try:
+            text = await asyncio.to_thread(load_text_early, config)  # while engines import jax
             ready = asyncio.gather(*(engine.connection.ready() for engine in engines))
             await asyncio.wait((ready, stopped), return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():
@@ -68,7 +72,7 @@ async def run(config: ServerConfig) -> int:
                     await engines[0].wait_dead(STOP_S)
                 return 0
             await ready
-            await _serve(config, engines, stop)
+            await _serve(config, engines, text, stop)
             if lost := [e for e in engines if e.dead.is_set()]:
                 logger.error("%s", lost[0].connection.closed)
                 return 1
@@ -127,11 +131,13 @@ def _stop_signal() -> asyncio.Event:
     return stop
 
 
-async def _serve(config: ServerConfig, engines: list[EngineProcess], stop: asyncio.Event) -> None:
+async def _serve(
+    config: ServerConfig, engines: list[EngineProcess], text: Text | None, stop: asyncio.Event
+) -> None:
     connections = [engine.connection for engine in engines]
     client = connections[0] if len(connections) == 1 else Replicas(connections)
     info = client.info
-    tokenizer, template = load_text(config, info)
+    tokenizer, template = text or load_text(config, info.tokenizer_dir)
     app = create_app(
         client,
         config,
@@ -175,16 +181,29 @@ async def _serve(config: ServerConfig, engines: list[EngineProcess], stop: async
             watcher.cancel()
 
 
-def load_text(config: ServerConfig, info: Info) -> tuple[Tokenizer | None, ChatTemplate | None]:
-    """The tokenizer and chat template of a checkpoint. Raises ConfigError."""
+def load_text_early(config: ServerConfig) -> Text | None:
+    """`load_text` before minutes of loading and compiling; None where the engine has yet to find the files,
+    of a GGUF file or a hub id. Raises ConfigError."""
+    path = Path(config.model_path).expanduser()
+    if config.load_format == "dummy" and path.is_file():
+        path = path.parent
+    if config.skip_tokenizer_init or config.tokenizer_path or (path / "config.json").is_file():
+        return load_text(config, str(path))
+    return None
+
+
+def load_text(config: ServerConfig, checkpoint_dir: str) -> Text:
+    """The tokenizer and chat template, of the checkpoint unless others are named. Raises ConfigError."""
     if config.skip_tokenizer_init:
         return None, None
-    directory = config.tokenizer_path or info.tokenizer_dir
+    directory = config.tokenizer_path or checkpoint_dir
     try:
         tokenizer = Tokenizer.from_dir(directory)
         return tokenizer, ChatTemplate.from_dir(directory, config.chat_template, tokenizer.special_tokens)
-    except (TokenizerError, ChatTemplateError) as error:
+    except TokenizerError as error:
         raise ConfigError(f"{error}; --skip-tokenizer-init serves token ids without one") from error
+    except ChatTemplateError as error:
+        raise ConfigError(f"{error}; --chat-template names another") from error
 
 
 def _try_port(host: str, port: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from jaxserve.config import ServerConfig
 from jaxserve.engine.build import build, prepare_devices
 from jaxserve.engine.loop import EngineLoop
-from jaxserve.launch import load_text
+from jaxserve.launch import load_text, load_text_early
 from jaxserve.messages import Drain, EngineDeadError, FromEngine, Info
 from jaxserve.progress import ProgressLines
 from jaxserve.server.generate import reply, stream
@@ -36,19 +36,21 @@ class Engine:
 
     def __init__(self, model_path: str, **server_args: Any):
         config = ServerConfig.from_keywords(model_path=model_path, **server_args)
+        self._engine: EngineLoop | None = None
         self._loop = asyncio.new_event_loop()
         self._threads = [threading.Thread(target=self._loop.run_forever, daemon=True)]
         self._threads[0].start()
         try:
+            text = load_text_early(config)
             prepare_devices(config)
             endpoint = QueueEndpoint(self._deliver)
             scheduler, runner, info, stats = build(config, ProgressLines())
             self._connection = self._run(_connect(endpoint.put))
             self._deliver(info)
             self._engine = EngineLoop(scheduler, runner, endpoint, info, stats)
-            self._threads.append(threading.Thread(target=self._serve, daemon=True))
+            self._threads.append(threading.Thread(target=self._serve, args=(self._engine,), daemon=True))
             self._threads[1].start()
-            tokenizer, template = load_text(config, info)
+            tokenizer, template = text or load_text(config, info.tokenizer_dir)
             self._service = self._run(
                 _make_service(
                     self._connection,
@@ -114,10 +116,11 @@ class Engine:
         self._run(self._connection.abort([], all=True))
 
     def shutdown(self) -> None:
-        """End running requests and the engine. Idempotent."""
+        """End running requests and the engine, and free the devices' memory. Idempotent."""
         if len(self._threads) > 1 and self._threads[1].is_alive():
             self._connection.send(Drain(0.0))
             self._threads[1].join()
+        self._engine = None
         if self._threads[0].is_alive():
             if hasattr(self, "_connection"):
                 self._run(_tell_all(self._connection))
@@ -146,9 +149,9 @@ class Engine:
             with contextlib.suppress(EngineDeadError):  # it was shut down before the iterator was left
                 self._run(events.aclose())  # type: ignore[attr-defined]
 
-    def _serve(self) -> None:
+    def _serve(self, engine: EngineLoop) -> None:
         try:
-            self._engine.run()
+            engine.run()
         except Exception as error:
             self._loop.call_soon_threadsafe(self._connection.fail, f"the engine failed: {error!r}")
             raise

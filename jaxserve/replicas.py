@@ -68,8 +68,8 @@ class Replicas(EngineClient):
         if method == "loads":
             return [{**row, "dp_rank": number} for number, rows in enumerate(answers) for row in rows]
         if method == "stats":
-            # Lists have one entry a dp rank, numbers are totals: both add up.
-            return {name: sum((a[name] for a in answers[1:]), answers[0][name]) for name in answers[0]}
+            experts = [answer.pop("experts") for answer in answers if "experts" in answer]
+            return _added(answers) | ({"experts": _experts(experts)} if experts else {})
         return answers
 
     async def watch_cache(self, take: Callable[[list[CacheEvent]], None]) -> None:
@@ -77,3 +77,14 @@ class Replicas(EngineClient):
             return lambda events: take([msgspec.structs.replace(e, rank=number) for e in events])
 
         await asyncio.gather(*(c.watch_cache(numbered(i)) for i, c in enumerate(self._clients)))
+
+
+def _added(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Lists have one entry a dp rank or a device, numbers are totals: both add up."""
+    return {name: sum((a[name] for a in answers[1:]), answers[0][name]) for name in answers[0]}
+
+
+def _experts(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`ExpertWatch.snapshot` of all: layers are as balanced as where they are the least."""
+    worst = [min(layer) for layer in zip(*(answer["balancedness"] for answer in answers))]
+    return _added(answers) | {"balancedness": worst}

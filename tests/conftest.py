@@ -156,6 +156,7 @@ def num_memory_maps() -> int:
 
 def audit(engine: Any) -> None:
     """Shut an idle engine down and check that it lost nothing. Raises AssertionError."""
+    scheduler = engine._engine.scheduler
     try:
         engine.flush_cache()
         stats = engine.stats()
@@ -164,7 +165,6 @@ def audit(engine: Any) -> None:
         assert [row["num_used_tokens"] for row in engine.loads()] == [0] * engine.info.dp_size
     finally:
         engine.shutdown()
-    scheduler = engine._engine.scheduler  # its thread has ended
-    scheduler.check()
+    scheduler.check()  # its thread has ended
     free = [rank.pool.num_free for rank in scheduler.ranks]
     assert free == [scheduler.limits.num_pages] * len(scheduler.ranks), "pages are lost"

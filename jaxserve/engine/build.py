@@ -7,6 +7,7 @@ touches a backend.
 import contextlib
 import logging
 import os
+import random
 import threading
 import time
 import uuid
@@ -59,7 +60,14 @@ def prepare_devices(config: ServerConfig) -> None:
             if visible
             else [str(i) for i in range(config.base_gpu_id + config.local_devices)]
         )
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[config.base_gpu_id :][: config.local_devices])
+        names = names[config.base_gpu_id :][: config.local_devices]
+        if len(names) < config.local_devices:
+            raise ConfigError(
+                f"CUDA_VISIBLE_DEVICES={visible} leaves {len(names)} GPUs from base_gpu_id="
+                f"{config.base_gpu_id} on, where {config.local_devices} are wanted here; name more there, or "
+                "ask for fewer (tp, dp_size)"
+            )
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(XLA_POOL_FRACTION))
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     with contextlib.suppress(RuntimeError):  # a backend exists already; make_mesh counts its devices
@@ -117,7 +125,7 @@ def build(
 
     load_s = time.monotonic()
     if checkpoint is None:
-        load_dummy(model, blueprint.sharding, config.random_seed, progress)
+        load_dummy(model, blueprint.sharding, config.random_seed or 0, progress)
     else:
         load(model, checkpoint, blueprint.sharding, progress)
     for _, node in nnx.iter_graph(model):
@@ -222,8 +230,16 @@ def build(
         startup_s=time.monotonic() - begin_s,
     )
     drafter = blueprint.drafter()
-    scheduler = Scheduler(limits, layout.dp, not config.disable_radix_cache, drafter=drafter)
+    share = not config.disable_radix_cache
+    scheduler = Scheduler(limits, layout.dp, share, seeds=_seeds(config), drafter=drafter)
     return scheduler, runner, info, stats
+
+
+def _seeds(config: ServerConfig) -> random.Random:
+    """Of requests that bring none. Replicas have devices of their own, and so do not draw the same."""
+    if config.random_seed is None:
+        return random.Random()
+    return random.Random(f"{config.random_seed} {config.base_gpu_id}")
 
 
 def _find_devices(config: ServerConfig) -> list[Any]:
@@ -235,8 +251,14 @@ def _find_devices(config: ServerConfig) -> list[Any]:
         devices, reason = [], str(error) or "jax has no plugin for it"
     if devices and (config.device == "auto" or (devices[0].platform == "cpu") == (config.device == "cpu")):
         return devices
-    cure = "" if config.device == "cpu" else "; install the cuda13 or cuda12 extra, or use device=cpu"
-    raise ConfigError(f"device={config.device} is not there ({reason}){cure}")
+    cure = (
+        "; install the cuda13 or cuda12 extra, name GPUs that are there (CUDA_VISIBLE_DEVICES="
+        f"{os.environ.get('CUDA_VISIBLE_DEVICES', '')} in this process, by base_gpu_id, dp_size and tp), or "
+        "use device=cpu"
+    )
+    raise ConfigError(
+        f"device={config.device} is not there ({reason}){'' if config.device == 'cpu' else cure}"
+    )
 
 
 def _kept_programs(facts: Any, mesh: Mesh) -> KeptPrograms | None:

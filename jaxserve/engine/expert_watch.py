@@ -46,14 +46,15 @@ class ExpertWatch:
 
     # ---- balancing ----
 
-    def before_step(self) -> None:
-        """A step is about to be launched: begin a balancing, or go on with one, when it is time."""
+    def before_steps(self, num_steps: int) -> None:
+        """Some are about to be launched: begin a balancing, or go on with one, when it is time."""
         balancing = self._state.balancing
         if balancing is None:
             return
-        self._steps += 1
+        self._steps += num_steps
         if self._steps > balancing.num_steps and not self._due:
             self._begin()
+            self._steps = num_steps
         layers = [self._due.popleft() for _ in range(min(balancing.layers_at_once, len(self._due)))]
         moves = {layer: experts for layer in layers if (experts := self._better(layer)) is not None}
         before = self._state.placement
@@ -65,7 +66,6 @@ class ExpertWatch:
         total_LE = self.read()
         self._load_LE, self._window_from_LE = total_LE - self._window_from_LE, total_LE
         self._due = deque(np.flatnonzero(self._load_LE.any(axis=1)).tolist())
-        self._steps = 1
         self.num_rebalances += 1
 
     def _better(self, layer: int) -> np.ndarray | None:

@@ -211,7 +211,7 @@ class EngineLoop:
             self._in_flight = None
         plan = self.scheduler.plan()
         if plan is not None and self.expert_watch is not None:
-            self.expert_watch.before_step()
+            self.expert_watch.before_steps(plan.num_steps)
         step = self.runner.launch(plan) if plan is not None else None
         self._tell_cache_events()
         if self._in_flight is not None:

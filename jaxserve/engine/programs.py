@@ -282,6 +282,8 @@ Drawing = tuple[jax.Array, jax.Array, jax.Array]  # seed, position and temperatu
 SlotState = dict[str, jax.Array]
 """What sampling keeps of each slot: `output_count` and `in_prompt` [S, V], `bias_id` and `bias_value`
 [S, NUM_BIASES]. Only slots whose request asks for penalties or biases have theirs set."""
+LARGEST_COUNT = 2**15 - 1
+"""Of one token in an output: counts are of 16 bits, and stay there."""
 
 
 def sample(
@@ -370,7 +372,8 @@ def _set_rows(last_S: jax.Array, slot_R: jax.Array, token_R: jax.Array) -> jax.A
 
 def _count_rows(count_SV: jax.Array, slot_R: jax.Array, token_R: jax.Array) -> jax.Array:
     slot_R = jnp.where(slot_R < 0, count_SV.shape[0], slot_R)
-    return count_SV.at[slot_R, token_R].add(1, mode="drop")
+    has_room_R = count_SV.at[slot_R, token_R].get(mode="fill", fill_value=LARGEST_COUNT) < LARGEST_COUNT
+    return count_SV.at[slot_R, token_R].add(has_room_R.astype(count_SV.dtype), mode="drop")
 
 
 def _with_slot_state(logits_RV: jax.Array, slots: SlotState, f: dict[str, jax.Array]) -> jax.Array:
@@ -457,12 +460,12 @@ def _prepare_rank(slots: SlotState, packed_1M: jax.Array) -> SlotState:
     def columns(token: jax.Array) -> jax.Array:
         return jnp.where(token < 0, vocab_size, token)
 
-    count_V = jnp.where(keep, slots["output_count"][read], 0)
-    count_V = count_V.at[columns(f["output"])].add(1, mode="drop")
+    count_V = jnp.where(keep, slots["output_count"][read], 0).astype(jnp.int32)
+    count_V = jnp.minimum(count_V.at[columns(f["output"])].add(1, mode="drop"), LARGEST_COUNT)
     in_prompt_V = jnp.where(keep, slots["in_prompt"][read], False)
     in_prompt_V = in_prompt_V.at[columns(f["prompt"])].set(True, mode="drop")
     values = {
-        "output_count": count_V,
+        "output_count": count_V.astype(slots["output_count"].dtype),
         "in_prompt": in_prompt_V,
         "bias_id": f["bias_id"],
         "bias_value": f["bias_value"],

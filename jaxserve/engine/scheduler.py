@@ -34,7 +34,7 @@ class Scheduler:
         self.ranks = [Rank(i, limits, share_prefixes, drafter) for i in range(num_ranks)]
         self.requests: dict[str, Request] = {}
         self._clock = clock
-        self._seeds = seeds or random.Random(0)
+        self._seeds = seeds or random.Random()
         self._arrivals = 0
         self._steps = 0
 

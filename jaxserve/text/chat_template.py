@@ -59,7 +59,7 @@ class ChatTemplate:
             if file.is_file():
                 return cls(file.read_text("utf-8"), special_tokens)
         except (OSError, UnicodeDecodeError) as error:
-            raise TokenizerError(f"chat_template={override or file}: {error}") from error
+            raise ChatTemplateError(f"chat_template={override or file}: {error}") from error
         found = read_json(Path(path) / "tokenizer_config.json").get("chat_template")
         if isinstance(found, str):
             return cls(found, special_tokens)

@@ -127,13 +127,22 @@ def test_layers_move_a_few_a_step_and_those_that_gain_nothing_stay():
     runner.load = np.array([skewed, even, [0, 0, 0, 0], [1, 1, 1, 90]], np.uint64)
     watch = ExpertWatch(runner)
     for _ in range(6):
-        watch.before_step()
+        watch.before_steps(1)
     assert runner.moved == [[], [], [], [0], [3], []]
     assert (watch.num_rebalances, watch.num_moved > 0) == (1, True)
     runner.load = runner.load * 2  # a second window like the first: all is well as it is
     for _ in range(3):
-        watch.before_step()
+        watch.before_steps(1)
     assert watch.num_rebalances == 2 and runner.moved[6:] == [[], [], []]
+
+
+def test_steps_of_one_launch_count_each():
+    runner = FakeRunner(FakeState(Placement.trivial(1, 4, 6, 2), num_steps=8, layers_at_once=1))
+    runner.load = np.array([[1, 1, 90, 1]], np.uint64)
+    watch = ExpertWatch(runner)
+    for begun in (0, 0, 1, 1, 2):
+        watch.before_steps(4)
+        assert watch.num_rebalances == begun
 
 
 def test_experts_in_float8_move_with_their_scales(engine, tmp_path):

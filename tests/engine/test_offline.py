@@ -2,10 +2,12 @@
 
 import threading
 
+import jax
 import pytest
 
 import jaxserve
-from jaxserve.config import ConfigError
+from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.engine.build import prepare_devices
 from jaxserve.messages import EngineDeadError, Generate
 from jaxserve.server.errors import RequestError
 from jaxserve.weights import CheckpointError
@@ -38,6 +40,14 @@ def test_engine_that_was_shut_down_says_so(compile_cache):
             ask()
 
 
+def test_shutdown_frees_the_devices_memory_although_the_engine_is_still_named(compile_cache):
+    before = len(jax.live_arrays())
+    engine = make(compile_cache)
+    assert len(jax.live_arrays()) > before
+    engine.shutdown()
+    assert len(jax.live_arrays()) == before
+
+
 def test_caller_whom_the_engine_never_heard_is_told_of_the_shutdown(compile_cache, monkeypatch):
     """A request of another thread that came after the engine's last step."""
     engine, ends = make(compile_cache), []
@@ -66,7 +76,7 @@ def test_caller_whom_the_engine_never_heard_is_told_of_the_shutdown(compile_cach
         (
             {"device": "cuda"},
             ConfigError,
-            r"device=cuda is not there \(jax runs on cpu in this process\); in",
+            r"device=cuda is not there \(jax runs on cpu in this process\); install .*VISIBLE_DEVICES=0 in",
         ),
     ],
     ids=str,
@@ -74,6 +84,30 @@ def test_caller_whom_the_engine_never_heard_is_told_of_the_shutdown(compile_cach
 def test_option_that_cannot_be_had_is_refused(compile_cache, options, error, message):
     with pytest.raises(error, match=message):
         make(compile_cache, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "tokenizer.json is missing; .*--skip-tokenizer-init"),
+        ({"chat_template": "typo.jinja"}, "chat_template=typo.jinja: .*; --chat-template names another"),
+    ],
+    ids=str,
+)
+def test_text_is_refused_before_anything_is_loaded(compile_cache, monkeypatch, tmp_path, options, message):
+    monkeypatch.setattr(jaxserve.offline, "build", lambda *args: pytest.fail("the model is built"))
+    if options:
+        tiny_tokenizer.write(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        make(compile_cache, skip_tokenizer_init=False, tokenizer_path=str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("visible, wanted", [("4,5", 3), ("4", 2)])
+def test_fewer_gpus_than_are_wanted_are_refused_by_name(monkeypatch, visible, wanted):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    config = ServerConfig.from_keywords(model_path="m", tp=2, base_gpu_id=wanted - 2)
+    with pytest.raises(ConfigError, match=f"CUDA_VISIBLE_DEVICES={visible} leaves 1 GPUs from base_gpu_id"):
+        prepare_devices(config)
 
 
 def test_text_that_holds_half_a_character_is_the_callers_mistake(engine, tmp_path):

@@ -1,8 +1,10 @@
 """What sampling parameters do to the tokens of the whole engine, judged by logits computed apart from it."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxserve.engine import batch, programs
 from jaxserve.messages import Generate, Logprobs, Sampling
 from tests.engine.asking import NOISE, Golden, Row, ask, check_greedy, greedy, raw, tokens
 from tests.models.tiny import Chunk, TinyEngine, load_tiny
@@ -324,3 +326,25 @@ def test_most_biases_and_stops_fit_together(engine):
     [outputs] = raw(engine(), Generate(rid="full", input_ids=PROMPT, sampling=sampling))
     got = [t for output in outputs for t in output.token_ids]
     assert max(got[:2]) < 236, "a barred stop came"
+
+
+def test_counts_of_a_token_end_at_what_16_bits_hold():
+    """A step later, and after a request came back with an output of that token alone."""
+    most = programs.LARGEST_COUNT
+    count = jnp.array([[most - 1, most, 5]], jnp.int16)
+    for token in (0, 0, 1, 2):
+        count = programs._count_rows(count, jnp.array([0, -1]), jnp.array([token, token]))
+    assert count.tolist() == [[most, most, 6]]
+    packed = np.full((1, batch.PREPARE_PACKING.length), -1, np.int32)
+    f = batch.PREPARE_PACKING.views(packed[0])
+    f["slot"][:], f["first"][:], f["output"][:] = 0, 0, 2
+    bias = jnp.zeros((1, batch.NUM_BIASES), jnp.int32)
+    slots = {
+        "output_count": count.at[0, 2].set(most - 9),
+        "in_prompt": jnp.zeros((1, 3), bool),
+        "bias_id": bias,
+        "bias_value": bias.astype(jnp.float32),
+    }
+    slots = programs._prepare_rank(slots, packed)
+    assert slots["output_count"].dtype == jnp.int16
+    assert slots["output_count"].tolist() == [[most, most, most]]

@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxserve.config import ServerConfig
+from jaxserve.engine.build import _seeds
 from jaxserve.engine.drafting import NextnDrafter
 from jaxserve.engine.plan import tokens_of_rows
 from jaxserve.engine.rank import Limits
@@ -458,3 +460,13 @@ def test_step_waits_for_one_whose_states_the_model_guesses_from_though_nobody_ru
     assert scheduler.plan() is not None
     scheduler.abort("a", Finish("abort"))
     assert scheduler.drafts_next
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_requests_without_a_seed_draw_alike_only_on_one_replica_with_a_seed(seed):
+    def drawn(replica):
+        config = ServerConfig.from_keywords(model_path="m", random_seed=seed, base_gpu_id=replica)
+        return [_seeds(config).getrandbits(31) for _ in range(4)]
+
+    assert len(set(drawn(0))) == (4 if seed is None else 1), "each call is a start of the engine"
+    assert not set(drawn(0)) & set(drawn(1))

@@ -6,7 +6,6 @@ import pytest
 import tiny_tokenizer
 
 from jaxserve.text.chat_template import ChatTemplate, ChatTemplateError
-from jaxserve.text.tokenizer import TokenizerError
 
 USER = {"role": "user", "content": "Hi"}
 
@@ -122,7 +121,7 @@ def test_template_is_found_in_the_config_or_its_own_file(tmp_path):
     assert ChatTemplate.from_dir(tmp_path).render([USER]) == "file Hi"
     (tmp_path / "mine").write_text("mine")
     assert ChatTemplate.from_dir(tmp_path, tmp_path / "mine").render([USER]) == "mine"
-    with pytest.raises(TokenizerError, match="chat_template="):
+    with pytest.raises(ChatTemplateError, match="chat_template="):
         ChatTemplate.from_dir(tmp_path, tmp_path / "absent")
 
 
