@@ -196,7 +196,6 @@ def build(
         step_tokens=max(b.num_tokens for b in buckets),
         prefill_tokens=blueprint.prefill_tokens(num_pages),
         prefill_chunks=max(b.chunks for b in buckets),
-        max_req_len=max_req_len,
         num_checkpoints=blueprint.num_checkpoints,
         decode_steps=blueprint.decode_steps,
     )

@@ -35,7 +35,6 @@ class Limits:
     step_tokens: int  # of one step, rows and prompts together
     prefill_tokens: int  # of prompts in one step
     prefill_chunks: int  # different prompts in one step
-    max_req_len: int  # prompt and output together
     num_checkpoints: int | None = None  # states that can be kept; None: the model has no recurrent state
     decode_steps: int = 1  # in one launch, while there is nothing but decode to do
 

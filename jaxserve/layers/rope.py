@@ -60,7 +60,7 @@ class Rope:
         return RopeTable(jnp.cos(angle_TK) * self.amplitude, jnp.sin(angle_TK) * self.amplitude)
 
 
-def rope_parameters(hf_config: dict[str, Any], *, default_theta: float = 10_000.0) -> dict[str, Any]:
+def rope_parameters(hf_config: dict[str, Any]) -> dict[str, Any]:
     """`rope_parameters` of a config.json of either age: always with `rope_type` and `rope_theta`.
 
     Older files say `rope_theta` and `rope_scaling` (with `type` or `rope_type`), newer ones
@@ -68,7 +68,7 @@ def rope_parameters(hf_config: dict[str, Any], *, default_theta: float = 10_000.
     """
     given = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
     kind = given.get("rope_type") or given.get("type") or "default"
-    theta = given.get("rope_theta") or hf_config.get("rope_theta") or default_theta
+    theta = given.get("rope_theta") or hf_config.get("rope_theta") or 10_000.0
     if share := hf_config.get("partial_rotary_factor"):
         given = {"partial_rotary_factor": share, **given}
     given = {key: value for key, value in given.items() if value is not None}

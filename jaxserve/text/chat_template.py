@@ -15,7 +15,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from jaxserve.text.tokenizer import TokenizerError, read_json
+from jaxserve.text.tokenizer import read_json
 
 LOOPS_OVER_CONTENT = re.compile(
     r"\bfor\s+\w+\s+in\s+(?:content\b|\w+\.content\b|\w+\[\s*['\"]content['\"]\s*\])"
@@ -30,14 +30,11 @@ class ChatTemplateError(ValueError):
 class ChatTemplate:
     """One compiled template with the special tokens it may name."""
 
-    def __init__(
-        self, source: str, special_tokens: Mapping[str, str] | None = None, tool_source: str | None = None
-    ):
-        """`tool_source`: another template, used when tools are given. Raises ChatTemplateError."""
+    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None):
+        """Raises ChatTemplateError."""
         self.source = source
         self._special_tokens = dict(special_tokens or {})
         self._template = _compile(source)
-        self._tool_template = _compile(tool_source) if tool_source else self._template
         self._takes_parts = bool(LOOPS_OVER_CONTENT.search(source))
         self._takes_strings = not self._takes_parts or bool(TESTS_FOR_STRING.search(source))
 
@@ -67,7 +64,7 @@ class ChatTemplate:
             named = {str(t.get("name")): str(t.get("template")) for t in found if isinstance(t, dict)}
             if named:
                 default = named.get("default") or next(iter(named.values()))
-                return cls(default, special_tokens, named.get("tool_use"))
+                return cls(default, special_tokens)
         return None
 
     def render(
@@ -76,7 +73,6 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt. `continue_final_message` leaves the last message open for the model to go on;
@@ -85,14 +81,13 @@ class ChatTemplate:
         Raises ChatTemplateError.
         """
         prepared = [self._prepare(m) for m in messages]
-        template = self._tool_template if tools else self._template
         try:
-            text = template.render(
+            text = self._template.render(
                 {
                     **self._special_tokens,
                     **(variables or {}),
                     "messages": prepared,
-                    "tools": list(tools) if tools else None,
+                    "tools": None,
                     "documents": None,
                     "add_generation_prompt": add_generation_prompt and not continue_final_message,
                 }

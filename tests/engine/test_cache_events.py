@@ -172,7 +172,7 @@ def test_page_hashes_are_those_of_the_protocol(case):
 
 
 def test_page_of_a_prompt_is_stored_before_its_first_token_is_out_and_under_its_own_rank():
-    limits = Limits(16, PAGE, 4, step_tokens=16, prefill_tokens=8, prefill_chunks=4, max_req_len=32)
+    limits = Limits(16, PAGE, 4, step_tokens=16, prefill_tokens=8, prefill_chunks=4)
     scheduler = Scheduler(limits, 2)
     watch = CacheWatch([rank.tree for rank in scheduler.ranks])
     watch.start()

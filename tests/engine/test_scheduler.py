@@ -209,7 +209,6 @@ def serve(mix, num_pages, num_slots, num_ranks, share, num_checkpoints=None, dra
         step_tokens=16,
         prefill_tokens=12,
         prefill_chunks=3,
-        max_req_len=num_pages * 4,
         num_checkpoints=num_checkpoints,
     )
     seeds = random.Random(1)
@@ -291,7 +290,6 @@ def make(
         step_tokens=step_tokens or prefill_tokens + tokens_of_rows(num_slots),
         prefill_tokens=prefill_tokens,
         prefill_chunks=chunks,
-        max_req_len=num_pages * 4,
         num_checkpoints=num_checkpoints,
     )
     scheduler = Scheduler(limits, clock=lambda: 0.0, drafter=drafter)

@@ -300,7 +300,6 @@ def test_logprobs_are_those_of_the_softmax():
     values, ids = sampling.top_logprobs(logits, 3)
     assert ids.tolist() == [[1, 3, 2]]
     np.testing.assert_allclose(np.exp(values), [[0.4, 0.3, 0.2]], rtol=1e-5)
-    np.testing.assert_allclose(np.exp(sampling.token_logprobs(logits, jnp.asarray([0]))), [0.1], rtol=1e-5)
 
 
 def test_top_logprobs_puts_the_lower_id_first_among_equals():

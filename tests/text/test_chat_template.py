@@ -29,9 +29,9 @@ def test_blocks_leave_no_blank_lines():
 
 
 def test_tojson_is_plain_json():
-    tools = [{"name": "f", "about": "<é>"}]
-    assert render("{{ tools | tojson }}", tools=tools) == '[{"name": "f", "about": "<é>"}]'
-    assert json.loads(render("{{ tools | tojson(indent=2) }}", tools=tools)) == tools
+    names = {"things": [{"name": "f", "about": "<é>"}]}
+    assert render("{{ things | tojson }}", variables=names) == '[{"name": "f", "about": "<é>"}]'
+    assert json.loads(render("{{ things | tojson(indent=2) }}", variables=names)) == names["things"]
 
 
 def test_loop_controls_and_generation_blocks_are_understood():
@@ -125,8 +125,7 @@ def test_template_is_found_in_the_config_or_its_own_file(tmp_path):
         ChatTemplate.from_dir(tmp_path, tmp_path / "absent")
 
 
-def test_named_templates_are_chosen_by_tools(tmp_path):
+def test_of_named_templates_the_default_is_used(tmp_path):
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with tools"}]
     template = ChatTemplate.from_dir(tiny_tokenizer.write(tmp_path, chat_template=named))
     assert template.render([USER]) == "plain"
-    assert template.render([USER], tools=[{"name": "f"}]) == "with tools"

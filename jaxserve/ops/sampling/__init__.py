@@ -10,7 +10,7 @@ on a GPU run kernels, for which such logits are gathered first.
 
 from jaxserve.ops.sampling import fast
 from jaxserve.ops.sampling.fast import Group
-from jaxserve.ops.sampling.rows import greedy, penalize, token_logprobs, uniform
+from jaxserve.ops.sampling.rows import greedy, penalize, uniform
 
 __all__ = [
     "Group",
@@ -19,7 +19,6 @@ __all__ = [
     "sample",
     "sample_temperature",
     "sample_temperature_split",
-    "token_logprobs",
     "top_logprobs",
     "uniform",
 ]

@@ -60,9 +60,3 @@ def penalize(logits_RV, output_count_RV, in_prompt_RV, frequency_R, presence_R, 
     logits_RV = jnp.where(logits_RV > 0, logits_RV / repetition_RV, logits_RV * repetition_RV)
     logits_RV -= frequency_R[:, None] * output_count_RV.astype(jnp.float32)
     return logits_RV - jnp.where(present_RV, presence_R[:, None], 0)
-
-
-def token_logprobs(logits_RV, token_R):
-    """Natural-log probability of one token a row; [R] float32."""
-    chosen_R = jnp.take_along_axis(logits_RV, token_R[:, None], axis=1)[:, 0]
-    return chosen_R - jax.nn.logsumexp(logits_RV, axis=1)
