@@ -36,7 +36,6 @@ class Engine:
 
     def __init__(self, model_path: str, **server_args: Any):
         config = ServerConfig.from_keywords(model_path=model_path, **server_args)
-        self._engine: EngineLoop | None = None
         self._loop = asyncio.new_event_loop()
         self._threads = [threading.Thread(target=self._loop.run_forever, daemon=True)]
         self._threads[0].start()
@@ -113,14 +112,15 @@ class Engine:
 
     def abort(self) -> None:
         """End every running request; their callers get replies with an abort finish."""
-        self._run(self._connection.abort([], all=True))
+        self._run(self._service.abort(None, abort_all=True))
 
     def shutdown(self) -> None:
         """End running requests and the engine, and free the devices' memory. Idempotent."""
         if len(self._threads) > 1 and self._threads[1].is_alive():
             self._connection.send(Drain(0.0))
             self._threads[1].join()
-        self._engine = None
+        if hasattr(self, "_engine"):
+            del self._engine
         if self._threads[0].is_alive():
             if hasattr(self, "_connection"):
                 self._run(_tell_all(self._connection))

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ from jaxserve.layers.kv import PoolLayout
 from jaxserve.layers.linear import Projections
 from jaxserve.messages import Info, Progress
 from jaxserve.parallel.links import LinkPlan
-from jaxserve.weights import load, load_dummy, open_checkpoint
+from jaxserve.weights import Checkpoint, load, load_dummy, open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,15 @@ def prepare_devices(config: ServerConfig) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+class _Source(NamedTuple):
+    """A model's files, opened; `checkpoint` is None where weights are drawn."""
+
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    tokenizer_dir: str
+    checkpoint: Checkpoint | None
+
+
 def build(
     config: ServerConfig, report: Report, hosts: Hosts | None = None
 ) -> tuple[Scheduler, Runner, Info, Stats]:
@@ -89,6 +98,81 @@ def build(
     """
     begin_s = time.monotonic()
     layout = meshes.layout_of(config)
+    _check_process(config, hosts)
+    source = _open(config)
+    devices = _find_devices(config)
+    mesh = meshes.make_mesh(layout, devices)
+    blueprint = draw(config, source.config, mesh, devices[0].platform == "cpu")
+    # No room is an error now, not after minutes of loading.
+    blueprint.num_pages(_device_memory(blueprint)[0], blueprint.weight_bytes_of_device)
+    facts = model_facts(source.config, source.checkpoint.tensors.values() if source.checkpoint else ())
+    if hosts is not None:
+        hosts.agree("model", facts)
+
+    load_s = time.monotonic()
+    _load(blueprint, source, mesh, report)
+    load_s = time.monotonic() - load_s
+    num_pages = blueprint.num_pages(*_device_memory(blueprint))
+    if hosts is not None:  # the host with the least room decides for all
+        num_pages = hosts.agree("memory", {}, {"pages": num_pages})["pages"]
+    runner = _make_runner(blueprint, mesh, num_pages)
+    compile_s = time.monotonic()
+    _compile(runner, blueprint, mesh, facts, hosts, report)
+    compile_s = time.monotonic() - compile_s
+    if not blueprint.on_cpu:
+        runner.warm_up(lambda done, total: report(Progress("warming up", done, total)))
+    if hosts is not None:
+        hosts.agree("ready", {"programs": repr(runner.program_keys)})
+
+    limits = Limits(
+        num_pages=num_pages,
+        page_size=config.page_size,
+        num_slots=blueprint.num_slots,
+        step_tokens=max(b.num_tokens for b in runner.buckets),
+        prefill_tokens=blueprint.prefill_tokens(num_pages),
+        prefill_chunks=max(b.chunks for b in runner.buckets),
+        num_checkpoints=blueprint.num_checkpoints,
+        decode_steps=blueprint.decode_steps,
+    )
+    share = not config.disable_radix_cache
+    scheduler = Scheduler(limits, layout.dp, share, seeds=_seeds(config), drafter=blueprint.drafter())
+    stats = Stats(layout.dp)
+    _count_compiles(stats)
+    info = Info(
+        model_path=config.model_path,
+        architectures=list(source.config.get("architectures", [])),
+        model_type=source.config.get("model_type", ""),
+        dtype=jnp.dtype(blueprint.dtype).name,
+        quantization=config.quantization or "",
+        kv_cache_dtype=blueprint.kv_dtype.name,
+        vocab_size=blueprint.model.vocab_size,
+        context_len=blueprint.context_len,
+        eos_token_ids=_eos_ids(source.config, source.generation_config),
+        tokenizer_dir=source.tokenizer_dir,
+        generation_config=source.generation_config,
+        page_size=config.page_size,
+        max_total_num_tokens=num_pages * config.page_size * layout.dp,
+        max_req_len=blueprint.max_req_len(num_pages),
+        max_running_requests=blueprint.num_slots * layout.dp,
+        chunked_prefill_size=limits.prefill_tokens,
+        dp_size=layout.dp,
+        instance_id=uuid.uuid4().hex,
+        device_kind=devices[0].device_kind,
+        num_devices=layout.num_devices,
+        weight_bytes=runner.weight_bytes,
+        kv_cache_bytes=blueprint.page_bytes * num_pages * layout.dp,
+        load_weights_s=load_s,
+        compile_s=compile_s,
+        startup_s=time.monotonic() - begin_s,
+    )
+    return scheduler, runner, info, stats
+
+
+# ---- in the order of a start ----
+
+
+def _check_process(config: ServerConfig, hosts: Hosts | None) -> None:
+    """Raises ConfigError for what takes several processes, in one."""
     if config.nnodes > 1 and hosts is None:
         raise ConfigError(
             f"nnodes={config.nnodes}: an engine in this process has one host; use launch_server"
@@ -98,140 +182,87 @@ def build(
             f"dp_size={config.dp_size} without enable_dp_attention makes full replicas, and an engine in "
             "this process is one; use launch_server, or enable_dp_attention"
         )
-    checkpoint = (
-        None
-        if config.load_format == "dummy"
-        else open_checkpoint(config.model_path, config.revision, config.load_format)
-    )
-    if checkpoint is None:
-        hf_config, generation_config, tokenizer_dir = read_dummy_config(config.model_path)
-    else:
-        hf_config, generation_config = checkpoint.config, checkpoint.generation_config
-        tokenizer_dir = str(checkpoint.tokenizer_dir)
 
-    devices = _find_devices(config)
-    on_cpu = devices[0].platform == "cpu"
-    mesh = meshes.make_mesh(layout, devices)
-    blueprint = draw(config, hf_config, mesh, on_cpu)
-    # No room is an error now, not after minutes of loading.
-    blueprint.num_pages(_device_memory(blueprint)[0], blueprint.weight_bytes_of_device)
-    facts = model_facts(hf_config, checkpoint.tensors.values() if checkpoint else ())
-    if hosts is not None:
-        hosts.agree("model", facts)
-    model, experts, dtype = blueprint.model, blueprint.experts, blueprint.dtype
+
+def _open(config: ServerConfig) -> _Source:
+    if config.load_format == "dummy":
+        return _Source(*read_dummy_config(config.model_path), None)
+    checkpoint = open_checkpoint(config.model_path, config.revision, config.load_format)
+    return _Source(checkpoint.config, checkpoint.generation_config, str(checkpoint.tokenizer_dir), checkpoint)
+
+
+def _load(blueprint: Blueprint, source: _Source, mesh: Mesh, report: Report) -> None:
+    """Give the blueprint's model its weights, and join those of products with one input."""
+    model = blueprint.model
 
     def progress(done: int, total: int) -> None:
         report(Progress("loading weights", done, total))
 
-    load_s = time.monotonic()
-    if checkpoint is None:
-        load_dummy(model, blueprint.sharding, config.random_seed or 0, progress)
+    if source.checkpoint is None:
+        load_dummy(model, blueprint.sharding, blueprint.config.random_seed or 0, progress)
     else:
-        load(model, checkpoint, blueprint.sharding, progress)
+        load(model, source.checkpoint, blueprint.sharding, progress)
     for _, node in nnx.iter_graph(model):
         if isinstance(node, Projections):
             node.fuse(mesh if mesh.size > 1 else None)
         elif isinstance(node, ChannelScaled):
             node.is_alone = mesh.size == 1
-    load_s = time.monotonic() - load_s
-    graph, state = nnx.split(model)
-    leaves, treedef = jax.tree.flatten(state)
-    weight_bytes = sum(leaf.nbytes for leaf in leaves)
 
-    num_slots = blueprint.num_slots
-    num_pages = blueprint.num_pages(*_device_memory(blueprint))
-    if hosts is not None:  # the host with the least room decides for all
-        num_pages = hosts.agree("memory", {}, {"pages": num_pages})["pages"]
-    max_req_len = blueprint.max_req_len(num_pages)
-    sizes = Sizes(
-        num_ranks=layout.dp,
-        num_pages=num_pages,
-        page_size=config.page_size,
-        num_slots=num_slots,
-        pages_per_seq=-(-max_req_len // config.page_size),
-        vocab_size=model.vocab_size,
-    )
-    buckets = blueprint.buckets(num_pages)
-    pools = _make_pools(blueprint, num_pages)
+
+def _make_runner(blueprint: Blueprint, mesh: Mesh, num_pages: int) -> Runner:
+    config = blueprint.config
+    graph, state = nnx.split(blueprint.model)
+    leaves, treedef = jax.tree.flatten(state)
     # Halves of a step overlap in an order that devices need not share.
     links = None if config.disable_custom_all_reduce or blueprint.two_batches else LinkPlan.of(mesh)
-    function = ModelFunction(graph, treedef, experts, blueprint.expert_backend, blueprint.two_batches, links)
-    runner = Runner(
+    function = ModelFunction(
+        graph, treedef, blueprint.experts, blueprint.expert_backend, blueprint.two_batches, links
+    )
+    sizes = Sizes(
+        num_ranks=blueprint.layout.dp,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        num_slots=blueprint.num_slots,
+        pages_per_seq=-(-blueprint.max_req_len(num_pages) // config.page_size),
+        vocab_size=blueprint.model.vocab_size,
+    )
+    return Runner(
         function,
         leaves,
-        pools,
+        _make_pools(blueprint, num_pages),
         mesh,
         sizes,
-        buckets,
+        blueprint.buckets(num_pages),
         _expert_state(blueprint, leaves),
         _make_states(blueprint),
         blueprint.num_nextn,
         blueprint.decode_steps,
     )
-    programs = {"sizes": repr(sizes), "buckets": repr(runner.buckets)}
-    if hosts is not None:
-        hosts.agree("programs", programs)
-    compile_s = time.monotonic()
 
-    def compiled(done: int, total: int) -> None:
+
+def _compile(
+    runner: Runner,
+    blueprint: Blueprint,
+    mesh: Mesh,
+    facts: dict[str, Any],
+    hosts: Hosts | None,
+    report: Report,
+) -> None:
+    """All programs: from the cache, or on each host the same ones in the same order."""
+    config = blueprint.config
+    programs = {"sizes": repr(runner.sizes), "buckets": repr(runner.buckets)}
+
+    def progress(done: int, total: int) -> None:
         report(Progress("compiling", done, total))
 
-    if hosts is None:
-        settling = [
-            shared_keys(config), facts, programs, blueprint.num_nextn, blueprint.decode_steps, repr(links)
-        ]  # fmt: skip
-        runner.compile_all(compiled, _kept_programs(settling, mesh))
-    else:
-        compile_alike(runner, hosts, repr((config_facts(config), facts, programs)), compiled)
-    compile_s = time.monotonic() - compile_s
-    if not on_cpu:
-        runner.warm_up(lambda done, total: report(Progress("warming up", done, total)))
     if hosts is not None:
-        hosts.agree("ready", {"programs": repr(runner.program_keys)})
-
-    limits = Limits(
-        num_pages=num_pages,
-        page_size=config.page_size,
-        num_slots=num_slots,
-        step_tokens=max(b.num_tokens for b in buckets),
-        prefill_tokens=blueprint.prefill_tokens(num_pages),
-        prefill_chunks=max(b.chunks for b in buckets),
-        num_checkpoints=blueprint.num_checkpoints,
-        decode_steps=blueprint.decode_steps,
-    )
-    stats = Stats(layout.dp)
-    _count_compiles(stats)
-    info = Info(
-        model_path=config.model_path,
-        architectures=list(hf_config.get("architectures", [])),
-        model_type=hf_config.get("model_type", ""),
-        dtype=jnp.dtype(dtype).name,
-        quantization=config.quantization or "",
-        kv_cache_dtype=blueprint.kv_dtype.name,
-        vocab_size=model.vocab_size,
-        context_len=blueprint.context_len,
-        eos_token_ids=_eos_ids(hf_config, generation_config),
-        tokenizer_dir=tokenizer_dir,
-        generation_config=generation_config,
-        page_size=config.page_size,
-        max_total_num_tokens=num_pages * config.page_size * layout.dp,
-        max_req_len=max_req_len,
-        max_running_requests=num_slots * layout.dp,
-        chunked_prefill_size=limits.prefill_tokens,
-        dp_size=layout.dp,
-        instance_id=uuid.uuid4().hex,
-        device_kind=devices[0].device_kind,
-        num_devices=layout.num_devices,
-        weight_bytes=weight_bytes,
-        kv_cache_bytes=blueprint.page_bytes * num_pages * layout.dp,
-        load_weights_s=load_s,
-        compile_s=compile_s,
-        startup_s=time.monotonic() - begin_s,
-    )
-    drafter = blueprint.drafter()
-    share = not config.disable_radix_cache
-    scheduler = Scheduler(limits, layout.dp, share, seeds=_seeds(config), drafter=drafter)
-    return scheduler, runner, info, stats
+        hosts.agree("programs", programs)
+        compile_alike(runner, hosts, repr((config_facts(config), facts, programs)), progress)
+        return
+    settling = [
+        shared_keys(config), facts, programs, blueprint.num_nextn, blueprint.decode_steps, repr(runner.links)
+    ]  # fmt: skip
+    runner.compile_all(progress, _kept_programs(settling, mesh))
 
 
 def _seeds(config: ServerConfig) -> random.Random:

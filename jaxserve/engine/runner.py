@@ -27,6 +27,7 @@ from jaxserve.engine.launches import Launch, Launches
 from jaxserve.engine.nextn import NextnLayer
 from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.programs import Carried, ModelFunction, Variant
+from jaxserve.parallel.links import LinkPlan
 from jaxserve.parallel.slots import SlotTable
 
 Progress = Callable[[int, int], None]
@@ -273,6 +274,15 @@ class Runner:
                 jax.block_until_ready(started.last)
 
     # ---- arrays and programs ----
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(leaf.nbytes for leaf in self._leaves)
+
+    @property
+    def links(self) -> LinkPlan | None:
+        """How its devices exchange small arrays, if they do so themselves."""
+        return self._model.links
 
     def _zeros(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=self._by_rank)()

@@ -32,6 +32,8 @@ from jaxserve.text.tokenizer import Tokenizer
 
 OPEN_PATHS = ("/health", "/metrics")  # and what begins with them: no key asked
 GENERATING = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
+ENDLESS = "/kv_events"  # its readers do not keep a server up that is told to stop
+END_S = 1  # for what was aborted to be answered, and then for what was cut off
 REQUEST_ID_HEADER = "x-request-id"
 ROUTES: tuple[tuple[str, tuple[str, ...], Any], ...] = (
     ("/", ("GET",), control.root),
@@ -73,8 +75,8 @@ def create_app(
 ) -> Starlette:
     """The ASGI application over an engine that is ready.
 
-    `app.state.ready` and `app.state.draining` are the launcher's switches; `app.state.service` has
-    `num_running` and `wait_idle`.
+    `app.state.ready` and `app.state.draining` are the launcher's switches; `app.state.in_flight` holds the
+    tasks of requests whose answer has not ended.
     """
     app = Starlette(
         routes=[Route(path, endpoint(handler), methods=list(methods)) for path, methods, handler in ROUTES],
@@ -95,6 +97,7 @@ def create_app(
     app.state.kv_feed = kv_events.KvFeed(client)
     app.state.ready = True
     app.state.draining = False
+    app.state.in_flight = set[asyncio.Task[None]]()
     app.state.health_timeout_s = health_timeout_s
     return app
 
@@ -114,8 +117,8 @@ async def _routing_error(request: Request, error: Exception) -> Response:
 
 
 class Gate:
-    """In front of every route: request ids, the API key, no new work while draining; behind the data
-    routes: what their answers tell a gateway."""
+    """In front of every route: request ids, the API key, who is in flight, no new work while draining;
+    behind the data routes: what their answers tell a gateway."""
 
     def __init__(self, app: ASGIApp, api_key: str | None):
         self.app = app
@@ -127,8 +130,11 @@ class Gate:
             return
         given = [v for k, v in scope["headers"] if k == REQUEST_ID_HEADER.encode()]
         request_id = given[0][:256].decode("latin-1") if given and given[0] else uuid.uuid4().hex
+        started = False
 
         async def send_with_id(message: Message) -> None:
+            nonlocal started
+            started = True
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID_HEADER] = request_id
@@ -140,8 +146,21 @@ class Gate:
         refusal = self._refusal(scope)
         if refusal is not None:
             await error_response(refusal)(scope, receive, send_with_id)
-        else:
+            return
+        state, task = scope["app"].state, asyncio.current_task()
+        if scope["path"] != ENDLESS:
+            state.in_flight.add(task)
+        try:
             await self.app(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            if started or not state.draining:
+                raise
+            # The rest of its body may still come, so the connection cannot be used again.
+            headers = {"retry-after": "1", "connection": "close"}
+            cut = RequestError("the server is shutting down", status=503, headers=headers)
+            await error_response(cut)(scope, receive, send_with_id)
+        finally:
+            state.in_flight.discard(task)
 
     def _refusal(self, scope: Scope) -> RequestError | None:
         path = scope["path"]
@@ -177,7 +196,7 @@ async def serve(
     log_level: str = "info",
     started: Callable[[int], None] | None = None,
 ) -> None:
-    """Serve until `stop` is set; then take nothing new, let what runs finish for `grace_s`, and return.
+    """Serve until `stop` is set; then take nothing new, let what was taken finish for `grace_s`, and return.
 
     `started` is called with the port once connections are accepted (useful with port 0).
     Raises OSError when the address cannot be bound.
@@ -193,7 +212,7 @@ async def serve(
         http=Connection,
         ws="none",
         timeout_keep_alive=75,  # longer than the idle timeout of the usual proxies in front
-        timeout_graceful_shutdown=1,
+        timeout_graceful_shutdown=END_S,
         server_header=False,
     )
     sock = _listen(host, port)
@@ -209,17 +228,30 @@ async def serve(
         await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not running.done():
             app.state.draining = True
-            try:
-                await asyncio.wait_for(app.state.service.wait_idle(), grace_s)
-            except TimeoutError:
-                app.state.service.stopping = True
-                await app.state.service.abort(None, abort_all=True)
+            await _finish(app, grace_s)
     finally:
         stopping.cancel()
         app.state.kv_feed.close()
         server.should_exit = True
         await running
         sock.close()
+
+
+async def _finish(app: Starlette, grace_s: float) -> None:
+    """Wait for the requests in flight, in the engine or not there yet; end those that outlast the grace."""
+    left, service = await _wait(app.state.in_flight, grace_s), app.state.service
+    if left:
+        service.stopping = True
+        await service.abort(None, abort_all=True)
+        left = await _wait(left, END_S)
+    for task in left:
+        task.cancel()
+    await _wait(left, END_S)
+
+
+async def _wait(tasks: set[asyncio.Task[None]], timeout_s: float) -> set[asyncio.Task[None]]:
+    """Those that are not done in time."""
+    return (await asyncio.wait(tasks, timeout=timeout_s))[1] if tasks else set()
 
 
 def _listen(host: str, port: int) -> socket.socket:

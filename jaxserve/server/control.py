@@ -56,7 +56,7 @@ async def health_generate(request: Request) -> Response:
         input_ids=[0],
         sampling=Sampling(max_new_tokens=1, temperature=0.0),
     )
-    sequence = Sequence(probe, TextRules(), None, log_metrics=False)
+    sequence = Sequence(probe, TextRules(), None, arrived_s=service.clock(), log_metrics=False)
     try:
         before = service.num_outputs
         with service.admitted([sequence], limited=False):
@@ -131,10 +131,12 @@ async def loads(request: Request) -> Response:
         raise RequestError(f"format must be json or prometheus, got {show(form)}", param="format")
     rows = await service.call("loads")
     if "dp_rank" in query:
-        rank = query["dp_rank"]
-        if not rank.isascii() or not rank.isdigit() or int(rank[:9]) >= info.dp_size:
-            raise out_of_range("dp_rank", rank, 0, info.dp_size - 1)
-        rows = [row for row in rows if row.get("dp_rank") == int(rank)]
+        text = query["dp_rank"]
+        is_number = text.isascii() and text.isdigit() and len(text) <= 9  # int() takes 4300 digits at most
+        rank = int(text) if is_number else -1
+        if not 0 <= rank < info.dp_size:
+            raise out_of_range("dp_rank", text, 0, info.dp_size - 1)
+        rows = [row for row in rows if row.get("dp_rank") == rank]
     if form == "prometheus":
         return Response(load_lines(service.model_name, rows), media_type=CONTENT_TYPE)
     return json_response(

@@ -13,9 +13,11 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from jaxserve.messages import Generate
+from jaxserve.messages import Generate, Info
 from jaxserve.server.errors import RequestError
 from jaxserve.server.sampling import (
+    check_batch,
+    check_entries,
     check_prompt,
     check_sampling,
     check_token_ids,
@@ -41,7 +43,9 @@ from jaxserve.server.schema import (
 from jaxserve.server.sequence import Sequence
 from jaxserve.server.service import Service, new_rid
 
-THREAD_CHARS = 20_000  # longer texts (about 5 ms of tokenization) are encoded beside the event loop
+THREAD_CHARS = 20_000  # longer texts (about 5 ms of tokenization) are worked on beside the event loop
+PROMPT_CHARS = 20  # a prompt takes as long as so many characters more, however short
+TOKEN_CHARS = 4  # a token takes as long to decode as so many characters to encode
 WEIGHT_VERSION = "default"
 
 
@@ -79,12 +83,14 @@ async def prepare(service: Service, body: GenerateBody, tracked: bool = False) -
 
     Raises RequestError; nothing is submitted yet.
     """
+    arrived_s = service.clock()
     prompts, batch, param = await _prompts(service, body)
     params = _sampling_params(body, len(prompts))
     sequences = build_sequences(
         service,
         prompts,
         params,
+        arrived_s=arrived_s,
         param=param,
         name=native_name,
         logprobs=[_logprob_fields(service, body, i, len(prompts), len(p)) for i, p in enumerate(prompts)],
@@ -105,6 +111,7 @@ def build_sequences(
     prompts: list[list[int]],
     params: list[SamplingParams],
     *,
+    arrived_s: float,
     param: str,
     name: Callable[[str], str],
     logprobs: list[dict[str, Any]],
@@ -121,6 +128,7 @@ def build_sequences(
 
     Args:
         params: one a prompt.
+        arrived_s: when the body had come; an abort since then is theirs.
         param: the body's name for the prompts, and `name` for each sampling parameter, in messages.
         logprobs: the logprob fields of each prompt's Generate.
         tracked: asked for; only one sequence without logprobs can be.
@@ -163,6 +171,7 @@ def build_sequences(
                     request,
                     rules,
                     service.tokenizer,
+                    arrived_s=arrived_s,
                     index=i * n + sample,
                     public_rid=rid[i] if isinstance(rid, list) else rid,
                     score_only=params[i].max_new_tokens == 0,
@@ -240,13 +249,39 @@ async def encode(
             code="context_length_exceeded",
         )
     try:
-        if sum(map(len, texts)) > THREAD_CHARS:
+        if sum(map(len, texts)) + PROMPT_CHARS * len(texts) > THREAD_CHARS:
             return await asyncio.to_thread(tokenizer.encode_batch, texts, add_special_tokens)
         return [tokenizer.encode(text, add_special_tokens) for text in texts]
     except TypeError:  # JSON brings no such text, a caller in this process can
         raise RequestError(
             f"{param} holds half a surrogate pair, which is no character", param=param
         ) from None
+
+
+async def decode(service: Service, lists: list[list[int]], skip_special_tokens: bool) -> list[str]:
+    """The texts of lists of valid token ids, on a server with a tokenizer."""
+    tokenizer = service.tokenizer
+    assert tokenizer is not None
+    if TOKEN_CHARS * sum(map(len, lists)) + PROMPT_CHARS * len(lists) > THREAD_CHARS:
+        return await asyncio.to_thread(tokenizer.fast.decode_batch, lists, skip_special_tokens)
+    return [tokenizer.decode(ids, skip_special_tokens) for ids in lists]
+
+
+async def beside_loop[T](num_chars: int, work: Callable[..., T], *args: Any) -> T:
+    """What `work` returns; it runs in a thread when so many characters would keep the others waiting."""
+    return await asyncio.to_thread(work, *args) if num_chars > THREAD_CHARS else work(*args)
+
+
+def token_lists(entries: list[Any], info: Info, param: str) -> tuple[list[list[int]], bool]:
+    """(lists of token ids, whether it was not one list alone). Raises RequestError for too many and a mix."""
+    check_entries(entries, info, param)
+    batch = bool(entries) and isinstance(entries[0], list)
+    if any(isinstance(entry, list) != batch for entry in entries):
+        raise RequestError(
+            f"{param} mixes token ids and lists; give one list of token ids, or a list of such lists",
+            param=param,
+        )
+    return (entries if batch else [entries]), batch
 
 
 def check_dp_rank(service: Service, routed_dp_rank: int | None, data_parallel_rank: int | None) -> int | None:
@@ -295,23 +330,9 @@ async def _prompts(service: Service, body: GenerateBody) -> tuple[list[list[int]
         raise RequestError(f"{both}; give exactly one of them", param="text" if text is None else "input_ids")
     if ids is None:
         texts = [text] if isinstance(text, str) else list(text or ())
-        _check_batch(len(texts), "text")
+        check_batch(len(texts), "text")
         return await encode(service, texts, "text"), isinstance(text, list), "text"
-    batch = any(isinstance(entry, list) for entry in ids)
-    if not batch:
-        return [ids], False, "input_ids"  # type: ignore[list-item]
-    _check_batch(len(ids), "input_ids")
-    if not all(isinstance(entry, list) for entry in ids):
-        raise RequestError(
-            "input_ids mixes token ids and lists; give one list of token ids, or a list of such lists",
-            param="input_ids",
-        )
-    return ids, True, "input_ids"  # type: ignore[return-value]
-
-
-def _check_batch(count: int, param: str) -> None:
-    if not 1 <= count <= MAX_BATCH:
-        raise RequestError(f"{param} must hold 1 to {MAX_BATCH} prompts, got {count}", param=param)
+    return *token_lists(ids, service.client.info, "input_ids"), "input_ids"
 
 
 def _sampling_params(body: GenerateBody, count: int) -> list[SamplingParams]:

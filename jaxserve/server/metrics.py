@@ -47,7 +47,7 @@ HISTOGRAMS = {
     "time_to_first_token_seconds": ("From the request's arrival to its first token.", TTFT_BUCKETS_S),
     "inter_token_latency_seconds": ("Between two tokens of a request.", ITL_BUCKETS_S),
     "e2e_request_latency_seconds": ("From the request's arrival to its last token.", E2E_BUCKETS_S),
-    "queue_time_seconds": ("From the request's arrival to its first step.", QUEUE_BUCKETS_S),
+    "queue_time_seconds": ("From the request's arrival at the engine to its first step.", QUEUE_BUCKETS_S),
 }
 LOAD_GAUGES = {
     "num_running_reqs": "Requests in the running batch.",

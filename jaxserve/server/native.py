@@ -7,8 +7,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxserve.server.errors import RequestError
-from jaxserve.server.generate import as_reply, encode, follow, prepare
-from jaxserve.server.sampling import check_token_ids, sequence_limit
+from jaxserve.server.generate import as_reply, decode, encode, follow, prepare, token_lists
+from jaxserve.server.sampling import check_entries, check_token_ids, sequence_limit
 from jaxserve.server.schema import AbortBody, DetokenizeBody, GenerateBody, TokenizeBody, parse
 from jaxserve.server.sequence import Sequence
 from jaxserve.server.service import Service
@@ -51,6 +51,7 @@ async def tokenize(request: Request) -> Response:
     service: Service = request.app.state.service
     body = parse(TokenizeBody, await read_json_body(request))
     texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    check_entries(texts, service.client.info, "prompt")
     tokens = await encode(service, texts, "prompt", body.add_special_tokens)
     limit = sequence_limit(service.client.info)
     if isinstance(body.prompt, str):
@@ -61,14 +62,13 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """POST /detokenize {tokens, skip_special_tokens}: {text}, a list for a list of lists."""
     service: Service = request.app.state.service
+    info = service.client.info
     body = parse(DetokenizeBody, await read_json_body(request))
     if service.tokenizer is None:
         raise RequestError("tokens cannot be decoded: this server runs with --skip-tokenizer-init")
-    batch = any(isinstance(entry, list) for entry in body.tokens)
-    if batch and not all(isinstance(entry, list) for entry in body.tokens):
-        raise RequestError("tokens mixes token ids and lists", param="tokens")
-    lists = body.tokens if batch else [body.tokens]
+    lists, batch = token_lists(body.tokens, info, "tokens")
     for ids in lists:
-        check_token_ids(ids, service.client.info, "tokens")  # type: ignore[arg-type]
-    texts = [service.tokenizer.decode(ids, body.skip_special_tokens) for ids in lists]  # type: ignore[arg-type]
+        check_entries(ids, info, "tokens")
+        check_token_ids(ids, info, "tokens")
+    texts = await decode(service, lists, body.skip_special_tokens)
     return json_response({"text": texts if batch else texts[0]})

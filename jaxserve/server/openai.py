@@ -11,9 +11,11 @@ from starlette.responses import Response
 from jaxserve.server.errors import RequestError
 from jaxserve.server.generate import (
     as_meta_info,
+    beside_loop,
     build_sequences,
     check_dp_rank,
     check_rid,
+    decode,
     encode,
     make_salt,
     parse_resume,
@@ -38,15 +40,24 @@ from jaxserve.server.openai_schema import (
     completion_prompts,
     sampling_params,
 )
-from jaxserve.server.sampling import openai_name
-from jaxserve.server.schema import MAX_BATCH, MAX_TOP_LOGPROBS, SamplingParams, out_of_range, parse, show
+from jaxserve.server.sampling import check_entries, check_prompt, openai_name
+from jaxserve.server.schema import MAX_TOP_LOGPROBS, SamplingParams, out_of_range, parse, show
 from jaxserve.server.sequence import Sequence
 from jaxserve.server.service import Service, new_rid
-from jaxserve.server.stream import DONE, EventStream, json_response, read_json_body, sse, unless_gone
+from jaxserve.server.stream import (
+    BODY_BYTES,
+    DONE,
+    EventStream,
+    json_response,
+    read_json_body,
+    sse,
+    unless_gone,
+)
 from jaxserve.server.worker_headers import SEQUENCES, token_comment, wants_tracking
 from jaxserve.text.chat_template import ChatTemplateError
 
 ANY_MODEL = ("", "default")  # names by which clients ask for whatever is served
+ID_PREFIXES = {"text_completion": "cmpl", "chat.completion": "chatcmpl"}
 STARTED_S = int(time.time())
 
 Chunks = Callable[[Sequence], list[dict[str, Any]]]
@@ -93,6 +104,7 @@ def check_model(service: Service, name: str | None) -> None:
 async def completions(request: Request) -> Response:
     service: Service = request.app.state.service
     body = parse(CompletionBody, await read_json_body(request))
+    arrived_s = service.clock()
     check_model(service, body.model)
     include_usage = check_common(body)
     if body.best_of is not None and body.best_of != body.n:
@@ -112,7 +124,7 @@ async def completions(request: Request) -> Response:
     if body.echo and body.resume is not None:
         raise RequestError("resume does not go with echo", param="resume")
     answer = _answer(
-        "text_completion", "cmpl", request, body, include_usage, prompts, params, logprobs, "prompt"
+        "text_completion", request, arrived_s, body, include_usage, prompts, params, logprobs, "prompt"
     )
     echoes = texts if body.echo else [None] * len(prompts)
 
@@ -129,18 +141,19 @@ async def completions(request: Request) -> Response:
 
 async def _completion_prompts(service: Service, body: CompletionBody) -> tuple[list[list[int]], list[str]]:
     """(token ids, texts for echo). Raises RequestError."""
+    info = service.client.info
+    if not isinstance(body.prompt, str):
+        check_entries(body.prompt, info, "prompt")
     prompts, is_text = completion_prompts(body)
-    if len(prompts) > MAX_BATCH:
-        raise RequestError(f"prompt must hold 1 to {MAX_BATCH} prompts, got {len(prompts)}", param="prompt")
     if service.tokenizer is None:
         raise RequestError("this route needs a tokenizer; the server runs with --skip-tokenizer-init")
     if is_text:
         return await encode(service, prompts, "prompt"), prompts  # type: ignore[arg-type, return-value]
-    for ids in prompts:
-        if not all(0 <= t < 2**32 for t in ids):  # type: ignore[operator]  # what the tokenizer can be asked
-            raise RequestError("prompt holds a token id outside the vocabulary", param="prompt")
-    texts = [service.tokenizer.decode(p, False) for p in prompts] if body.echo else []  # type: ignore[arg-type]
-    return prompts, texts  # type: ignore[return-value]
+    if not body.echo:
+        return prompts, []  # type: ignore[return-value]
+    for i, ids in enumerate(prompts):
+        check_prompt(ids, info, f"prompt[{i}]" if len(prompts) > 1 else "prompt")  # type: ignore[arg-type]
+    return prompts, await decode(service, prompts, False)  # type: ignore[arg-type, return-value]
 
 
 # ---- chat ----
@@ -149,6 +162,7 @@ async def _completion_prompts(service: Service, body: CompletionBody) -> tuple[l
 async def chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
     body = parse(ChatBody, await read_json_body(request))
+    arrived_s = service.clock()
     check_model(service, body.model)
     include_usage = check_common(body)
     check_chat(body)
@@ -156,11 +170,11 @@ async def chat_completions(request: Request) -> Response:
         raise out_of_range("top_logprobs", body.top_logprobs, 0, MAX_TOP_LOGPROBS)
     if service.tokenizer is None:
         raise RequestError("this route needs a tokenizer; the server runs with --skip-tokenizer-init")
-    prompt, param = await _chat_prompt(service, body)
+    prompt, param = await _chat_prompt(request, body)
     logprobs = {"return_logprob": True, "top_logprobs_num": body.top_logprobs} if body.logprobs else {}
     params = sampling_params(body, chat_max_tokens(body), sampling_defaults(service))
     answer = _answer(
-        "chat.completion", "chatcmpl", request, body, include_usage, [prompt], params, logprobs, param
+        "chat.completion", request, arrived_s, body, include_usage, [prompt], params, logprobs, param
     )
     if body.stream:
         chunks: Chunks = lambda s: chat_chunks(answer, s, service.tokenizer)  # noqa: E731
@@ -169,12 +183,22 @@ async def chat_completions(request: Request) -> Response:
     return json_response(answer.whole([chat_choice(answer, s, service.tokenizer) for s in answer.sequences]))
 
 
-async def _chat_prompt(service: Service, body: ChatBody) -> tuple[list[int], str]:
+async def _chat_prompt(request: Request, body: ChatBody) -> tuple[list[int], str]:
     """(token ids, the parameter they came from). Raises RequestError."""
+    service: Service = request.app.state.service
+    text = await beside_loop(request.scope[BODY_BYTES], _chat_text, service, body)
+    if text is None:
+        return body.input_ids or [], "input_ids"
+    ids = await encode(service, [text], "messages", add_special_tokens=False)
+    return ids[0], "messages"
+
+
+def _chat_text(service: Service, body: ChatBody) -> str | None:
+    """The rendered messages; None when the body brings token ids. Raises RequestError."""
     if body.input_ids is not None:
         if body.messages:
             check_messages(body.messages)  # what is refused without the ids is refused with them
-        return body.input_ids, "input_ids"
+        return None
     messages = check_messages(body.messages)
     if service.chat_template is None:
         raise RequestError(
@@ -185,7 +209,7 @@ async def _chat_prompt(service: Service, body: ChatBody) -> tuple[list[int], str
     if body.reasoning_effort is not None:
         variables["reasoning_effort"] = body.reasoning_effort
     try:
-        text = service.chat_template.render(
+        return service.chat_template.render(
             messages,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
@@ -193,8 +217,6 @@ async def _chat_prompt(service: Service, body: ChatBody) -> tuple[list[int], str
         )
     except ChatTemplateError as error:
         raise RequestError(f"messages: {error}", param="messages") from None
-    ids = await encode(service, [text], "messages", add_special_tokens=False)
-    return ids[0], "messages"
 
 
 # ---- both ----
@@ -207,8 +229,8 @@ def sampling_defaults(service: Service) -> dict[str, Any]:
 
 def _answer(
     kind: str,
-    prefix: str,
     request: Request,
+    arrived_s: float,
     body: OpenAIBody,
     include_usage: bool,
     prompts: list[list[int]],
@@ -220,11 +242,12 @@ def _answer(
     service: Service = request.app.state.service
     resume = parse_resume(body.resume, body.stream)
     tracked = body.stream and not getattr(body, "echo", False) and wants_tracking(request)
-    rid = check_rid(body.rid) if body.rid is not None else f"{prefix}-{new_rid()}"
+    rid = check_rid(body.rid) if body.rid is not None else f"{ID_PREFIXES[kind]}-{new_rid()}"
     sequences = build_sequences(
         service,
         prompts,
         [params] * len(prompts),
+        arrived_s=arrived_s,
         param=param,
         name=openai_name,
         logprobs=[logprobs] * len(prompts),

@@ -12,6 +12,7 @@ import msgspec
 from jaxserve.messages import Info, Sampling
 from jaxserve.server.errors import RequestError
 from jaxserve.server.schema import (
+    MAX_BATCH,
     MAX_LOGIT_BIAS,
     MAX_STOP_CHARS,
     MAX_STOP_TOKEN_IDS,
@@ -171,6 +172,28 @@ def check_prompt(token_ids: Sequence[int], info: Info, param: str) -> None:
             code="context_length_exceeded",
         )
     check_token_ids(token_ids, info, param)
+
+
+def check_entries(entries: Sequence[Any], info: Info, param: str) -> None:
+    """Raises RequestError for more token ids than a sequence has, or more prompts than a request may have.
+
+    To be asked before each entry is looked at: a body has room for millions.
+    """
+    limit = sequence_limit(info)
+    if entries and not isinstance(entries[0], int):
+        check_batch(len(entries), param)
+    elif len(entries) > limit:
+        raise RequestError(
+            f"{param} has {len(entries)} tokens; a sequence has at most {limit} "
+            f"(context_len={info.context_len}, max_req_len={info.max_req_len})",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def check_batch(count: int, param: str) -> None:
+    if not 1 <= count <= MAX_BATCH:
+        raise RequestError(f"{param} must hold 1 to {MAX_BATCH} prompts, got {count}", param=param)
 
 
 def check_token_ids(token_ids: Collection[int], info: Info, param: str) -> None:

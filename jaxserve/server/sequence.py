@@ -31,6 +31,7 @@ class Sequence:
         rules: TextRules,
         tokenizer: Tokenizer | None,
         *,
+        arrived_s: float,
         index: int = 0,
         public_rid: str | None = None,
         score_only: bool = False,
@@ -41,6 +42,7 @@ class Sequence:
     ):
         """
         Args:
+            arrived_s: when its request had come, by the service's clock.
             index: its place among the sequences of its HTTP request.
             public_rid: the id the client gave for all of them; `/abort_request` takes it.
             score_only: max_new_tokens was 0; the engine's one token is dropped.
@@ -52,6 +54,7 @@ class Sequence:
         """
         self.request = request
         self.rules = rules
+        self.arrived_s = arrived_s
         self.index = index
         self.public_rid = public_rid or request.rid
         self.reply_id = reply_id or request.rid
@@ -64,7 +67,6 @@ class Sequence:
         self.spec_steps = 0
         self.spec_drafted = 0
         self.spec_accepted = 0
-        self.started_s = 0.0
         self.e2e_latency_s = 0.0
         self.closed = False  # the engine's stream is closed and the times are taken
         self.pending = False  # an event is due that its reader has not taken yet

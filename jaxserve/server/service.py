@@ -6,6 +6,7 @@ here or in `generate` knows of HTTP.
 
 import asyncio
 import contextlib
+import math
 import time
 import uuid
 from collections import deque
@@ -13,13 +14,15 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from typing import Any
 
 from jaxserve.config import ServerConfig
-from jaxserve.messages import EngineClient, EngineDeadError, Output
+from jaxserve.messages import EngineClient, EngineDeadError, Finish, Generate, Output
 from jaxserve.server.errors import RequestError, unavailable
 from jaxserve.server.metrics import Metrics
+from jaxserve.server.schema import MAX_RID_CHARS
 from jaxserve.server.sequence import Sequence
 from jaxserve.text.chat_template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 
+MAX_ABORTS = 4096  # whose ids are remembered, for requests that are on their way to the engine
 MOST_BEHIND = 16  # outputs by which a stream's reader may be late before its events are joined
 
 
@@ -49,6 +52,8 @@ class Service:
         self.num_outputs = 0  # outputs the engine has sent, a sign of life
         self._dead: str | None = None
         self._running: dict[str, Sequence] = {}
+        self._aborted_s: dict[str, float] = {}  # id -> when its last abort came; the oldest is first
+        self._all_aborted_s = -math.inf
         self.stopping = False  # the grace period is over: what is aborted now may go on elsewhere
         self._idle = asyncio.Event()
         self._idle.set()
@@ -78,8 +83,19 @@ class Service:
 
     @contextlib.contextmanager
     def admitted(self, sequences: list[Sequence], limited: bool = True) -> Iterator[None]:
-        """Holds a place for each. Raises RequestError: 503 when the queue is full, 400 for a rid in use."""
+        """Holds a place for each.
+
+        Raises RequestError: 503 when the queue is full or the grace period over, 400 for a rid in use and for
+        more than the queue ever holds.
+        """
+        if self.stopping:
+            raise unavailable("the server is shutting down")
         limit = self.client.info.max_running_requests + self.config.max_queued_requests
+        if limited and len(sequences) > limit:
+            raise RequestError(
+                f"{len(sequences)} sequences in one request are more than max_running_requests + "
+                f"max_queued_requests = {limit}; split the batch"
+            )
         if limited and self.num_running + len(sequences) > limit:
             raise unavailable(
                 f"{self.num_running} requests run or wait and {len(sequences)} more would pass "
@@ -102,11 +118,27 @@ class Service:
                 self._idle.set()
 
     async def abort(self, rid: str | None, abort_all: bool = False) -> None:
-        """End requests by the id their client gave or by their own; their streams get an abort finish."""
+        """End requests by the id their client gave or by their own; their streams get an abort finish.
+
+        Those that have arrived and are not sent yet are ended when they would be.
+        """
+        if abort_all:
+            self._all_aborted_s = self.clock()
+        if rid is not None and len(rid) <= 2 * MAX_RID_CHARS:  # no request has a longer one
+            self._aborted_s.pop(rid, None)
+            self._aborted_s[rid] = self.clock()
+            if len(self._aborted_s) > MAX_ABORTS:
+                del self._aborted_s[next(iter(self._aborted_s))]
         rids = [r for r, s in self._running.items() if rid is not None and rid in (r, s.public_rid)]
         if rids or abort_all:
             with self.engine_errors():
                 await self.client.abort(rids, abort_all)
+
+    def _was_aborted(self, sequence: Sequence) -> bool:
+        """Whether an abort came after it arrived."""
+        rids = (sequence.request.rid, sequence.public_rid)
+        last_s = max(self._all_aborted_s, *(self._aborted_s.get(rid, -math.inf) for rid in rids))
+        return last_s > sequence.arrived_s
 
     async def call(self, method: str) -> Any:
         """Raises EngineRefusal, EngineDeadError."""
@@ -133,7 +165,7 @@ class Service:
             return
         clock, metrics = self.clock, self.metrics if sequence.log_metrics else None
         interval = sequence.rules.stream_interval
-        sequence.started_s = last_s = clock()
+        last_s = clock()
         told = len(sequence.token_ids)  # at the last event
 
         arrived: deque[tuple[Output, float]] = deque()
@@ -154,7 +186,7 @@ class Service:
             sequence.feed(output)
             count = len(sequence.token_ids)
             if metrics is not None:
-                since_s = now_s - sequence.started_s, now_s - last_s
+                since_s = now_s - sequence.arrived_s, now_s - last_s
                 metrics.output(sequence.dp_rank, output, before, count, *since_s)
                 last_s = now_s
             if sequence.finish is not None:
@@ -166,7 +198,8 @@ class Service:
 
         try:
             with self.engine_errors():
-                stream = self.client.generate(sequence.request, take)
+                generate = _aborted if self._was_aborted(sequence) else self.client.generate
+                stream = generate(sequence.request, take)
                 async with contextlib.aclosing(stream):  # type: ignore[type-var]
                     async for _ in stream:
                         while arrived and sequence.finish is None:
@@ -180,7 +213,7 @@ class Service:
                         raise EngineDeadError("the engine ended a stream without a finish")
         finally:
             sequence.closed = True
-            sequence.e2e_latency_s = clock() - sequence.started_s
+            sequence.e2e_latency_s = clock() - sequence.arrived_s
             if metrics is not None:
                 metrics.finished(sequence)
         if self.stopping and sequence.tracked and sequence.finish["type"] == "abort":
@@ -249,6 +282,13 @@ class Service:
         async with contextlib.aclosing(self.run(sequence, every_event=False)) as events:
             async for _ in events:
                 pass
+
+
+async def _aborted(request: Generate, take: Callable[[Output], bool]) -> AsyncGenerator[None]:
+    """The stream of a request that is not sent: its abort came first, when the engine knew no such rid."""
+    finish = Finish("abort", message="aborted by the client")
+    if take(Output(request.rid, finish=finish)):
+        yield
 
 
 def new_rid() -> str:

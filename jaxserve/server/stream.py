@@ -23,6 +23,7 @@ MAX_BODY_BYTES = 64 << 20
 BODY_TIMEOUT_S = 60.0
 STALLED_S = 120.0  # for so long a stream's reader may take nothing; it holds a place in the queue
 MAX_DEPTH_MESSAGE = "the body is nested too deeply"
+BODY_BYTES = "jaxserve.body_bytes"  # where `read_json_body` leaves the body's length in a request's scope
 DONE = b"data: [DONE]\n\n"
 SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -110,6 +111,7 @@ async def read_json_body(request: Request) -> Any:
     except TimeoutError:
         message = f"the body did not arrive within {BODY_TIMEOUT_S} s"
         raise RequestError(message, status=408, headers={"connection": "close"}) from None
+    request.scope[BODY_BYTES] = len(body)
     try:
         return msgspec.json.decode(body)
     except RecursionError:

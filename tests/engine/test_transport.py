@@ -65,7 +65,9 @@ def test_what_fails_to_take_its_outputs_ends_alone(address):
     async def work(carrier, endpoint):
         connection = carrier.connection
         bad, good = connection.generate(request("bad"), take), Followed(connection, request("good"))
-        endpoint.receive(PATIENCE_S)
+        sent = []
+        while len(sent) < 2:
+            sent += endpoint.receive(PATIENCE_S)
         endpoint.send(Outputs([], {"bad": [5], "good": [6]}))
         with pytest.raises(ValueError, match="cannot be shown"):
             await anext(bad)

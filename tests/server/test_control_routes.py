@@ -55,7 +55,14 @@ def test_loads_for_prometheus(server):
 
 @pytest.mark.parametrize(
     "query, param",
-    [("dp_rank=2", "dp_rank"), ("dp_rank=x", "dp_rank"), ("include=a", "include"), ("format=x", "format")],
+    [
+        ("dp_rank=2", "dp_rank"),
+        ("dp_rank=x", "dp_rank"),
+        ("dp_rank=0000000009", "dp_rank"),
+        (f"dp_rank=000000000{'1' * 5000}", "dp_rank"),
+        ("include=a", "include"),
+        ("format=x", "format"),
+    ],
 )
 def test_loads_names_a_wrong_parameter(server, query, param):
     response = server.http.get(f"/v1/loads?{query}")

@@ -12,7 +12,8 @@ from fake_engine import INFO, FakeEngine
 from live_server import Running, make_app
 
 from jaxserve.messages import Finish
-from jaxserve.server import stream
+from jaxserve.server import app as app_module
+from jaxserve.server import openai, stream
 from jaxserve.server.app import _listen
 
 SLOW = {"text": "x", "sampling_params": {"max_new_tokens": 400, "ignore_eos": True, "stop_token_ids": [319]}}
@@ -181,19 +182,75 @@ def test_full_queue_is_503_with_retry_after(tokenizer):
     running = Running(app)
     url = f"http://127.0.0.1:{running.port}"
     with httpx.Client(base_url=url, timeout=10) as http:
-        body = {"input_ids": [[5]] * 11, "sampling_params": SLOW["sampling_params"]}
-        refused = http.post("/generate", json=body)  # max_running_requests=8 and 2 waiting
-        assert refused.status_code == 503
-        assert refused.headers["retry-after"] == "1"
-        body["input_ids"].pop()
+        body = {"input_ids": [[5]] * 10, "sampling_params": SLOW["sampling_params"]}
         thread = threading.Thread(target=lambda: http.post("/generate", json=body))
         thread.start()
-        wait_for(lambda: len(engine.running) == 10)
-        assert http.post("/generate", json={"text": "x"}).status_code == 503
+        wait_for(lambda: len(engine.running) == 10)  # max_running_requests=8 and 2 waiting
+        refused = http.post("/generate", json={"text": "x"})
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "1"
         http.post("/abort_request", json={"abort_all": True})
         thread.join(5)
     running.stop()
     running.thread.join(5)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_batch_that_never_fits_the_queue_is_400(tokenizer, is_stream):
+    """Trying again later would not help."""
+    engine = FakeEngine(lambda request: [])
+    running = Running(make_app(engine, tokenizer, limit=2))
+    url = f"http://127.0.0.1:{running.port}/generate"
+    refused = httpx.post(url, json={"input_ids": [[5]] * 11, "stream": is_stream})
+    assert refused.status_code == 400 and "retry-after" not in refused.headers
+    assert refused.json()["error"]["message"] == (
+        "11 sequences in one request are more than max_running_requests + max_queued_requests = 10; "
+        "split the batch"
+    )
+    assert not engine.requests
+    running.stop()
+    running.thread.join(5)
+
+
+@pytest.mark.parametrize("num_messages, beside", [(1, False), (1000, True)])
+@pytest.mark.parametrize("field", [{}, {"input_ids": [5]}])
+def test_many_messages_are_checked_and_rendered_beside_the_event_loop(
+    server, monkeypatch, field, num_messages, beside
+):
+    threads = {}
+
+    def noting(name, work):
+        def noted(*args, **fields):
+            threads[name] = threading.current_thread()
+            return work(*args, **fields)
+
+        return noted
+
+    template = server.app.state.service.chat_template
+    monkeypatch.setattr(template, "render", noting("render", template.render))
+    monkeypatch.setattr(openai, "check_messages", noting("check", openai.check_messages))
+    monkeypatch.setattr(openai, "check_model", noting("loop", openai.check_model))
+    messages = [{"role": "user", "content": "x"}] * num_messages
+    server.http.post("/v1/chat/completions", json={"messages": messages, **field})
+    loop = threads.pop("loop")
+    assert list(threads) == (["check"] if field else ["check", "render"])
+    assert [thread is not loop for thread in threads.values()] == [beside] * len(threads)
+
+
+@pytest.mark.parametrize("count, beside", [(1, False), (1024, True)])
+def test_many_prompts_are_worked_on_beside_the_event_loop(server, monkeypatch, count, beside):
+    """However short they are."""
+    asked = []
+
+    async def to_thread(work, *args):
+        asked.append(work.__name__)
+        return work(*args)
+
+    monkeypatch.setattr(asyncio, "to_thread", to_thread)
+    tokens = server.http.post("/tokenize", json={"prompt": ["a"] * count}).json()["tokens"]
+    texts = server.http.post("/detokenize", json={"tokens": tokens}).json()["text"]
+    assert texts == ["a"] * count
+    assert asked == ["encode_batch", "decode_batch"] * beside
 
 
 # ---- health, draining, death ----
@@ -285,6 +342,60 @@ def test_stop_aborts_what_outlasts_the_grace_period(tokenizer):
     assert answers[0].json()["meta_info"]["finish_reason"]["type"] == "abort"
     running.thread.join(5)
     assert not running.thread.is_alive()
+
+
+def begin(running, body=b'{"text": "x"}'):
+    """A connection on which all but the body's last byte was sent, and that byte."""
+    connection = socket.create_connection(("127.0.0.1", running.port), timeout=20)
+    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body[:-1])
+    return connection, body[-1:]
+
+
+def test_stop_lets_a_request_finish_whose_body_is_still_to_come(tokenizer, monkeypatch):
+    monkeypatch.setattr(app_module, "END_S", 0.05)
+    app = make_app(FakeEngine(lambda request: tokenizer.encode("hello")), tokenizer)
+    running = Running(app, grace_s=20)
+    connection, rest = begin(running)
+    with connection:
+        wait_for(lambda: app.state.in_flight)
+        running.stop()
+        running.thread.join(0.5)  # ten times as long as what is not waited for has
+        connection.sendall(rest)
+        answer = connection.makefile("rb").read().decode()
+    assert answer.startswith("HTTP/1.1 200 ") and '"text":"hello"' in answer
+    running.thread.join(5)
+    assert not running.thread.is_alive()
+
+
+def test_stop_answers_503_to_what_is_not_admitted_when_the_grace_period_ends(tokenizer, monkeypatch):
+    monkeypatch.setattr(app_module, "END_S", 0.05)
+    app = make_app(FakeEngine(lambda request: []), tokenizer)
+    running = Running(app, grace_s=0.1)
+    connection, _ = begin(running)
+    with connection:
+        wait_for(lambda: app.state.in_flight)
+        running.stop()
+        head, content = connection.makefile("rb").read().split(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1\r\n" in head
+    assert json.loads(content)["error"]["message"] == "the server is shutting down"
+    running.thread.join(5)
+    assert not running.thread.is_alive()
+
+
+def test_stop_does_not_wait_for_idle_connections_and_readers_of_cache_events(tokenizer):
+    app = make_app(FakeEngine(lambda request: []), tokenizer)
+    running = Running(app, grace_s=60)
+    with (
+        httpx.Client(base_url=f"http://127.0.0.1:{running.port}") as http,
+        http.stream("GET", "/kv_events") as events,
+        socket.create_connection(("127.0.0.1", running.port)),
+    ):
+        lines = events.iter_lines()  # held: httpx closes the stream of a generator that is dropped
+        next(lines)
+        running.stop()
+        running.thread.join(10)
+        assert not running.thread.is_alive()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

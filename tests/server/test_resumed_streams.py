@@ -250,7 +250,7 @@ def tokenizers(tmp_path_factory):
 
 def shown(request, rules, tokenizer, tokens):
     """What a tracked sequence shows, event by event: (tokens, their text, all text)."""
-    sequence = Sequence(request, rules, tokenizer, tracked=True)
+    sequence = Sequence(request, rules, tokenizer, arrived_s=0.0, tracked=True)
     events = []
     for at in range(len(request.output_ids), len(tokens)):
         if sequence.finish is not None:

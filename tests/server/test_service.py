@@ -10,8 +10,11 @@ from fake_engine import FakeEngine
 
 from jaxserve.config import ServerConfig
 from jaxserve.messages import EngineDeadError, Finish, Output
+from jaxserve.server import generate
+from jaxserve.server import service as service_module
 from jaxserve.server.errors import RequestError
 from jaxserve.server.generate import reply, stream
+from jaxserve.server.metrics import Metrics
 from jaxserve.server.schema import GenerateBody, parse
 from jaxserve.server.service import MOST_BEHIND, Service
 
@@ -76,6 +79,89 @@ def test_cancelling_a_reply_aborts_every_sequence(engine, tokenizer):
 
     run(engine, tokenizer, work)
     assert sorted(engine.aborted) == ["r_0", "r_1"]
+
+
+BATCH = {"text": ["x", "y"], "rid": "r"}
+
+
+@pytest.mark.parametrize("rid, abort_all", [("r", False), (None, True)])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_abort_is_not_lost_that_comes_before_a_batch_is_sent(engine, tokenizer, is_stream, rid, abort_all):
+    async def work(service):
+        async def last_events():
+            events = [event async for event in stream(service, body(**BATCH, stream=True))]
+            return [event for event in events if event["meta_info"]["finish_reason"]]
+
+        answer = asyncio.create_task(last_events() if is_stream else reply(service, body(**BATCH)))
+        await asyncio.sleep(0)
+        assert service.num_running == 2 and not engine.requests
+        await service.abort(rid, abort_all)
+        return [r["meta_info"]["finish_reason"] for r in await answer]
+
+    assert run(engine, tokenizer, work) == [{"type": "abort", "message": "aborted by the client"}] * 2
+    assert not engine.requests
+
+
+@pytest.mark.parametrize(
+    "rid, abort_all, ends", [("r", False, "aa"), ("r_1", False, "sa"), (None, True, "aa"), ("x", False, "ss")]
+)
+def test_abort_is_not_lost_that_comes_while_a_prompt_is_tokenized(
+    engine, tokenizer, monkeypatch, rid, abort_all, ends
+):
+    monkeypatch.setattr(generate, "THREAD_CHARS", 0)
+
+    async def work(service):
+        answer = asyncio.create_task(reply(service, body(**BATCH)))
+        await asyncio.sleep(0)
+        assert service.num_running == 0
+        await service.abort(rid, abort_all)
+        return [r["meta_info"]["finish_reason"]["type"][0] for r in await answer]
+
+    assert "".join(run(engine, tokenizer, work)) == ends
+
+
+def test_abort_does_not_end_a_later_request_of_the_same_id(engine, tokenizer):
+    async def work(service):
+        await service.abort("r", abort_all=True)
+        return await reply(service, body(text="x", rid="r"))
+
+    assert run(engine, tokenizer, work)["text"] == "hello world"
+
+
+def test_few_of_many_aborts_are_remembered(engine, tokenizer, monkeypatch):
+    monkeypatch.setattr(service_module, "MAX_ABORTS", 2)
+
+    async def work(service):
+        for rid in ("a", "b", "a", "c", "x" * 1000):
+            await service.abort(rid)
+        return list(service._aborted_s)
+
+    assert run(engine, tokenizer, work) == ["a", "c"]
+
+
+def test_latency_counts_from_the_requests_arrival(engine, tokenizer, monkeypatch):
+    """And not from its submission to the engine."""
+    now_s = [100.0]
+    encode = tokenizer.encode
+
+    def slow_encode(*args):
+        now_s[0] += 7
+        return encode(*args)
+
+    monkeypatch.setattr(tokenizer, "encode", slow_encode)
+    engine.script = lambda request: [5]
+
+    async def main():
+        info, config = engine.info, ServerConfig(model_path="m")
+        metrics = Metrics("m", info)
+        service = Service(engine, config, tokenizer, metrics=metrics, clock=lambda: now_s[0])
+        answer = await reply(service, body(text="x"))
+        return answer["meta_info"]["e2e_latency"], metrics.render([], {}).decode()
+
+    latency_s, text = asyncio.run(main())
+    assert latency_s == 7
+    for name in ("time_to_first_token", "e2e_request_latency"):
+        assert f'sglang:{name}_seconds_sum{{dp_rank="0",model_name="m"}} 7.0\n' in text
 
 
 def test_each_sequence_finishes_once_when_its_stream_closes_slowly(engine, tokenizer):
