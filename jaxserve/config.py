@@ -66,7 +66,7 @@ class ServerConfig:
     stream_interval: int = key(1, "tokens between two events of a stream", least=1)
     max_queued_requests: int = key(4096, "requests that may wait; one more is answered 503", least=1)
     shutdown_grace_period_secs: float = key(
-        30.0, "how long running requests may finish after SIGTERM", least=0
+        30.0, "how long requests that were taken may finish after SIGTERM", least=0
     )
     log_level: Literal["debug", "info", "warning", "error"] = key("info", "what is logged")
 
@@ -151,7 +151,9 @@ class ServerConfig:
         None, "KV capacity of one dp rank in tokens; default: what memory holds", least=1
     )
     max_running_requests: int | None = key(
-        None, "rows of one dp rank's running batch; default 256 on GPU, 32 on CPU", least=1
+        None,
+        "rows of one dp rank's running batch; default 256 on GPU, 32 on CPU and with recurrent states",
+        least=1,
     )
     chunked_prefill_size: int | None = key(
         None,

@@ -75,7 +75,7 @@ class Call(msgspec.Struct, frozen=True, tag=True):
 
 
 class Drain(msgspec.Struct, frozen=True, tag=True):
-    """Finish what runs, take nothing new, then exit."""
+    """Finish what there is, then exit. Who sends it has stopped asking for more."""
 
     grace_s: float
 

@@ -29,7 +29,7 @@ from router.policies.manual import Manual
 from router.proxy import Proxy
 from router.short_way import ShortWay
 from router.tracing import Tracer
-from router.upstream import AGES_S, Address, Pool
+from router.upstream import AGES_S, Address, Pool, UpstreamError
 from router.worker_api import WorkerApi
 from router.workers import Registry, Worker, WorkerSpec, breaker_numbers
 
@@ -120,6 +120,13 @@ class Gateway:
         """Until no data request is in flight."""
         if self.proxy is not None:
             await self.proxy.concurrency.wait_idle()
+
+    def cut_off(self) -> None:
+        """Out of grace: end what runs at workers and begin nothing elsewhere, so that clients are told."""
+        for worker in self.registry:
+            self.registry.set_status(worker, "draining")
+        for worker in self.registry:
+            worker.pool.fail_active(UpstreamError("the gateway is shutting down", kind="ejected"))
 
     async def metrics_text(self) -> bytes:
         """The metrics of all processes of this gateway."""

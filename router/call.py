@@ -12,6 +12,7 @@ from router.errors import RequestError
 
 if TYPE_CHECKING:
     from router.resume import Tracker
+    from router.workers import Worker
 
 EMPTY = msgspec.Raw(b"")
 BAD_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what decoding raises
@@ -91,7 +92,7 @@ class Call(msgspec.Struct):
     prompt: bytes = b""
     prompt_tokens: int = 0  # estimate
     routing_key: str | None = None
-    target_worker: str | None = None
+    target_worker: "Worker | None" = None  # whom the client asked for
     request_id: bytes = b""
     chain: list[int] | None = None  # block hashes, filled by cache_aware
     token_ids: list[int] | None = None  # of the prompt, when exact routing knows them

@@ -67,7 +67,7 @@ class Cluster:
         self.version = 0
         self.last_state = b""
         self.announcing = False
-        self.ending = False
+        self.ending = asyncio.Event()
         self.departed: Snapshot = {}  # counts of members that died
         self.departed_prompt_tokens = 0
         self.departed_cached_tokens: dict[str, int] = {}
@@ -110,7 +110,7 @@ class Cluster:
 
     def end(self, number: int = signal.SIGTERM) -> None:
         """Tell every member; a second signal ends them at once, as it does a gateway of one process."""
-        self.ending = True
+        self.ending.set()
         self.gateway.draining = True
         for member in self.members:
             if member.process is not None and member.process.returncode is None:
@@ -123,48 +123,64 @@ class Cluster:
 
     async def _supervise(self, member: Process) -> None:
         pause_s, early_deaths = RESTART_PAUSE_S[0], 0
-        while not self.ending:
+        while not self.ending.is_set():
             started_s = time.monotonic()
-            code = await self._run(member)
-            if self.ending:
+            try:
+                end = str(await self._run(member))
+            except Exception as error:  # no process could be started, or our bug: the others serve on
+                log.exception("process %d", member.index)
+                end = repr(error)
+            if self.ending.is_set():
                 return
             lived_s = time.monotonic() - started_s
             early_deaths = 0 if member.ready else early_deaths + 1
-            if early_deaths >= MAX_EARLY_DEATHS:
+            # While another one serves, this one is tried again: what keeps it from starting may pass.
+            if early_deaths >= MAX_EARLY_DEATHS and not any(m.ready for m in self.members):
                 assert self.failed is not None
                 if not self.failed.done():
-                    message = f"gateway process {member.index} ended with {code} before it was ready"
+                    message = f"gateway process {member.index} ended with {end} before it was ready"
                     self.failed.set_exception(ClusterFailed(message))
                 return
             pause_s = RESTART_PAUSE_S[0] if lived_s > STABLE_S else min(pause_s * 2, RESTART_PAUSE_S[1])
-            log.error("process %d ended with %d; restarting in %.1f s", member.index, code, pause_s)
-            await asyncio.sleep(pause_s)
+            log.error("process %d ended with %s; restarting in %.1f s", member.index, end, pause_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self.ending.wait()
 
     async def _run(self, member: Process) -> int:
         """One life of a member; returns its exit code, negative for a signal."""
-        ours, theirs = socket.socketpair()
         member.ready, member.seen, member.unanswered = False, 0, 0
+        ours, theirs = socket.socketpair()
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "router.member", str(theirs.fileno()),
                 pass_fds=(theirs.fileno(),), start_new_session=True,
             )  # fmt: skip
+        except OSError:
+            ours.close()
+            raise
         finally:
             theirs.close()
         member.process = process
-        member.link = await Link.open(
-            ours, lambda kind, payload: self._take(member, kind, payload), lambda: None
-        )
-        values = dataclasses.asdict(self.config)
-        member.link.send(frames.CONFIG, (member.index, self.port, values))
-        self._send_state(member)
-        if self.ending:
-            process.send_signal(signal.SIGTERM)
-        code = await self._ended(member, process)
-        member.link.close()
-        member.link = None
-        self._forget(member)
-        return code
+        try:
+            member.link = await Link.open(
+                ours, lambda kind, payload: self._take(member, kind, payload), lambda: None
+            )
+            values = dataclasses.asdict(self.config)
+            member.link.send(frames.CONFIG, (member.index, self.port, values))
+            self._send_state(member)
+            if self.ending.is_set():
+                process.send_signal(signal.SIGTERM)
+            return await self._ended(member, process)
+        except Exception:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            raise
+        finally:
+            if member.link is not None:
+                member.link.close()
+                member.link = None
+            self._forget(member)
 
     async def _ended(self, member: Process, process: asyncio.subprocess.Process) -> int:
         """Wait for the end of the process; bring it about when it is frozen or out of grace."""
@@ -174,7 +190,7 @@ class Cluster:
             await asyncio.wait((waiting,), timeout=PING_S)
             if waiting.done():
                 return waiting.result()
-            left_s -= PING_S if self.ending else 0.0
+            left_s -= PING_S if self.ending.is_set() else 0.0
             # Pings are counted, not timed: a supervisor that was stopped itself blames nobody.
             member.unanswered += 1
             if member.ready and member.link is not None:

@@ -7,6 +7,7 @@ the same flags are read as `--router-policy` and so on, which is what the co-lau
 
 import argparse
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
+
+from router.upstream import Address
 
 POLICIES = (
     "cache_aware",
@@ -186,14 +189,14 @@ class RouterConfig:
         path = given.pop("config", None)
         try:
             values = read_yaml(path) if path else {}
-            return cls.from_keywords(**{**_by_name(cls, values), **given})
+            return cls.from_keywords(**{**by_name(cls, values), **given})
         except ConfigError as error:
             parser.error(str(error))
 
     @classmethod
     def from_keywords(cls, **values: Any) -> "RouterConfig":
         """Keywords or YAML keys; aliases work, lists may be given as lists. Raises ConfigError."""
-        named = _by_name(cls, values)
+        named = by_name(cls, values)
         hints = typing.get_type_hints(cls)
         named = {name: _checked(name, value, hints[name]) for name, value in named.items()}
         config = cls(**named)
@@ -229,9 +232,17 @@ class RouterConfig:
             )
         if not self.health_check_endpoint.startswith("/"):
             raise ConfigError(f"health_check_endpoint={self.health_check_endpoint!r} must start with /")
+        urls: set[str] = set()
         for url in self.worker_urls:
-            if not url.startswith(("http://", "https://")):
-                raise ConfigError(f"worker_urls={url!r} must start with http:// or https://")
+            try:
+                Address.parse(url)
+            except ValueError as error:
+                raise ConfigError(f"worker_urls: {error}") from error
+            if url.rstrip("/") in urls:
+                raise ConfigError(f"worker_urls={url!r} is given twice; each worker may be listed once")
+            urls.add(url.rstrip("/"))
+        if self.worker_api_key is not None and not re.fullmatch("[!-~]*", self.worker_api_key):
+            raise ConfigError("worker_api_key must be visible ASCII characters: it is sent in a header")
         if self.service_discovery and not self.selector:
             raise ConfigError("selector is missing; --service-discovery needs labels such as app=llm-worker")
         for item in self.selector:
@@ -305,7 +316,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     return values
 
 
-def _by_name(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+def by_name(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """Aliases and dashes resolved. Raises ConfigError for unknown or doubly given keys."""
     names = {alias: f.name for f in dataclasses.fields(cls) for alias in (f.name, *f.metadata["aliases"])}
     out: dict[str, Any] = {}

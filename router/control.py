@@ -113,22 +113,22 @@ class Control:
     async def loads(self, request: Request) -> Response:
         """What the workers say of their load, and beside it what the gateway counts itself."""
         entries = []
-        for worker, answer in await self._ask_all("GET", "/v1/loads", "/get_load"):
-            ranks = _ranks(_decoded(answer))
-            if ranks:
-                now_s = asyncio.get_running_loop().time()
-                worker.report(_summed(ranks, now_s))
-            for rank in ranks or [{"dp_rank": worker.dp_rank or 0}]:
-                entry = {
-                    "worker": worker.url,
-                    "worker_type": worker.spec.worker_type,
-                    "load": worker.in_flight + worker.sibling_requests,
-                    "pending_tokens": worker.pending_tokens + worker.sibling_tokens,
-                    **rank,
-                }
-                entry.setdefault("num_running_reqs", worker.in_flight + worker.sibling_requests)
-                entry.setdefault("num_waiting_reqs", 0)
-                entries.append(entry)
+        for asked, answer in await self._ask_all("GET", "/v1/loads", "/get_load"):
+            of_process = self.registry.of_process(asked.spec.url) or [asked]
+            for worker, ranks in _by_worker(of_process, _ranks(_decoded(answer))):
+                if ranks:
+                    worker.report(_summed(ranks, asyncio.get_running_loop().time()))
+                for rank in ranks or [{"dp_rank": worker.dp_rank or 0}]:
+                    entry = {
+                        "worker": worker.url,
+                        "worker_type": worker.spec.worker_type,
+                        "load": worker.in_flight + worker.sibling_requests,
+                        "pending_tokens": worker.pending_tokens + worker.sibling_tokens,
+                        **rank,
+                    }
+                    entry.setdefault("num_running_reqs", worker.in_flight + worker.sibling_requests)
+                    entry.setdefault("num_waiting_reqs", 0)
+                    entries.append(entry)
         total = {
             "total_running_reqs": sum(e["num_running_reqs"] for e in entries),
             "total_waiting_reqs": sum(e["num_waiting_reqs"] for e in entries),
@@ -150,9 +150,10 @@ class Control:
         flushed, failed = [], []
         for worker, answer in answers:
             if isinstance(answer, tuple) and answer[0] == 200:
-                self.policy.cleared(worker)
-                if self.on_flushed is not None:
-                    self.on_flushed(worker)
+                for rank in self.registry.of_process(worker.spec.url):  # one was asked, and all flushed
+                    self.policy.cleared(rank)
+                    if self.on_flushed is not None:
+                        self.on_flushed(rank)
                 flushed.append(worker.url)
             else:
                 text = str(answer) if isinstance(answer, UpstreamError) else f"answered {answer[0]}"
@@ -266,6 +267,15 @@ def _ranks(data: Any) -> list[dict[str, Any]]:
         rank["num_waiting_reqs"] = _count(rank, "num_waiting_reqs")
         out.append(rank)
     return out
+
+
+def _by_worker(
+    workers: list[Worker], ranks: list[dict[str, Any]]
+) -> list[tuple[Worker, list[dict[str, Any]]]]:
+    """The ranks of one process by the worker that they are: one, or with --dp-aware one each."""
+    if workers[0].dp_rank is None:
+        return [(workers[0], ranks)]
+    return [(w, [r for i, r in enumerate(ranks) if r.get("dp_rank", i) == w.dp_rank]) for w in workers]
 
 
 def _count(rank: dict[str, Any], name: str) -> int:

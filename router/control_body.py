@@ -1,5 +1,6 @@
-"""The body of a request to the gateway itself; data requests stream theirs, see `exchange`."""
+"""The body of a request to the gateway itself."""
 
+from router.body import next_part
 from router.errors import RequestError
 
 MAX_CONTROL_BYTES = 1 << 20
@@ -9,7 +10,7 @@ async def control_body(receive) -> bytes:
     """All of it. Raises RequestError, also to end the request of a client that left."""
     body = bytearray()
     while True:
-        message = await receive()
+        message = await next_part(receive)
         if message["type"] == "http.disconnect":
             raise RequestError(499, "client_left", "the client left before its request was complete")
         body += message.get("body", b"")

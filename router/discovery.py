@@ -20,7 +20,7 @@ from router.config import RouterConfig
 from router.jobs import Jobs, Refused
 from router.metrics import Metrics
 from router.upstream import Address, Pool, UpstreamError
-from router.workers import Registry, WorkerSpec
+from router.workers import Registry, Worker, WorkerSpec
 
 log = logging.getLogger("router")
 
@@ -38,17 +38,24 @@ class Reconciler:
         self.registry = registry
         self.jobs = jobs
         self.sync_s = metrics.discovery_sync
+        self.wanted: dict[str, WorkerSpec] = {}  # by the last sync
+        self.draining: set[str] = set()  # those of them that can be added only once they are gone
+        registry.on_removed.append(self._removed)
 
     def sync(self, wanted: dict[str, WorkerSpec]) -> None:
         """`wanted` by URL. Workers registered by someone else stay as they are."""
         started = time.perf_counter()
+        self.wanted = wanted
+        self.draining.clear()
         present = {w.spec.url for w in self.registry if w.status != "draining"}
         for url, spec in wanted.items():
             if url.rstrip("/") not in present:
                 try:
                     self.jobs.add(spec, source=self.source)
-                except Refused as error:  # 409: still draining, and added by the next sync
-                    if error.status != 409:
+                except Refused as error:
+                    if error.status == 409:
+                        self.draining.add(url.rstrip("/"))
+                    else:
                         log.error("%s: %s", self.source, error)
         kept = {url.rstrip("/") for url in wanted}
         for worker in self.registry:
@@ -56,6 +63,10 @@ class Reconciler:
             if worker.source == self.source and gone and worker.status != "draining":
                 self.jobs.remove(worker, reason="gone")
         self.sync_s.of(self.source).observe(time.perf_counter() - started)
+
+    def _removed(self, worker: Worker) -> None:
+        if worker.spec.url in self.draining:  # the source may have nothing new to say for minutes
+            asyncio.get_running_loop().call_soon(lambda: self.sync(self.wanted))
 
 
 class FileSource:
@@ -100,8 +111,10 @@ def read_manifest(path: Path) -> dict[str, WorkerSpec]:
         try:
             spec = msgspec.convert({"url": item} if isinstance(item, str) else item, WorkerSpec)
             Address.parse(spec.url)
+            msgspec.msgpack.encode(spec)  # YAML has half characters, which processes cannot tell each other
         except (msgspec.ValidationError, ValueError) as error:
-            raise ValueError(f"worker {item!r}: {error}") from error
+            named = item.get("url") if isinstance(item, dict) else item  # the rest may hold a key
+            raise ValueError(f"worker {named!r}: {error}") from error
         wanted[spec.url] = spec
     return wanted
 
@@ -132,8 +145,8 @@ class KubernetesSource:
                 version = await self._list()
                 pause_s = RETRY_S[0]
                 await self._watch(version)
-            except (UpstreamError, TimeoutError, ValueError, KeyError, TypeError) as error:
-                log.error("Kubernetes discovery: %s; the workers stay as they are", error)
+            except Exception as error:  # whatever it answers must not end the discovery
+                log.error("Kubernetes discovery: %r; the workers stay as they are", error)
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, longest_s)
 

@@ -21,8 +21,6 @@ from router.workers import Registry, Worker
 
 log = logging.getLogger("router")
 
-IDS_FEATURE = "input_ids/1"
-
 
 class Exact:
     """Owns one subscription per worker process and one tokenizer. All on the event loop."""

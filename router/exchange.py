@@ -88,7 +88,7 @@ class Exchange:
         self.connection = connection = self.worker.pool.reuse()
         if connection is None:
             return False
-        connection.send(*message)
+        connection.send(*message, self.started_s)
         return True
 
     def _message(
@@ -128,7 +128,7 @@ class Exchange:
                 connection = None
         if connection is None:
             connection = self.connection = await self.worker.pool.connect()
-            connection.send(*self._message(method, target, client, resumed))
+            connection.send(*self._message(method, target, client, resumed), self.started_s)
             await connection.head()
         if self.whole() and self.body is None:
             self.body = connection.take() if connection.complete else await connection.body()
@@ -229,7 +229,7 @@ class Exchange:
             self._broke(error)
             if self.answer.event_stream and self.answer.length is None:
                 end = b"" if message["body"].endswith(b"\n\n") else b"\n\n"
-                event = stream_error_event(call.path, f"the worker broke the stream: {error}")
+                event = stream_error_event(call.path, reason_of(error))
                 await send({"type": "http.response.body", "body": end + event})
                 self.told = True
             recorder.finished(call, self.status, self.started_s, time(), error="stream_error")
@@ -335,6 +335,9 @@ class Exchange:
         self.settled = True
         if error.kind == "ejected" and self.admission == NORMAL:
             return  # the monitor knows
+        if self._out_of_time(error):
+            self.worker.breaker.forget(self.admission)
+            return
         self.proxy.recorder.stream_broke(self.worker)
         self.proxy.count_failure(self.worker, self.admission, self.call, self.proxy.stream_break_weight)
         self.proxy.suspect(self.worker, error)
@@ -345,11 +348,15 @@ class Exchange:
         if self.settled:
             return
         self.settled = True
-        if error.kind == "ejected":
+        if error.kind == "ejected" or self._out_of_time(error):
             self.worker.breaker.forget(self.admission)
             return
         self.proxy.count_failure(self.worker, self.admission, self.call)
         self.proxy.suspect(self.worker, error)
+
+    def _out_of_time(self, error: UpstreamError) -> bool:
+        """It was long, and came until our own limit ended it: no fault of the worker's."""
+        return error.kind == "timeout" and self.connection is not None and self.connection.moving
 
     def close(self) -> None:
         """Give back connection and load, whatever happened."""
@@ -367,3 +374,10 @@ class Exchange:
             worker.on_load(worker)
         if worker.in_flight == 0 and worker.idle_waiter is not None and not worker.idle_waiter.done():
             worker.idle_waiter.set_result(None)
+
+
+def reason_of(error: UpstreamError) -> str:
+    """Why a stream ends without its end, for the client."""
+    if error.kind == "timeout":
+        return f"the stream took too long: {error}"
+    return f"the worker broke the stream: {error}"

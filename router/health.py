@@ -16,6 +16,7 @@ from router.breaker import PROBE
 from router.config import RouterConfig
 from router.metrics import Metrics
 from router.policies import Policy
+from router.proxy import BACKPRESSURE
 from router.upstream import UpstreamError
 from router.workers import Registry, Worker
 
@@ -120,6 +121,7 @@ class Monitor:
         assert worker.suspected is not None
         while worker.status in ("ready", "draining") and worker.id in self.registry.workers:
             suspected = await self._tick(worker, failures)
+            worker.doubt(loop.time())
             if worker.status not in ("ready", "draining"):
                 return
             worker.pool.fail_older(self.config.request_timeout_secs)
@@ -221,13 +223,17 @@ class Monitor:
         except asyncio.CancelledError:
             worker.breaker.forget(admission)
             raise
-        if well:
+        if well is None:
+            worker.breaker.forget(admission)
+        elif well:
             worker.breaker.success(admission)
         else:
             worker.breaker.failure(admission)
 
-    async def _imitate(self, worker: Worker) -> bool:
-        """Whether a small request like those that failed succeeds; a stream must end properly."""
+    async def _imitate(self, worker: Worker) -> bool | None:
+        """Whether a small request like those that failed succeeds; a stream must end properly.
+
+        None: the worker is too busy to show it, which is no fault."""
         path = (worker.failed_path or b"").decode()
         model = worker.failed_model or (worker.models[0] if worker.models else "default")
         body = probe_body(path, model, worker.failed_stream)
@@ -242,7 +248,9 @@ class Monitor:
         except UpstreamError as error:
             log.info("worker %s: breaker probe of %s failed: %s", worker.url, path, error)
             return False
-        return status < 500 and status not in (408, 429) and b'data: {"error"' not in answer
+        if status in BACKPRESSURE:
+            return None
+        return status < 500 and b'data: {"error"' not in answer
 
 
 def probe_body(path: str, model: str, stream: bool) -> dict | None:

@@ -8,6 +8,7 @@ knows it anyway.
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 MAX_HEAD_BYTES = 1 << 19  # of a request that comes in pieces; more than is read at once
 MAX_PIPELINED = 8  # requests that wait for the one before; while so many do, nothing is read
 LAST_REQUEST_S = 0.25  # for the request of a client that connected just before the port closed
+LAST_WORDS_S = 1  # for clients to take the end of what the gateway cut off, out of grace
 STALLED_S = 60.0  # for so long a client may take nothing of its answer; half of what a worker allows
 DATA_TARGETS = {path.encode(): path for path in ROUTES}
 
@@ -367,6 +369,7 @@ class ClientConnection(HttpToolsProtocol):
 class GatewayServer(uvicorn.Server):
     """On SIGTERM it goes on serving while `gateway.draining`, and ends when idle or out of grace.
 
+    What still runs when the grace period is over is ended by the gateway, which tells the clients.
     SIGINT closes the port at once and lets running requests end. A second signal ends everything.
     """
 
@@ -377,6 +380,7 @@ class GatewayServer(uvicorn.Server):
         gateway.num_connections = lambda: len(self.server_state.connections)
         self.server_state.draining = False  # type: ignore[attr-defined]  # its connections look at it
         self._drain: asyncio.Task | None = None
+        self._deadline_s: float | None = None  # loop time at which the grace period ends
 
     def handle_exit(self, sig: int, frame) -> None:
         if self.gateway.draining or self.should_exit:
@@ -405,7 +409,15 @@ class GatewayServer(uvicorn.Server):
                 await self._accept_last(server)
             if any(getattr(c, "cycle", None) is None for c in self.server_state.connections):
                 await asyncio.sleep(LAST_REQUEST_S)
-        await super().shutdown(sockets)
+        loop = asyncio.get_running_loop()
+        deadline_s = self._deadline_s if self._deadline_s is not None else loop.time() + self.grace_s
+        left_s = max(0.0, deadline_s - loop.time())
+        self.config.timeout_graceful_shutdown = math.ceil(left_s) + LAST_WORDS_S
+        cut_off = loop.call_later(left_s, self.gateway.cut_off)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cut_off.cancel()
 
     async def _accept_last(self, server: asyncio.Server) -> None:
         loop, config = asyncio.get_running_loop(), self.config
@@ -431,12 +443,13 @@ class GatewayServer(uvicorn.Server):
 
     def _start_drain(self) -> None:
         self.server_state.draining = True  # type: ignore[attr-defined]
+        self._deadline_s = asyncio.get_running_loop().time() + self.grace_s
         self._drain = asyncio.ensure_future(self._wait_idle())
 
     async def _wait_idle(self) -> None:
         # One second at least: load balancers see /readiness fail before the port closes.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.grace_s):
+            async with asyncio.timeout_at(self._deadline_s):
                 await asyncio.sleep(min(1.0, self.grace_s))
                 await self.gateway.wait_idle()
         self.should_exit = True

@@ -41,6 +41,7 @@ class Job:
     status: str = "pending"  # pending, processing, failed, done
     message: str | None = None
     timestamp: float = field(default_factory=time.time)
+    task: asyncio.Task | None = None  # that does it
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -107,6 +108,8 @@ class Jobs:
             running = self.jobs.get(rank.id)
             if running is not None and running.status in ("pending", "processing"):
                 running.go("failed", "removed before it was ready")
+                if rank.status == "pending" and running.task is not None:
+                    running.task.cancel()  # or it would be probed until worker_startup_timeout_secs
             self.registry.set_status(rank, "draining")
             self._start(Job("RemoveWorker", rank), self._drain, reason)
 
@@ -199,7 +202,7 @@ class Jobs:
 
     def _start(self, job: Job, work, *args) -> None:
         self._remember(job)
-        task = asyncio.get_running_loop().create_task(work(job, *args))
+        task = job.task = asyncio.get_running_loop().create_task(work(job, *args))
         self.tasks.add(task)
         task.add_done_callback(self._ended)
 
@@ -222,13 +225,12 @@ class Jobs:
 
 
 async def learn(worker: Worker) -> None:
-    """Ask a worker what it serves and how large its cache is; what it does not tell stays unknown."""
+    """Ask a worker what it serves and how large its cache is; what it does not tell stays as it was."""
     models, info, card = await asyncio.gather(
         _json(worker, "/v1/models"),
         _json(worker, "/server_info", "/get_server_info"),
         _json(worker, "/model_info", "/get_model_info"),
     )
-    worker.info = info = info if isinstance(info, dict) else {}
     if worker.spec.model_id:
         worker.models = (worker.spec.model_id,)
     elif isinstance(models, dict) and isinstance(models.get("data"), list):
@@ -236,12 +238,17 @@ async def learn(worker: Worker) -> None:
         worker.models = tuple(names)
     elif isinstance(card, dict) and isinstance(card.get("model_path"), str):
         worker.models = (card["model_path"],)
-    worker.capacity_tokens = _positive(info.get("max_total_num_tokens"))
+    if not isinstance(info, dict):
+        return
+    worker.info = info
     worker.page_size = _positive(info.get("page_size"))
     offered = info.get("protocol")
     worker.takes_ids = isinstance(offered, list) and "input_ids/1" in offered
     worker.resumes = isinstance(offered, list) and "resume/1" in offered
     worker.dp_size = min(_positive(info.get("dp_size")) or 1, MAX_RANKS)
+    worker.capacity_tokens = _positive(info.get("max_total_num_tokens"))
+    if worker.capacity_tokens is not None and worker.dp_rank is not None:
+        worker.capacity_tokens //= worker.dp_size  # it is told of all ranks
     if isinstance(info.get("instance_id"), str):
         worker.instance_id = info["instance_id"]
 

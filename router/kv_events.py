@@ -102,7 +102,8 @@ class KvImage:
 
 
 class Subscription:
-    """A task that follows one worker process; its ranks share it. `on_event(kind, lag)` is for metrics."""
+    """A task that follows one worker process; its ranks share it. `on_failure(worker, reason)` is told of
+    every end of its stream."""
 
     def __init__(
         self, worker: Worker, image: KvImage, on_failure: Callable[[Worker, str], None] | None = None

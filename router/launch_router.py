@@ -78,7 +78,6 @@ def uvicorn_config(config: RouterConfig, app) -> uvicorn.Config:
         backlog=4096,
         ssl_certfile=config.tls_cert_path,
         ssl_keyfile=config.tls_key_path,
-        timeout_graceful_shutdown=max(1, int(config.shutdown_grace_period_secs)),
     )
     made.client_header_timeout_s = config.client_header_timeout_secs  # type: ignore[attr-defined]
     return made

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from router.config import ConfigError, RouterConfig, add_flags, read_yaml, refuse_flags
+from router.config import ConfigError, RouterConfig, add_flags, by_name, read_yaml, refuse_flags
 from router.launch_router import loop_factory, make_server, set_up_logging, start_metrics_server
 from router.replicas import Replicas, ReplicasFailed, ReplicaSpec, free_ports
 
@@ -126,15 +126,17 @@ def _shared_values(given: argparse.Namespace) -> dict[str, Any]:
 def _router_config(
     given: argparse.Namespace, shared: dict[str, Any], replicas: list[ReplicaSpec], inside: bool
 ) -> RouterConfig:
-    values = read_yaml(given.router_config) if given.router_config else {}
+    """--router-host and so on over --host, over the gateway's YAML file, over that of the engines."""
+    names = ("host", "port", "api_key")
+    values = {name: shared[name] for name in names if shared.get(name) is not None}
+    if given.router_config:
+        values.update(by_name(RouterConfig, read_yaml(given.router_config)))
+    values.update({name: getattr(given, name) for name in names if getattr(given, name) is not None})
     for field in dataclasses.fields(RouterConfig):
         value = getattr(given, "router_" + field.name)
         if value is not None:
             values[field.name] = value
-    for name in ("host", "port", "api_key"):
-        if shared.get(name) is not None:
-            values.setdefault(name, shared[name])
-    values["worker_urls"] = [*values.get("worker_urls", ()), *(r.url for r in replicas)]
+    values["worker_urls"] = [*(values.get("worker_urls") or ()), *(r.url for r in replicas)]
     values["worker_api_key"] = shared.get("api_key") or values.get("worker_api_key")
     if inside:
         values["dp_aware"] = True

@@ -183,7 +183,7 @@ class TokenRate:
             self._set(caller, self._left(caller, self.tokens_per_s) - tokens)
 
     def charge(self, caller: str, tokens: int) -> None:
-        """Charge what was generated, after the fact."""
+        """Charge what was generated, after the fact; give back what is negative."""
         if self.tokens_per_s is not None:
             self._set(caller, self._left(caller, self.tokens_per_s) - tokens)
             if self.on_charged is not None:

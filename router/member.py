@@ -12,6 +12,7 @@ import gc
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -344,11 +345,21 @@ def shared_port(host: str, port: int) -> socket.socket:
     return sock
 
 
+class MemberServer(GatewayServer):
+    """Calls `on_serving` once it listens: what fails before is a failed start."""
+
+    on_serving: Callable[[], None]
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.on_serving()
+
+
 async def serve(fd: int) -> None:
     waiting: list[tuple[int, bytes]] = []
     configured: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
     member: Member | None = None
-    server: GatewayServer | None = None
+    server: MemberServer | None = None
 
     def on_frame(kind: int, payload: bytes) -> None:
         if kind == frames.CONFIG:
@@ -372,7 +383,8 @@ async def serve(fd: int) -> None:
     member = Member(index, config)
     member.link = link
     gateway: Gateway = member.gateway
-    server = GatewayServer(uvicorn_config(config, member.app), gateway, config.shutdown_grace_period_secs)
+    server = MemberServer(uvicorn_config(config, member.app), gateway, config.shutdown_grace_period_secs)
+    server.on_serving = lambda: link.send(frames.READY, index)
     started = gateway.on_started
 
     def ready() -> None:
@@ -384,7 +396,6 @@ async def serve(fd: int) -> None:
 
     gateway.on_started = ready
     # It listens once the workers are known, so that a restarted process refuses nobody.
-    link.send(frames.READY, index)
     await server.serve(sockets=[shared_port(config.host, port)])
     link.close()
 

@@ -2,12 +2,14 @@
 
 Edges are strings, so a fork never falls inside a UTF-8 character. A node records, for each worker that
 was sent text through it, when that last happened. What is counted and bounded is text held for workers:
-a node's edge length times the workers on it.
+a node's edge length, and what the node itself takes beside it, times the workers on it.
 """
 
 import heapq
 from collections.abc import Collection, Hashable
 from itertools import count
+
+NODE_CHARS = 400  # a node takes about as many bytes: short texts that share nothing would pass any bound
 
 
 class Node:
@@ -23,10 +25,11 @@ class Node:
 class PrefixTree:
     """Holders are any hashable, workers in practice."""
 
-    def __init__(self, max_chars: int) -> None:
+    def __init__(self, max_chars: int, node_chars: int = NODE_CHARS) -> None:
         self.max_chars = max_chars
+        self.node_chars = node_chars
         self.root = Node("", None)
-        self.chars: dict[Hashable, int] = {}  # characters held for each worker
+        self.chars: dict[Hashable, int] = {}  # held for each worker, `node_chars` of each node included
         self.total_chars = 0
         self.num_nodes = 1
         self._ticks = count(1)
@@ -122,7 +125,7 @@ class PrefixTree:
                     assert child.holders.keys() <= node.holders.keys()
                 stack.append(child)
             for holder in node.holders:
-                chars[holder] = chars.get(holder, 0) + len(node.edge)
+                chars[holder] = chars.get(holder, 0) + len(node.edge) + self.node_chars
         assert nodes == self.num_nodes, (nodes, self.num_nodes)
         assert chars == {h: n for h, n in self.chars.items() if n}, (chars, self.chars)
         assert sum(chars.values()) == self.total_chars, (chars, self.total_chars)
@@ -130,7 +133,7 @@ class PrefixTree:
 
     def _touch(self, node: Node, holder: Hashable, tick: int) -> None:
         if holder not in node.holders:
-            self._count(holder, len(node.edge))
+            self._count(holder, len(node.edge) + self.node_chars)
         node.holders[holder] = tick
 
     def _count(self, holder: Hashable, chars: int) -> None:
@@ -148,11 +151,13 @@ class PrefixTree:
         child.parent = upper
         upper.children[child.edge[0]] = child
         self.num_nodes += 1
+        for holder in upper.holders:
+            self._count(holder, self.node_chars)
         return upper
 
     def _drop(self, node: Node, holder: Hashable) -> None:
         del node.holders[holder]
-        self._count(holder, -len(node.edge))
+        self._count(holder, -len(node.edge) - self.node_chars)
         if not node.holders and node.parent is not None:
             assert not node.children
             del node.parent.children[node.edge[0]]

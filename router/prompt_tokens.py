@@ -19,12 +19,12 @@ import jinja2.sandbox
 import msgspec
 import tokenizers
 
-from router.call import BAD_JSON, Call
+from router.call import BAD_JSON, Call, Fields
 
 log = logging.getLogger("router")
 
-INLINE_CHARS = 2000  # longer prompts are encoded on a thread: 1 MB of text takes 100 ms
-MOST_CHARS = 4 << 20  # a million tokens of ordinary text; each takes 100 bytes and more while they are made
+INLINE_BYTES = 4000  # longer requests are read, rendered and encoded on a thread: 1 MB takes 100 ms
+MOST_BYTES = 4 << 20  # a million tokens of ordinary text; each takes 100 bytes and more while they are made
 LOOPS_OVER_CONTENT = re.compile(r"\bin\s+(?:content\b|\w+\.content\b|\w+\[\s*['\"]content['\"]\s*\])")
 TESTS_FOR_STRING = re.compile(r"\bis\s+(?:not\s+)?string\b")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -50,22 +50,19 @@ class PromptTokens:
 
     async def ids(self, call: Call) -> list[int] | None:
         """The prompt's token ids; None when they are not certain."""
-        prompt = self._text(call)
-        if prompt is None or isinstance(prompt, list):
-            return prompt
-        text, special = prompt
-        if len(text) > MOST_CHARS:
-            return None
-        if len(text) <= INLINE_CHARS:
-            return self._encode(text, special)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.threads, self._encode, text, special)
-
-    def _text(self, call: Call) -> list[int] | tuple[str, bool] | None:
-        """Ids, or (text, whether special tokens are added to it)."""
         fields = call.fields
-        if fields is None or fields.system:
+        if fields is None or fields.system or (len(call.body) > MOST_BYTES and not fields.input_ids):
             return None
+        if len(call.body) <= INLINE_BYTES:
+            return self._ids(call, fields)
+        return await asyncio.get_running_loop().run_in_executor(self.threads, self._ids, call, fields)
+
+    def _ids(self, call: Call, fields: Fields) -> list[int] | None:
+        prompt = self._text(call, fields)
+        return prompt if prompt is None or isinstance(prompt, list) else self._encode(*prompt)
+
+    def _text(self, call: Call, fields: Fields) -> list[int] | tuple[str, bool] | None:
+        """Ids, or (text, whether special tokens are added to it)."""
         try:
             if fields.input_ids:
                 ids = msgspec.json.decode(fields.input_ids, type=list[int])

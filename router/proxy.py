@@ -11,13 +11,14 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from router.body import next_part
 from router.breaker import NORMAL, Admission
 from router.call import Call, Route, new_request_id
 from router.config import RouterConfig
 from router.dispatch import Dispatch
 from router.errors import RequestError, send_error, stream_error_event
 from router.exact import Exact
-from router.exchange import Client, Exchange
+from router.exchange import Client, Exchange, reason_of
 from router.headers import ClientHeaders, read_headers
 from router.limits import Concurrency, Keys, TokenRate
 from router.metrics import Metrics
@@ -117,12 +118,16 @@ class Proxy:
                     call = self.read(route, client, request_id, body)
                 if connection is None:
                     watcher = self.loop.create_task(_watch(receive, task))
-                if self.token_rate.tokens_per_s is not None:
-                    self.token_rate.admit(caller, max(1, call.prompt_tokens or len(call.body) // 4))
+                prompt_tokens = max(1, call.prompt_tokens or len(call.body) // 4)
+                self.token_rate.admit(caller, prompt_tokens)
                 if exchange is not None:
                     pass  # it is in already
                 elif self.concurrency.limit >= 0:
-                    await self._enter(call)
+                    try:
+                        await self._enter(call)
+                    except (RequestError, asyncio.CancelledError):  # it was not let in, or did not wait
+                        self.token_rate.charge(caller, -prompt_tokens)
+                        raise
                 else:
                     self.concurrency.running += 1
                 try:
@@ -140,7 +145,7 @@ class Proxy:
                         started_s,
                         exchange,
                     )
-                    if tokens and self.token_rate.tokens_per_s is not None:
+                    if tokens:
                         self.token_rate.charge(caller, tokens)
                 finally:
                     self.concurrency.leave()
@@ -172,12 +177,12 @@ class Proxy:
         limit = self.config.max_payload_size
         if client.content_length > limit:
             raise _too_large(limit)
-        message = await receive()
+        message = await next_part(receive)
         body = message.get("body", b"")
         if message.get("more_body"):
             parts, size = [body], len(body)
             while message.get("more_body"):
-                message = await receive()
+                message = await next_part(receive)
                 part = message.get("body", b"")
                 size += len(part)
                 if size > limit:
@@ -204,7 +209,8 @@ class Proxy:
         call.routing_key = client.routing_key
         if call.routing_key is None and call.fields is not None:
             call.routing_key = call.fields.routing_key
-        call.target_worker = client.target_worker
+        if client.target_worker is not None:
+            call.target_worker = self.registry.named(client.target_worker)
         return call
 
     async def _enter(self, call: Call) -> None:
@@ -264,13 +270,33 @@ class Proxy:
         client: ClientHeaders,
         to: Client,
         started_s: float,
-        begun: Exchange | None = None,
+        begun: Exchange | None,
     ) -> int:
         """Try workers until one answers, relay the answer; returns completion tokens if reported.
 
         `begun`: the first attempt, already under way."""
-        tried: list[Worker] = []
         blamed: list[tuple[Worker, Admission]] = []  # said 500, and may yet be innocent
+        try:
+            return await self._try_workers(call, method, target, client, to, started_s, begun, blamed)
+        except asyncio.CancelledError:
+            self._forgive(blamed)  # its client left before another worker could say whose fault it was
+            raise
+        finally:
+            self._blame(blamed, call)
+
+    async def _try_workers(
+        self,
+        call: Call,
+        method: str,
+        target: bytes,
+        client: ClientHeaders,
+        to: Client,
+        started_s: float,
+        begun: Exchange | None,
+        blamed: list[tuple[Worker, Admission]],
+    ) -> int:
+        """`_forward`, which settles whom this leaves in `blamed`."""
+        tried: list[Worker] = []
         last: RequestError | None = None
         path = call.path
         for attempt in range(self.attempts):
@@ -309,16 +335,14 @@ class Proxy:
                         self.recorder.retried(path)
                         continue
                     if len(blamed) > 1 and all(w in tried or w is worker for w, _ in blamed):
-                        for other, other_admission in blamed:  # all say 500: it is the request
-                            other.breaker.forget(other_admission)
-                        blamed.clear()
+                        self._forgive(blamed)  # all say 500: it is the request
                 return await exchange.relay(to)
             except UpstreamError as error:
                 exchange.failed(error)
                 if exchange.started:  # bytes are out
                     if exchange.tracked and call.tracker is not None:
                         tried.append(worker)
-                        return await self._resume(call, method, target, client, to, started_s, tried)
+                        return await self._resume(call, method, target, client, to, started_s, tried, error)
                     if not exchange.told:
                         raise CutOff from error
                     return 0
@@ -332,7 +356,6 @@ class Proxy:
                 exchange.close()
                 if blamed and (exchange.started or (exchange.status and exchange.status not in RETRYABLE)):
                     self._blame(blamed, call)
-        self._blame(blamed, call)
         self.recorder.exhausted(path)
         raise last or RequestError(502, "upstream_error", "no attempt at the request succeeded")
 
@@ -361,15 +384,15 @@ class Proxy:
         to: Client,
         started_s: float,
         tried: list[Worker],
+        error: UpstreamError,
     ) -> int:
         """Go on with a broken stream on workers that can; ends it with an error event when none does."""
         tracker = call.tracker
         assert tracker is not None
         tracker.broke()
-        if tracker.done:  # only the connection's own end was missing
-            await to.send({"type": "http.response.body", "body": b""})
-            return len(tracker.token_ids)
         for _ in range(self.attempts):
+            if tracker.done or error.kind == "timeout":
+                break
             able = tuple(w for w in self.registry.usable(call.model) if w.resumes and w not in tried)
             if not able:
                 break
@@ -383,19 +406,30 @@ class Proxy:
                     return await exchange.relay_rest(to)
                 if exchange.status in BACKPRESSURE:
                     exchange.backpressure()
-            except UpstreamError as error:
+            except UpstreamError as later:
+                error = later
                 exchange.failed(error)
                 tracker.broke()
             finally:
                 exchange.close()
-        event = stream_error_event(call.path, "the worker broke the stream, and no other could go on")
+        tokens = len(tracker.token_ids)
+        if tracker.done:  # only the connection's own end was missing
+            await to.send({"type": "http.response.body", "body": b""})
+            self.recorder.finished(call, 200, started_s, self.loop.time(), completion_tokens=tokens)
+            return tokens
+        event = stream_error_event(call.path, reason_of(error))
         await to.send({"type": "http.response.body", "body": event})
         self.recorder.finished(call, 200, started_s, self.loop.time(), error="stream_error")
-        return len(tracker.token_ids)
+        return tokens
 
     def _blame(self, blamed: list[tuple[Worker, Admission]], call: Call) -> None:
         for worker, admission in blamed:
             self.count_failure(worker, admission, call)
+        blamed.clear()
+
+    def _forgive(self, blamed: list[tuple[Worker, Admission]]) -> None:
+        for worker, admission in blamed:
+            worker.breaker.forget(admission)
         blamed.clear()
 
     def count_failure(self, worker: Worker, admission: Admission, call: Call, weight: int = 1) -> None:

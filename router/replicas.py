@@ -52,14 +52,14 @@ class Replicas:
         self.processes: dict[str, asyncio.subprocess.Process] = {}
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks: list[asyncio.Task] = []
-        self._ending = False
+        self._ending = asyncio.Event()
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._supervise(spec)) for spec in self.specs]
 
     async def end(self) -> None:
         """SIGTERM to all, SIGKILL to those that are left after the grace period."""
-        self._ending = True
+        self._ending.set()
         for process in self.processes.values():
             _signal(process, signal.SIGTERM)
         if self._tasks:
@@ -72,10 +72,10 @@ class Replicas:
 
     async def _supervise(self, spec: ReplicaSpec) -> None:
         pause_s, early_deaths = RESTART_PAUSE_S[0], 0
-        while not self._ending:
+        while not self._ending.is_set():
             started_s = time.monotonic()
             code = await self._run(spec)
-            if self._ending:
+            if self._ending.is_set():
                 return
             lived_s = time.monotonic() - started_s
             early_deaths = 0 if self.is_ready(spec) else early_deaths + 1
@@ -94,9 +94,15 @@ class Replicas:
                 lived_s,
                 pause_s,
             )
-            await asyncio.sleep(pause_s)
+            await self._pause(pause_s)
             pause_s = min(pause_s * 2, RESTART_PAUSE_S[1])
             self.restarts[spec.name] += 1
+
+    async def _pause(self, seconds: float) -> None:
+        """Until then, or until all are told to end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._ending.wait()
 
     async def _run(self, spec: ReplicaSpec) -> int:
         """One life of the process; returns its exit code, negative for a signal."""
@@ -110,7 +116,7 @@ class Replicas:
         self.processes[spec.name] = process
         log.info("%s: process %d on port %d", spec.name, process.pid, spec.port)
         try:
-            if self._ending:
+            if self._ending.is_set():
                 _signal(process, signal.SIGTERM)
             assert process.stdout is not None
             await _pass_on(process.stdout, spec.name)

@@ -29,18 +29,18 @@ HIGH_WATER_BYTES = 256 * 1024
 # uvicorn closes a connection after 5 idle seconds; reusing it just then costs a failed attempt.
 IDLE_LIMIT_S = 4.0
 MAX_IDLE = 1024
+MOVING_S = 2.0  # an answer of which nothing came for longer has stopped
 
 
 AGES_S = (30, 60, 180, 300, 600, 1200, 3600)  # bounds of what `Pool.ages` counts
 
 
 class UpstreamError(Exception):
-    """The worker did not deliver a whole answer. `sent`: the request may have reached it."""
+    """The worker did not deliver a whole answer."""
 
-    def __init__(self, reason: str, *, kind: str, sent: bool = True) -> None:
+    def __init__(self, reason: str, *, kind: str) -> None:
         super().__init__(reason)
-        self.kind = kind  # connect, closed, protocol, timeout, ejected
-        self.sent = sent
+        self.kind = kind  # connect, closed, protocol, timeout, ejected, status
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,14 @@ class Address:
             raise ValueError(f"worker URL {url!r} must be http://host[:port] or https://host[:port]")
         if parts.query or parts.fragment or parts.username:
             raise ValueError(f"worker URL {url!r} must have no query, fragment or user")
+        if not url.isprintable() or " " in url or not parts.path.isascii():  # it goes into heads as it is
+            raise ValueError(f"worker URL {url!r} must have no spaces or line breaks, and an ASCII path")
+        try:
+            host = parts.hostname.encode("idna").decode()  # as it is looked up
+        except UnicodeError as error:
+            raise ValueError(f"worker URL {url!r} must have a host name: {error}") from error
         port = parts.port or (443 if parts.scheme == "https" else 80)
-        return cls(parts.scheme, parts.hostname, port, parts.path.rstrip("/"))
+        return cls(parts.scheme, host, port, parts.path.rstrip("/"))
 
     @property
     def authority(self) -> str:
@@ -86,6 +92,8 @@ class Connection(asyncio.Protocol):
         self.idle_since = 0.0
         self.endless = False  # it may run for longer than a request
         self.sent_s = 0.0  # loop time of the running request
+        self.since_s = 0.0  # when what it belongs to began, which earlier attempts may be part of
+        self.last_byte_s = 0.0  # of its answer
         self._begin()
 
     def _begin(self) -> None:
@@ -101,11 +109,14 @@ class Connection(asyncio.Protocol):
 
     # ---- one exchange ----
 
-    def send(self, head: bytes, body: bytes | bytearray) -> None:
-        """Write one request. `head` ends with an empty line and states the length of `body`."""
+    def send(self, head: bytes, body: bytes | bytearray, since_s: float | None = None) -> None:
+        """Write one request. `head` ends with an empty line and states the length of `body`.
+
+        `since_s`: its age counts from then on, else from now."""
         self._begin()
         self.busy = True
         self.sent_s = self.pool.loop.time()
+        self.since_s = self.sent_s if since_s is None else since_s
         if len(body) < 65536:
             self.transport.write(head + body)
         else:
@@ -152,6 +163,11 @@ class Connection(asyncio.Protocol):
         """The whole body, once `complete`."""
         parts, self.parts = self.parts, []
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    @property
+    def moving(self) -> bool:
+        """Whether the answer has just been coming or asked for, or would come if the client took it."""
+        return self.paused or self.pool.loop.time() - max(self.sent_s, self.last_byte_s) < MOVING_S
 
     def _news(self) -> asyncio.Future[None]:
         """Done when something has come: bytes, the end or an error."""
@@ -204,7 +220,7 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
             return
         self.got_bytes = True
-        self.pool.last_byte_s = self.pool.loop.time()
+        self.last_byte_s = self.pool.last_byte_s = self.pool.loop.time()
         try:
             self.parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -321,10 +337,10 @@ class Pool:
                 )
         except TimeoutError as error:
             text = f"no connection to {address.authority} within {self.connect_timeout_s:g} s"
-            raise UpstreamError(text, kind="connect", sent=False) from error
-        except OSError as error:
+            raise UpstreamError(text, kind="connect") from error
+        except (OSError, UnicodeError) as error:  # UnicodeError: of a host name that cannot be looked up
             text = f"cannot connect to {address.authority}: {error}"
-            raise UpstreamError(text, kind="connect", sent=False) from error
+            raise UpstreamError(text, kind="connect") from error
         self.active.add(connection)
         return connection
 
@@ -334,10 +350,10 @@ class Pool:
             connection.fail(error)
 
     def fail_older(self, limit_s: float) -> None:
-        """End the exchanges that have run for longer than `limit_s`."""
+        """End the exchanges whose requests are older than `limit_s`."""
         horizon_s = self.loop.time() - limit_s if self.loop is not None else 0.0
         for connection in list(self.active):
-            if connection.busy and not connection.endless and connection.sent_s < horizon_s:
+            if connection.busy and not connection.endless and connection.since_s < horizon_s:
                 connection.fail(UpstreamError(f"no end within {limit_s:g} s", kind="timeout"))
 
     def ages(self, counts: list[int]) -> None:

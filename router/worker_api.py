@@ -10,16 +10,16 @@ from starlette.routing import Route
 
 from router.control_body import control_body
 from router.jobs import Job, Jobs, Refused
-from router.workers import Registry, Worker, WorkerSpec
+from router.workers import ApiKey, Priority, Registry, Worker, WorkerSpec
 
 
 class WorkerPatch(msgspec.Struct, kw_only=True):
     """What PATCH may change; what is left out stays."""
 
-    priority: int | None = None
+    priority: Priority | None = None
     cost: float | None = None
     labels: dict[str, str] | None = None
-    api_key: str | None = None
+    api_key: ApiKey | None = None
     model_id: str | None = None
 
 

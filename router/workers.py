@@ -7,7 +7,8 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
@@ -17,20 +18,29 @@ from router.upstream import Pool
 if TYPE_CHECKING:
     from router.kv_events import KvImage
 
+REPORT_HOLDS_S = 5.0  # what others have at a worker is believed for so long after its last report
+
 Status = Literal["pending", "ready", "unhealthy", "draining", "failed"]
+# Bounded, because processes tell each other of it in MessagePack, which has no integers beyond 64 bits.
+Priority = Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
+# It goes into a header as it is: a line break in it would begin another header.
+ApiKey = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]*\Z")]
 
 
 class WorkerSpec(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What `POST /workers` takes; unknown fields are ignored, as the Rust gateway does."""
+    """What `POST /workers` takes; unknown fields are ignored, as the Rust gateway does.
+
+    `priority`, `cost` and `labels` are the operator's notes: listed, and read by no policy.
+    """
 
     url: str
     model_id: str | None = None
     worker_type: Literal["regular"] = "regular"
     runtime: str | None = None
-    priority: int = 50
+    priority: Priority = 50
     cost: float = 1.0
     labels: dict[str, str] = {}
-    api_key: str | None = None
+    api_key: ApiKey | None = None
 
 
 class Load(msgspec.Struct):
@@ -97,11 +107,11 @@ class Worker:
     def respec(self, spec: WorkerSpec) -> None:
         """Take new labels, priority, cost or key; the URL stays."""
         assert spec.url == self.spec.url, (spec.url, self.spec.url)
-        self.spec = spec
         head = f"host: {self.pool.address.authority}\r\n"
         if spec.api_key:
             head += f"authorization: Bearer {spec.api_key}\r\n"
-        self.request_head = head.encode("latin-1")
+        self.request_head = head.encode("ascii")  # before anything changes: it raises for what is no header
+        self.spec = spec
 
     def auth_headers(self) -> tuple[tuple[str, str], ...]:
         """For the gateway's own requests to the worker."""
@@ -128,6 +138,11 @@ class Worker:
         ours = self.in_flight + self.sibling_requests
         self.foreign_requests = max(0, load.running + load.waiting - ours)
         self.foreign_tokens = max(0, load.queued_tokens - self.pending_tokens - self.sibling_tokens)
+
+    def doubt(self, now_s: float) -> None:
+        """An old report says nothing of what other gateways have here now."""
+        if self.load is not None and now_s - self.load.at_s > REPORT_HOLDS_S:
+            self.foreign_requests = self.foreign_tokens = 0
 
     def share(self) -> Share:
         return Share(self.in_flight, self.pending_tokens, self.sent_tokens, self.total, self.breaker.state)
@@ -193,6 +208,13 @@ class Registry:
     def of_process(self, url: str) -> list[Worker]:
         """Every rank registered under one process's URL."""
         return [w for w in self if w.spec.url == url]
+
+    def named(self, target: str) -> Worker | None:
+        """The worker with this id, this URL, or this index in the order of registration."""
+        worker = self.workers.get(target) or self.by_url.get(target)
+        if worker is None and target.isdecimal() and len(target) < 10:  # more digits may be too many to read
+            worker = next(islice(self.workers.values(), int(target), None), None)
+        return worker
 
     def add(self, worker: Worker) -> None:
         assert worker.url not in self.by_url, worker.url

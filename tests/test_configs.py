@@ -151,6 +151,9 @@ def test_one_gpu_manifest_says_what_the_configuration_says():
     routed = RouterConfig.from_keywords(**{**values, "selector": [values["selector"]]})
     assert routed.policy == "cache_aware" and routed.service_discovery_port == config.port
     assert tuple(f"{k}={v}" for k, v in pod["metadata"]["labels"].items()) == routed.selector
+    assert gateway["spec"]["terminationGracePeriodSeconds"] > routed.shutdown_grace_period_secs
+    # Several gateways agree through KV events, which need the tokenizer in the pod.
+    assert by_kind["Deployment", "gateway"]["spec"]["replicas"] == 1 and routed.tokenizer_path is None
     assert by_kind["Service", "gateway"]["spec"]["selector"] == gateway["metadata"]["labels"]
     assert proxy["ports"] == [{"name": "http", "containerPort": routed.port}]
     assert by_kind["Role", "gateway"]["rules"] == [

@@ -21,11 +21,9 @@ class ConsistentHashing(Policy):
 
     def choose(self, call: Call, workers: Sequence[Worker]) -> Worker:
         target = call.target_worker
-        if target:
-            for i, worker in enumerate(workers):
-                if target in (worker.id, worker.url) or (target.isdecimal() and int(target) == i):
-                    call.decision = "target"
-                    return worker
+        if target is not None and target in workers:
+            call.decision = "target"
+            return target
         if call.routing_key:
             call.decision = "key"
             return self.ring.find(call.routing_key.encode(), workers)

@@ -79,6 +79,16 @@ def test_bad_manifest_says_what_is_wrong(tmp_path):
     file.write_text("- url: 5\n")
     with pytest.raises(ValueError, match="Expected `str`"):
         read_manifest(file)
+    file.write_text('- {url: "http://a:1", api_key: "secret\\n"}\n')
+    with pytest.raises(ValueError, match=r"http://a:1.*api_key") as caught:
+        read_manifest(file)
+    assert "secret" not in str(caught.value)
+    file.write_text('- {url: "http://a:1", labels: {a: "\\ud800"}}\n')
+    with pytest.raises(ValueError, match="surrogates"):
+        read_manifest(file)
+    file.write_text("- http://a..b:8000\n")
+    with pytest.raises(ValueError, match="must have a host name"):
+        read_manifest(file)
 
 
 class FakeApiServer:
@@ -159,6 +169,55 @@ async def test_ready_pods_are_registered_and_gone_ones_drained():
         api.put("b", "127.0.0.1")
         await until(lambda: registered(r) == {worker.url})
         assert r.registered(worker).spec.labels == {"pod": "b"}
+        api.server.close()
+
+
+@asynchronous
+async def test_pod_that_is_ready_again_while_it_drains_is_added_as_soon_as_it_has():
+    worker = await MockWorker().start()
+    api = FakeApiServer()
+    url = await api.start()
+    api.put("a", "127.0.0.1")
+    async with running(
+        0,
+        service_discovery=True,
+        selector=["app=llm"],
+        service_discovery_port=worker.port,
+        kubernetes_api_url=url,
+    ) as r:
+        r.workers.append(worker)
+        await until(lambda: registered(r) == {worker.url} and api.watchers)
+        before = r.registered(worker)
+        worker.faults.delay_s = 0.5
+        slow = asyncio.create_task(r.chat())
+        await until(lambda: worker.running == 1)
+        api.put("a", "127.0.0.1", ready=False)
+        await until(lambda: before.status == "draining")
+        api.put("a", "127.0.0.1")
+        assert (await slow).status_code == 200
+        await until(lambda: registered(r) == {worker.url})
+        assert r.registered(worker) is not before
+        api.server.close()
+
+
+@asynchronous
+async def test_answers_that_are_no_pods_do_not_end_the_discovery(caplog):
+    worker = await MockWorker().start()
+    api = FakeApiServer()
+    url = await api.start()
+    api.pods["odd"] = {"metadata": {"name": "odd"}, "status": "none"}
+    async with running(
+        0,
+        service_discovery=True,
+        selector=["app=llm"],
+        service_discovery_port=worker.port,
+        kubernetes_api_url=url,
+    ) as r:
+        r.workers.append(worker)
+        await until(lambda: "AttributeError" in caplog.text)
+        del api.pods["odd"]
+        api.put("a", "127.0.0.1")
+        await until(lambda: registered(r) == {worker.url})
         api.server.close()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -143,7 +144,7 @@ async def test_chats_are_rendered_as_the_worker_renders_them(tmp_path):
 
 @asynchronous
 async def test_text_longer_than_any_context_is_not_tokenized(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompt_tokens, "MOST_CHARS", 5)
+    monkeypatch.setattr(prompt_tokens, "MOST_BYTES", 20)
     tokens = prompt_tokens.PromptTokens(write_tokenizer(tmp_path))
     found = []
     for text in ("hello", "hello there"):
@@ -151,6 +152,27 @@ async def test_text_longer_than_any_context_is_not_tokenized(tmp_path, monkeypat
         call.parse(True)
         found.append(await tokens.ids(call))
     assert found == [tokens._encode("hello", True), None]
+
+
+@asynchronous
+async def test_chats_are_rendered_on_the_loop_only_while_they_are_short(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt_tokens, "INLINE_BYTES", 100)
+    monkeypatch.setattr(prompt_tokens, "MOST_BYTES", 1000)
+    tokens = prompt_tokens.PromptTokens(write_tokenizer(tmp_path))
+    template, threads = tokens.template, []
+
+    class Watched:
+        def render(self, **variables):
+            threads.append(threading.current_thread().name)
+            return template.render(**variables)
+
+    tokens.template = Watched()
+    for length, known in ((1, True), (500, True), (2000, False)):
+        messages = [{"role": "user", "content": "a" * length}]
+        call = Call(ROUTES["/v1/chat/completions"], json.dumps({"messages": messages}).encode())
+        call.parse(True)
+        assert (await tokens.ids(call) is not None) == known
+    assert threads == [threading.current_thread().name, "tokenize_0"]
 
 
 @asynchronous

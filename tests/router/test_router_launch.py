@@ -1,6 +1,7 @@
 """The two launchers as processes: flags, supervision, signals."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -15,7 +16,8 @@ from typing import IO
 
 import httpx
 import pytest
-from gateway_harness import asynchronous
+from gateway_harness import asynchronous, until
+from mock_worker import MockWorker
 
 from router.app import build_app
 from router.config import ConfigError, RouterConfig
@@ -76,6 +78,19 @@ def test_engine_yaml_decides_the_number_of_replicas(tmp_path):
 def test_key_of_the_engines_guards_the_gateway_too():
     config = plan_of("--model-path m --api-key k").config
     assert config.api_key == config.worker_api_key == "k"
+
+
+def test_flags_win_over_the_gateways_file_and_that_over_the_engines(tmp_path):
+    engine, gateway = tmp_path / "engine.yaml", tmp_path / "router.yaml"
+    engine.write_text("model_path: m\nhost: 10.0.0.1\nport: 1\napi_key: e\n")
+    gateway.write_text("port: 2\napi-key: g\ncache-threshold: 0.3\nworker-urls: [http://a:1]\n")
+    files = f"--config {engine} --router-config {gateway}"
+    config = plan_of(files).config
+    assert (config.host, config.port, config.api_key, config.cache_threshold) == ("10.0.0.1", 2, "g", 0.3)
+    assert len(config.worker_urls) == 2 and config.worker_urls[0] == "http://a:1"
+    config = plan_of(f"{files} --port 3 --host h --api-key f --router-cache-threshold 0.4").config
+    assert (config.host, config.port, config.api_key, config.cache_threshold) == ("h", 3, "f", 0.4)
+    assert plan_of(f"{files} --port 3 --router-port 4").config.port == 4
 
 
 def test_several_hosts_are_refused_with_the_way_to_do_it():
@@ -197,23 +212,22 @@ def test_replicas_are_started_restarted_when_killed_and_ended_on_sigterm(tmp_pat
 
 @asynchronous
 async def test_replica_that_keeps_dying_is_restarted_less_and_less_often(monkeypatch):
-    pauses_s, sleep = [], asyncio.sleep
+    pauses_s, pause = [], Replicas._pause
 
-    async def noted(seconds: float) -> None:
+    async def noted(self, seconds: float) -> None:
         pauses_s.append(seconds)
-        await sleep(0 if len(pauses_s) < 8 else 60)
+        await pause(self, 0 if len(pauses_s) < 8 else 3600)  # which its end does not wait for
 
     async def died(self, spec) -> int:
         return 3
 
-    monkeypatch.setattr(asyncio, "sleep", noted)
+    monkeypatch.setattr(Replicas, "_pause", noted)
     monkeypatch.setattr(Replicas, "_run", died)
     spec = ReplicaSpec("replica 0", (), 1)
-    replicas = Replicas([spec], lambda spec: True, 0.1)
+    replicas = Replicas([spec], lambda spec: True, 3600)
     replicas.start()
     try:
-        while len(pauses_s) < 8:
-            await sleep(0.02)
+        await until(lambda: len(pauses_s) == 8)
         assert pauses_s == [1, 2, 4, 8, 16, 30, 30, 30]
         assert replicas.restarts["replica 0"] == 7 and not replicas.failed.done()
     finally:
@@ -244,6 +258,38 @@ def test_router_drains_on_sigterm_and_ends_with_zero(tmp_path):
         assert all(json.loads(line)["level"] for line in text.splitlines())
     finally:
         process.kill()
+
+
+@asynchronous
+async def test_stream_that_outlives_the_one_grace_period_ends_with_an_error_event(monkeypatch):
+    """Out of grace 1 s after SIGTERM, wherever the server then is; the answer not begun yet is a 502."""
+    worker = await MockWorker().start()
+    worker.faults.token_s = 0.2
+    config = RouterConfig(port=0, host="127.0.0.1", worker_urls=(worker.url,))
+    gateway, app = build_app(config)
+    server = GatewayServer(uvicorn_config(config, app), gateway, 1.0)
+    monkeypatch.setattr(server, "capture_signals", contextlib.nullcontext)  # they are the test runner's
+    serving = asyncio.create_task(server.serve())
+    await until(lambda: server.started and gateway.registry.usable(None))
+    port = server.servers[0].sockets[0].getsockname()[1]
+    body = {"model": "mock", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1000}
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+        stream = asyncio.create_task(client.post("/v1/chat/completions", json={**body, "stream": True}))
+        await until(lambda: worker.running == 1)
+        worker.faults.delay_s = 60
+        whole = asyncio.create_task(client.post("/v1/chat/completions", json=body))
+        await until(lambda: len(worker.seen) == 2)
+        cut_s, cut_off = [], gateway.cut_off
+        loop = asyncio.get_running_loop()
+        gateway.cut_off = lambda: (cut_s.append(loop.time()), cut_off())  # type: ignore[method-assign]
+        server.handle_exit(signal.SIGTERM, None)
+        *_, last = (await stream).text.removesuffix("\n\n").split("\n\n")
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert error["code"] == "stream_error" and "the gateway is shutting down" in error["message"]
+        assert (await whole).status_code == 502
+    await serving
+    assert len(cut_s) == 1 and server.config.timeout_graceful_shutdown == 1  # all of the 1 s was the drain's
+    await worker.kill()
 
 
 def test_wrong_flag_ends_with_usage_and_says_what_is_valid():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from router.breaker import Breaker
 from router.call import ROUTES, Call
 from router.config import POLICIES, RouterConfig
-from router.policies import make_policy
+from router.policies import make_policy, ring
 from router.policies.cache_aware import BLOCK_BYTES, CacheAware, Image, block_chain
 from router.upstream import Address, Pool
 from router.workers import Load, Worker, WorkerSpec
@@ -35,7 +35,7 @@ def policy(name: str, **settings):
     return make_policy(config.effective_policy, config, random.Random(7))
 
 
-def chat(*contents: str, key: str | None = None, target: str | None = None, **fields) -> Call:
+def chat(*contents: str, key: str | None = None, target: Worker | None = None, **fields) -> Call:
     messages = [{"role": "user", "content": text} for text in contents]
     call = Call(CHAT, msgspec.json.encode({"messages": messages, **fields}))
     call.parse(True)
@@ -103,10 +103,23 @@ def test_prefix_hash_keeps_most_keys_when_a_worker_leaves():
     assert all(b is a for b, a in zip(before, after, strict=True) if b is not ws[3])
 
 
+def test_ring_of_a_set_of_workers_is_built_once_though_models_alternate(monkeypatch):
+    built = []
+    build = ring._build
+    monkeypatch.setattr(ring, "_build", lambda workers: built.append(workers) or build(workers))
+    ws, r = workers(4), ring.Ring()
+    owners = {(r.find(b"key", ws[:2]), r.find(b"key", ws[2:])) for _ in range(10)}
+    assert len(owners) == 1 and len(built) == 2
+    for i in range(2 * ring.MAX_RINGS):
+        r.find(b"key", [*ws[:2], *workers(i % 2 + 1)])
+    assert len(r._rings) == ring.MAX_RINGS
+
+
 def test_consistent_hashing_obeys_the_target_then_the_key():
     ws, p = workers(3), policy("consistent_hashing")
-    assert p.choose(chat("x", target="2"), ws) is ws[2]
-    assert p.choose(chat("x", target=ws[1].url), ws) is ws[1]
+    assert p.choose(chat("x", target=ws[2]), ws) is ws[2]
+    call = chat("x", key="alice", target=ws[0])
+    assert p.choose(call, ws[1:]) in ws[1:] and call.decision == "key"
     assert len({p.choose(chat("x", key="alice"), ws) for _ in range(10)}) == 1
     assert len({p.choose(chat("x", key=f"user{i}"), ws) for i in range(60)}) == 3
 

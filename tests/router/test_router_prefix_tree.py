@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.prefix_tree import PrefixTree, common_prefix_len
+from router.prefix_tree import NODE_CHARS, PrefixTree, common_prefix_len
 
 TEXTS = st.text(alphabet="abé漢", max_size=12)
 HOLDERS = st.sampled_from(["w1", "w2", "w3"])
@@ -14,7 +14,7 @@ def common(a: str, b: str) -> int:
 
 
 def test_matches_the_longest_prefix_and_its_last_holder():
-    tree = PrefixTree(1000)
+    tree = PrefixTree(1000, 0)
     tree.insert("hello world", "w1")
     tree.insert("hello there", "w2")
     assert tree.match("hello world!") == (11, "w1")
@@ -24,21 +24,21 @@ def test_matches_the_longest_prefix_and_its_last_holder():
 
 
 def test_fork_inside_a_multibyte_character_cuts_between_characters():
-    tree = PrefixTree(1000)
+    tree = PrefixTree(1000, 0)
     tree.insert("漢字", "w1")  # e6 bc a2 ...
     tree.insert("漠字", "w2")  # e6 bc a0 ...
     assert tree.match("漢") == (1, "w1") and tree.match("漠") == (1, "w2")
 
 
 def test_only_usable_holders_are_matched():
-    tree = PrefixTree(1000)
+    tree = PrefixTree(1000, 0)
     tree.insert("abcdef", "w1")
     tree.insert("abc", "w2")
     assert tree.match("abcdef", ["w2"]) == (3, "w2")
 
 
 def test_eviction_drops_the_leaf_used_longest_ago():
-    tree = PrefixTree(1000)
+    tree = PrefixTree(1000, 0)
     tree.insert("system one", "w1")
     tree.insert("system two", "w1")
     tree.insert("system one", "w1")
@@ -47,21 +47,30 @@ def test_eviction_drops_the_leaf_used_longest_ago():
 
 
 def test_tree_never_holds_more_than_its_bound():
-    tree = PrefixTree(500)
+    tree = PrefixTree(500, 0)
     for i in range(200):
         tree.insert(f"{i:03d}" * 20, f"w{i % 3}")
         tree.check()
 
 
+def test_many_short_texts_count_for_what_their_nodes_take():
+    tree = PrefixTree(100_000)
+    for i in range(2000):
+        tree.insert(f"{i:04d}", "w1")
+    tree.check()
+    assert 100 < tree.num_nodes < 100_000 / NODE_CHARS
+    assert tree.match("1999") == (4, "w1") and tree.match("0500") == (0, None)
+
+
 def test_text_longer_than_the_bound_is_not_kept():
-    tree = PrefixTree(100)
+    tree = PrefixTree(100, 0)
     tree.insert("x" * 1000, "w1")
     tree.check()
     assert tree.total_chars == 0
 
 
 def test_removed_holder_leaves_nothing_behind():
-    tree = PrefixTree(1000)
+    tree = PrefixTree(1000, 0)
     tree.insert("abcdef", "w1")
     tree.insert("abcxyz", "w2")
     tree.remove("w1")
@@ -93,9 +102,11 @@ def test_unbounded_tree_agrees_with_a_list_of_everything(inserted, text):
         assert matched == max((common(text, p) for p, h in inserted if h == wanted), default=0)
 
 
-@given(st.lists(st.tuples(TEXTS, HOLDERS, st.integers(0, 3)), max_size=40), st.integers(0, 60))
-def test_any_history_keeps_the_invariants(history, bound):
-    tree = PrefixTree(bound)
+@given(
+    st.lists(st.tuples(TEXTS, HOLDERS, st.integers(0, 3)), max_size=40), st.integers(0, 60), st.integers(0, 5)
+)
+def test_any_history_keeps_the_invariants(history, bound, node_chars):
+    tree = PrefixTree(bound, node_chars)
     for prompt, holder, action in history:
         if action == 3:
             tree.remove(holder)

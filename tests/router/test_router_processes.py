@@ -17,7 +17,7 @@ from test_router_launch import alive, launch, listening, wait_for
 
 import router.cluster
 from router.bench.worker import CHARS_PER_TOKEN
-from router.cluster import Process
+from router.cluster import ClusterFailed, Process
 from router.config import RouterConfig
 
 CHAT = {"model": "bench", "messages": [{"role": "user", "content": "hello"}]}
@@ -238,6 +238,73 @@ async def test_process_that_ends_just_before_it_is_killed_has_ended(monkeypatch)
     monkeypatch.setattr(router.cluster, "PING_S", 0.001)
     supervisor, member = router.cluster.Cluster(RouterConfig(workers_processes=2)), Process(1)
     assert await supervisor._ended(member, Gone()) == -signal.SIGTERM
+
+
+def failing(monkeypatch, pauses_s: tuple[float, float]):
+    """A supervisor of two whose processes cannot be started; the list grows with every try."""
+    tries: list[Process] = []
+
+    async def run(self, member: Process) -> int:
+        tries.append(member)
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(router.cluster.Cluster, "_run", run)
+    monkeypatch.setattr(router.cluster, "RESTART_PAUSE_S", pauses_s)
+    supervisor = router.cluster.Cluster(RouterConfig(workers_processes=2))
+    supervisor.failed = asyncio.get_running_loop().create_future()
+    return supervisor, tries
+
+
+@asynchronous
+async def test_process_that_cannot_be_started_is_tried_again_while_another_serves(monkeypatch):
+    supervisor, tries = failing(monkeypatch, (0.0, 0.0))
+    supervisor.members[0].ready = True
+    supervising = asyncio.create_task(supervisor._supervise(supervisor.members[1]))
+    await until(lambda: len(tries) > 5)
+    assert not supervisor.failed.done()
+    supervisor.members[0].ready = False
+    await until(lambda: supervisor.failed.done())
+    with pytest.raises(ClusterFailed, match="no more processes"):
+        supervisor.failed.result()
+    await supervising
+
+
+@asynchronous
+async def test_end_does_not_wait_for_a_pause_between_two_starts(monkeypatch):
+    supervisor, tries = failing(monkeypatch, (3600.0, 3600.0))
+    supervising = asyncio.create_task(supervisor._supervise(supervisor.members[1]))
+    await until(lambda: tries)
+    supervisor.end()
+    await supervising
+    assert len(tries) == 1
+
+
+@asynchronous
+async def test_process_whose_configuration_cannot_be_sent_is_not_left_behind(monkeypatch):
+    def refuse(self, kind: int, value) -> None:
+        raise OverflowError("Integer value out of range")
+
+    monkeypatch.setattr(router.cluster.Link, "send", refuse)
+    supervisor = router.cluster.Cluster(RouterConfig(workers_processes=2))
+    member = supervisor.members[0]
+    with pytest.raises(OverflowError):
+        await supervisor._run(member)
+    assert member.link is None and member.process is not None
+    assert await member.process.wait() == -signal.SIGKILL
+
+
+def test_start_that_fails_in_every_process_ends_the_gateway(tmp_path):
+    pem = tmp_path / "bad.pem"
+    pem.write_text("not a certificate\n")
+    process = launch(
+        "router.launch_router", "--host", "127.0.0.1", "--port", "0", "--workers-processes", "2",
+        "--tls-cert-path", str(pem), "--tls-key-path", str(pem),
+    )  # fmt: skip
+    try:
+        _, text = process.communicate(timeout=40)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "before it was ready" in text
 
 
 def test_every_process_follows_the_events_of_every_worker(tmp_path):

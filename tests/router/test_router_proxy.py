@@ -5,6 +5,8 @@ import json
 
 from gateway_harness import CHAT, RawClient, asynchronous, running, until
 
+TEXT = {"text": "x"}
+
 
 @asynchronous
 async def test_json_answer_passes_through_unchanged():
@@ -283,6 +285,24 @@ async def test_load_header_of_a_worker_counts_the_work_of_other_gateways():
         worker = r.registered(r.workers[0])
         assert worker.load.waiting == 2 and worker.foreign_requests == 6  # 7 less the one of ours
         assert "x-worker-load" not in response.headers
+
+
+@asynchronous
+async def test_target_worker_is_counted_in_the_order_of_registration_whoever_is_down():
+    async with running(3, policy="consistent_hashing") as r:
+
+        async def target(name: str) -> str:
+            answer = await r.client.post("/generate", json=TEXT, headers={"x-smg-target-worker": name})
+            return answer.json()["worker"]
+
+        urls = [w.url for w in r.gateway.registry]
+        assert urls == [w.url for w in r.workers]
+        r.gateway.monitor.tasks.pop(r.registered(r.workers[0])).cancel()
+        r.gateway.registry.set_status(r.registered(r.workers[0]), "unhealthy")
+        names = ["1", "2", r.workers[2].url, r.registered(r.workers[1]).id]
+        assert [await target(name) for name in names] == ["w1", "w2", "w2", "w1"]
+        for name in ("0", "3", "-1", "9" * 5000, "x"):  # a worker that is down, and none
+            assert await target(name) in ("w1", "w2")
 
 
 @asynchronous

@@ -7,8 +7,9 @@ import pytest
 from gateway_harness import CHAT, asynchronous, running, until
 from hypothesis import given
 from hypothesis import strategies as st
-from mock_worker import MockWorker
+from mock_worker import HANG_UP, MockWorker
 
+from router import upstream
 from router.call import ROUTES, Call
 from router.resume import Tracker, make_tracker
 
@@ -68,6 +69,21 @@ async def test_stream_survives_two_breaks_when_a_third_worker_is_there():
 
 
 @asynchronous
+async def test_stream_that_has_ended_on_the_second_worker_does_not_end_again():
+    """Only the end of the second worker's connection is missing."""
+    workers = await able(3)
+    async with running(workers=workers, policy="round_robin", cb_failure_threshold=100) as r:
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+        first = next(w for w in workers if w.url == r.gateway.registry.usable(None)[0].url)
+        for worker in workers:
+            worker.faults.script = (head + b"e\r\ndata: [DONE]\n\n\r\n", HANG_UP)
+        first.faults.script, first.faults.abort_after = (), 2
+        response = await r.client.post("/v1/chat/completions", json=GREEDY)
+        assert words(response.text) == "tok0 tok1 "
+        assert len(first.seen) == 1 and sum(r.split()) == 2
+
+
+@asynchronous
 async def test_stream_that_nobody_can_go_on_with_ends_with_an_error_event():
     workers = await able(1)
     async with running(workers=workers) as r:
@@ -86,6 +102,45 @@ async def test_sampled_stream_without_a_seed_is_not_resumed():
         assert sum("stream_error" in t for t in texts) == 1
         assert not any("resume" in s.json for w in workers for s in w.seen)
         assert not any("x-resume" in s.headers for w in workers for s in w.seen)
+
+
+@pytest.mark.parametrize("fields", [GREEDY, {**CHAT, "stream": True}], ids=["resumable", "sampled"])
+@asynchronous
+async def test_stream_that_flows_until_its_limit_ends_there_and_is_nobodys_fault(fields):
+    workers = await able(3)
+    async with running(workers=workers, request_timeout_secs=0.3, cb_failure_threshold=3) as r:
+        for worker in workers:
+            worker.faults.token_s = 0.02
+        body = {**fields, "max_tokens": 1000}
+        asking = [r.client.post("/v1/chat/completions", json=body) for _ in range(6)]
+        for response in await asyncio.gather(*asking):
+            error = json.loads(events_of(response.text)[-1][6:])["error"]
+            assert error["message"] == "the stream took too long: no end within 0.3 s"
+        assert r.split() == [2, 2, 2], "and none goes on elsewhere"
+        assert all(r.registered(w).breaker.failures == 0 for w in workers)
+        assert r.metric("router_stream_breaks_total") == 0
+
+
+@asynchronous
+async def test_stream_that_stops_counts_against_its_worker_when_its_limit_has_come(monkeypatch):
+    monkeypatch.setattr(upstream, "MOVING_S", 0.1)
+    async with running(1, request_timeout_secs=0.3, cb_failure_threshold=100) as r:
+        r.workers[0].faults.token_s = 30
+        assert "stream_error" in await r.stream()
+        assert r.registered(r.workers[0]).breaker.failures > 1
+
+
+@asynchronous
+async def test_limit_of_a_request_counts_from_its_start_however_many_attempts_it_takes():
+    workers = await able(2)
+    async with running(workers=workers, policy="round_robin") as r:
+        workers[0].faults.script = (0.2, HANG_UP)
+        workers[1].faults.script = (0.2, HANG_UP)
+        asking = asyncio.create_task(r.chat())
+        await until(lambda: all(w.seen for w in workers))
+        second = next(c for w in workers for c in r.registered(w).pool.active if c.busy)
+        assert second.sent_s - second.since_s >= 0.2
+        asking.cancel()
 
 
 @asynchronous

@@ -19,6 +19,7 @@ from router.control_body import MAX_CONTROL_BYTES
 from router.launch_router import start_metrics_server
 from router.launch_server import make_parser, make_plan
 from router.metrics import Metrics
+from router.workers import Load
 
 
 def error_of(response: httpx.Response) -> dict:
@@ -245,6 +246,31 @@ async def test_token_rate_is_kept_for_each_key():
 
 
 @asynchronous
+async def test_request_that_is_not_let_in_costs_its_caller_no_tokens():
+    rate = {"rate_limit_tokens_per_second": 10}
+    async with running(1, max_concurrent_requests=1, queue_size=1, **rate) as r:
+        proxy = r.gateway.proxy
+        proxy.token_rate.clock = lambda: 0.0
+        left = lambda: proxy.token_rate.buckets["anonymous"][0]  # noqa: E731
+        r.workers[0].faults.delay_s = 5
+        clients = []
+        for inside, waiting in ((1, 0), (1, 1)):
+            client = await RawClient.connect(r.port)
+            client.post("/v1/chat/completions", CHAT)
+            clients.append(client)
+            await until(
+                lambda n=(inside, waiting): n == (proxy.concurrency.running, len(proxy.concurrency.queue))
+            )
+        paid = left()
+        assert error_of(await r.chat("x" * 1000))["code"] == "admission_queue_full"
+        assert left() == paid
+        clients[1].leave()
+        await until(lambda: not proxy.concurrency.queue)
+        assert left() == paid + (100 - paid) / 2
+        clients[0].leave()
+
+
+@asynchronous
 async def test_api_key_guards_data_and_admin_but_not_health():
     async with running(1, api_key="secret") as r:
         for method, path in (("POST", "/generate"), ("GET", "/workers"), ("POST", "/flush_cache"),
@@ -372,6 +398,37 @@ async def test_loads_of_a_worker_that_knows_only_the_older_route():
 
 
 @asynchronous
+async def test_load_of_each_rank_is_its_own_workers():
+    class Ranks(MockWorker):
+        def _control(self, path):
+            if path != "/v1/loads":
+                return super()._control(path)
+            return 200, {"loads": [{"dp_rank": i, "num_running_reqs": n} for i, n in ((1, 5), (0, 2))]}
+
+    worker = await Ranks(info={"dp_size": 2}).start()
+    async with running(workers=[worker], dp_aware=True) as r:
+        await until(lambda: len(r.gateway.registry.usable(None)) == 2)
+        body = (await r.client.get("/v1/loads")).json()
+        first, second = f"{worker.url}@0", f"{worker.url}@1"
+        assert [(e["worker"], e["num_running_reqs"]) for e in body["loads"]] == [(first, 2), (second, 5)]
+        by_url = r.gateway.registry.by_url
+        assert (by_url[first].requests, by_url[second].requests) == (2, 5)
+
+
+@asynchronous
+async def test_work_of_other_gateways_is_forgotten_when_nothing_more_is_heard_of_it():
+    async with running(1) as r:
+        worker, now_s = r.registered(r.workers[0]), asyncio.get_running_loop().time()
+        worker.report(Load(running=9, queued_tokens=900, at_s=now_s - 1))
+        worker.doubt(now_s)
+        assert worker.requests == 9 and worker.foreign_tokens == 900
+        worker.load.at_s = now_s - 6
+        worker.suspected.set()  # the monitor looks at it now
+        await until(lambda: worker.requests == 0)
+        assert worker.foreign_tokens == 0
+
+
+@asynchronous
 async def test_requests_at_workers_are_counted_by_their_age():
     async with running(1) as r:
         r.workers[0].faults.delay_s = 30
@@ -402,6 +459,18 @@ async def test_flush_reaches_every_worker_and_partial_success_is_206():
 
 
 @asynchronous
+async def test_flush_of_a_process_clears_what_is_known_of_all_its_ranks():
+    worker = await MockWorker(info={"dp_size": 2}).start()
+    async with running(workers=[worker], dp_aware=True) as r:
+        await until(lambda: len(r.gateway.registry.usable(None)) == 2)
+        cleared = []
+        r.gateway.control.on_flushed = lambda rank: cleared.append(rank.dp_rank)
+        response = await r.client.post("/flush_cache")
+        assert response.status_code == 200 and sorted(cleared) == [0, 1]
+        assert worker.flushes == 1
+
+
+@asynchronous
 async def test_metrics_count_what_happened():
     async with running(2, policy="cache_aware") as r:
         for _ in range(3):
@@ -423,6 +492,19 @@ async def test_metrics_count_what_happened():
         text = (await r.client.get("/metrics")).text
         names = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
         assert len(names) >= 40 and len([n for n in names if n.startswith("smg_")]) >= 30
+
+
+def test_samples_are_told_with_every_digit():
+    metrics = Metrics()
+    metrics.counter("tokens", "", "of").of("a").add(12_345_678)
+    metrics.watch("size", "", (), lambda: {(): 2**53 + 2.0})
+    seconds = metrics.histogram("seconds", "").of()
+    seconds.observe(1234567.125)
+    seconds.observe(0.1)
+    lines = metrics.text().decode().splitlines()
+    assert 'tokens{of="a"} 12345678' in lines
+    assert "size 9007199254740994.0" in lines
+    assert "seconds_sum 1234567.225" in lines and "seconds_count 2" in lines
 
 
 @asynchronous

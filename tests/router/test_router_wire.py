@@ -179,7 +179,10 @@ async def test_what_runs_on_an_unwell_worker_does_not_wait_for_ever(then):
 async def with_a_probe_due(r):
     """The only worker, its breaker open for so long that the next request probes it."""
     await r.chat()
-    worker = r.registered(r.workers[0])
+    return open_with_a_probe_due(r, r.registered(r.workers[0]))
+
+
+def open_with_a_probe_due(r, worker):
     r.gateway.monitor.tasks.pop(worker).cancel()  # which would send the probe
     for _ in range(5):
         worker.breaker.failure(1)
@@ -202,6 +205,21 @@ async def test_half_open_probe_that_takes_the_short_way_closes_the_breaker():
         client.leave()
 
 
+@pytest.mark.parametrize(
+    "answer, state, timeout_s", [(429, "half_open", 1), (503, "half_open", 1), (500, "open", 2)]
+)
+@asynchronous
+async def test_probe_of_a_breaker_that_finds_the_worker_busy_decides_nothing(answer, state, timeout_s):
+    async with running(1, cb_timeout_duration_secs=1.0) as r:
+        worker = await with_a_probe_due(r)
+        worker.failed_path = b"/generate"
+        r.workers[0].faults.status = answer
+        await r.gateway.monitor._breaker_probe(worker)
+        assert len(r.workers[0].seen) == 2
+        assert (worker.breaker.state, worker.breaker.timeout_s) == (state, timeout_s)
+        assert not worker.breaker.probing
+
+
 @asynchronous
 async def test_client_that_leaves_during_a_probe_on_the_short_way_leaves_room_for_another():
     async with running(1) as r:
@@ -213,6 +231,27 @@ async def test_client_that_leaves_during_a_probe_on_the_short_way_leaves_room_fo
         client.leave()
         await until(lambda: not worker.in_flight)
         assert worker.breaker.state == "half_open" and not worker.breaker.probing
+
+
+@asynchronous
+async def test_probe_that_says_500_is_settled_when_its_client_leaves_during_the_next_attempt():
+    workers = [await MockWorker(name=f"w{i}").start() for i in range(2)]
+    async with running(workers=workers, policy="round_robin") as r:
+        probed, other = (r.registered(w) for w in workers)
+        open_with_a_probe_due(r, probed)
+        r.gateway.monitor.tasks.pop(other).cancel()
+        r.gateway.registry.set_status(other, "unhealthy")
+        workers[0].faults.delay_s, workers[0].faults.status = 0.1, 500
+        workers[1].faults.delay_s = 10
+        client = await RawClient.connect(r.port)
+        client.writer.write(post(TEXT))
+        await until(lambda: workers[0].running)
+        assert probed.breaker.probing
+        r.gateway.registry.set_status(other, "ready")
+        await until(lambda: workers[1].running)
+        client.leave()
+        await until(lambda: not other.in_flight)
+        assert probed.breaker.state == "half_open" and not probed.breaker.probing
 
 
 NUMBERS = [
@@ -487,3 +526,21 @@ async def test_body_over_the_limit_is_413_however_well_its_head_is_known():
             body = b'{"a":1}'.ljust(size)
             assert await status(client, post(body)) == expected, size
         await idle(r)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/workers"])
+@asynchronous
+async def test_body_of_which_nothing_more_comes_is_408_and_a_slow_one_is_read(monkeypatch, path):
+    monkeypatch.setattr("router.body.SILENT_S", 0.6)
+    async with running(1) as r:
+        head = b"POST %b HTTP/1.1\r\nhost: g\r\ncontent-length: 400000000\r\n\r\n" % path.encode()
+        client = await RawClient.connect(r.port)
+        client.writer.write(head)
+        reading = asyncio.create_task(client.reader.read())
+        for _ in range(3):  # what comes in time sets the clock anew
+            client.writer.write(b"{")
+            await asyncio.sleep(0.25)
+            assert not reading.done()
+        answer = await reading
+        assert answer.startswith(b"HTTP/1.1 408") and b"body_timeout" in answer
+        assert r.gateway.proxy.concurrency.running == 0 and not r.workers[0].seen

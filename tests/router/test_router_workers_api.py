@@ -3,8 +3,15 @@
 import asyncio
 import uuid
 
+import pytest
 from gateway_harness import CHAT, asynchronous, running, until
 from mock_worker import MockWorker
+
+from router.breaker import Breaker
+from router.config import ConfigError, RouterConfig
+from router.jobs import learn
+from router.upstream import Address, Pool, UpstreamError
+from router.workers import Worker, WorkerSpec
 
 
 @asynchronous
@@ -38,6 +45,8 @@ async def test_url_that_is_known_is_refused_409():
 async def test_bad_requests_are_400():
     async with running(0) as r:
         bad = [b"{", b"[]", b'{"url": 5}', b'{"url": "worker:80"}', b'{"url": "ftp://x"}', b"{}", b"\xff\xfe"]
+        bad += [b'{"url": "http://%s"}' % host for host in (b"a..b:8000", b"a" * 64, b"a b", b"a\\r\\nx: y")]
+        bad += [b'{"url": "http://x/\xc3\xa9"}', b'{"url": "http://x", "priority": 1%s}' % (b"0" * 29)]
         for body in bad:
             response = await r.client.post("/workers", content=body)
             assert (response.status_code, response.json()["code"]) == (400, "BAD_REQUEST"), body
@@ -102,6 +111,57 @@ async def test_put_and_patch_change_everything_but_the_url():
 
 
 @asynchronous
+async def test_worker_key_that_is_no_header_is_refused_and_the_old_one_stays():
+    async with running(1, worker_api_key="old") as r:
+        worker = r.registered(r.workers[0])
+        path = f"/workers/{worker.id}"
+        for key in ("ключ", "a\r\nx-evil: 1", "a b", "a\n"):
+            added = await r.client.post("/workers", json={"url": "http://127.0.0.1:9", "api_key": key})
+            put = await r.client.put(path, json={"url": worker.url, "api_key": key})
+            patched = await r.client.patch(path, json={"api_key": key})
+            for response in (added, put, patched):
+                assert response.status_code == 400 and "api_key" in response.json()["error"]
+            assert worker.spec.api_key == "old"
+        await r.chat()
+        assert r.workers[0].seen[-1].headers["authorization"] == "Bearer old"
+        assert (await r.client.patch(path, json={"api_key": "sk-new/+="})).status_code == 202
+        assert (await r.client.patch(path, json={"priority": 1 << 31})).status_code == 400
+
+
+def test_worker_head_that_cannot_be_written_changes_nothing():
+    worker = Worker(WorkerSpec(url="http://a:1"), Breaker(lambda: 0.0), Pool(Address.parse("http://a:1")))
+    with pytest.raises(UnicodeEncodeError):
+        worker.respec(WorkerSpec(url="http://a:1", api_key="ключ"))
+    assert worker.spec.api_key is None
+
+
+def test_host_of_a_worker_is_the_name_that_is_looked_up():
+    assert Address.parse("http://bücher.example:8000").authority == "xn--bcher-kva.example:8000"
+    assert Address.parse("https://[::1]:8000/v/").authority == "[::1]:8000"
+
+
+@asynchronous
+async def test_host_name_that_cannot_be_looked_up_is_a_failed_connection():
+    with pytest.raises(UpstreamError) as caught:
+        await Pool(Address("http", "a..b", 80, "")).connect()
+    assert caught.value.kind == "connect"
+
+
+@pytest.mark.parametrize(
+    "worker_urls, message",
+    [(["http://a:1", "http://a:1/"], "given twice"), (["http://a..b:1"], "a host name"), (["a:1"], "http")],
+)
+def test_worker_urls_that_cannot_be_used_are_a_configuration_error(worker_urls, message):
+    with pytest.raises(ConfigError, match=f"worker_urls.*{message}"):
+        RouterConfig.from_keywords(worker_urls=worker_urls)
+
+
+def test_worker_key_that_is_no_header_is_a_configuration_error():
+    with pytest.raises(ConfigError, match="worker_api_key"):
+        RouterConfig.from_keywords(worker_api_key="a\nb")
+
+
+@asynchronous
 async def test_deleted_worker_finishes_what_runs_and_gets_nothing_new():
     async with running(2) as r:
         r.workers[0].faults.delay_s = 0.5
@@ -141,6 +201,36 @@ async def test_workers_come_and_go_under_load_without_a_lost_request():
         stop = True
         await asyncio.gather(*tasks)
         assert set(statuses) == {200}
+
+
+@asynchronous
+async def test_worker_removed_before_it_is_ready_is_probed_no_more():
+    async with running(0) as r:
+        worker = await MockWorker().start()
+        worker.faults.health = 503
+        r.workers.append(worker)
+        made = (await r.client.post("/workers", json={"url": worker.url})).json()
+        await until(lambda: worker.probes)
+        assert (await r.client.delete(made["location"])).status_code == 202
+        await until(lambda: not len(r.gateway.registry) and not r.gateway.jobs.tasks)
+
+
+@asynchronous
+async def test_worker_that_comes_back_is_learned_anew_and_what_it_does_not_say_stays():
+    info = {"dp_size": 2, "max_total_num_tokens": 1000, "protocol": ["resume/1", "input_ids/1"]}
+    worker = await MockWorker(info=info).start()
+    async with running(workers=[worker], dp_aware=True) as r:
+        await until(lambda: len(r.gateway.registry.usable(None)) == 2)
+        for told, expected in ((dict(info), 500), ({**info, "max_total_num_tokens": 600}, 300)):
+            worker.info = told
+            for rank in r.gateway.registry:
+                await learn(rank)
+                assert (rank.capacity_tokens, rank.dp_size) == (expected, 2)
+        await worker.kill()
+        for rank in r.gateway.registry:
+            await learn(rank)
+            assert (rank.capacity_tokens, rank.resumes, rank.takes_ids) == (300, True, True)
+            assert rank.info["max_total_num_tokens"] == 600
 
 
 @asynchronous
