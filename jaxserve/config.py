@@ -8,6 +8,7 @@ and what would be valid. Nothing here imports jax.
 
 import argparse
 import dataclasses
+import logging
 import types
 import typing
 from collections.abc import Sequence
@@ -16,7 +17,9 @@ from typing import Any, Literal
 
 import yaml
 
-from jaxserve import speculation
+from jaxserve import foreign_flags, speculation
+
+logger = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -195,6 +198,10 @@ class ServerConfig:
         parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
         parser.add_argument("--config", help="YAML file with the same keys; flags override it")
         add_flags(parser, cls)
+        for name in (*foreign_flags.WITHOUT_EFFECT, *foreign_flags.REFUSED):
+            parser.add_argument(
+                f"--{name.replace('_', '-')}", dest=name, nargs="*", default=None, help=argparse.SUPPRESS
+            )
         return parser
 
     def check(self) -> None:
@@ -304,7 +311,13 @@ def _by_name(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     names = {alias: f.name for f in dataclasses.fields(cls) for alias in (f.name, *f.metadata["aliases"])}
     out: dict[str, Any] = {}
     for given, value in values.items():
-        name = names.get(str(given).replace("-", "_"))
+        spelled = str(given).replace("-", "_")
+        name = names.get(spelled)
+        if name is None and (reason := foreign_flags.WITHOUT_EFFECT.get(spelled)):
+            logger.warning("%s changes nothing here: %s", spelled, reason)
+            continue
+        if name is None and (cure := foreign_flags.REFUSED.get(spelled)):
+            raise ConfigError(f"{spelled} is not supported: {cure}")
         if name is None:
             raise ConfigError(
                 f"unknown key {given!r}; known keys: {', '.join(f.name for f in dataclasses.fields(cls))}"

@@ -13,6 +13,7 @@ from starlette.routing import Route
 from router import __version__
 from router.control_body import control_body
 from router.errors import RequestError
+from router.metrics import joined
 from router.policies import Policy
 from router.upstream import UpstreamError, json_of
 from router.workers import Load, Registry, Worker
@@ -172,12 +173,14 @@ class Control:
         return _json(body, 200 if not failed else 206 if flushed else 503)
 
     async def engine_metrics(self, request: Request) -> Response:
-        """The workers' own /metrics, one after the other, under a comment line with the URL."""
-        parts = []
-        for worker, answer in await self._ask_all("GET", "/metrics"):
-            if isinstance(answer, tuple) and answer[0] == 200:
-                parts.append(b"# worker " + worker.url.encode() + b"\n" + answer[1])
-        return Response(b"\n".join(parts), headers={"content-type": METRICS_TYPE})
+        """The workers' own /metrics as one, each sample with the `worker` that it is of."""
+        answers = await self._ask_all("GET", "/metrics")
+        texts = [
+            (w.url, a[1].decode("utf-8", "replace"))
+            for w, a in answers
+            if isinstance(a, tuple) and a[0] == 200
+        ]
+        return Response(joined(texts), headers={"content-type": METRICS_TYPE})
 
     def one_of(self, method: str, *targets: str):
         """A handler that passes on the first worker's answer to the first of `targets` it knows."""

@@ -265,6 +265,12 @@ async def _json(worker: Worker, *targets: str) -> Any:
             status, body = await pool.fetch("GET", target, headers=worker.auth_headers())
         except UpstreamError:
             continue
+        if status in (401, 403) and target == "/v1/models":  # one line of those that are asked
+            log.warning(
+                "worker %s tells nothing of itself (%d): it wants a key, see --worker-api-key",
+                worker.url,
+                status,
+            )
         value = json_of(body) if status == 200 else None
         if value is not None:
             return value

@@ -78,6 +78,9 @@ def make_parser() -> argparse.ArgumentParser:
 def make_plan(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Plan:
     """Raises ConfigError for what cannot be started, ReplicasFailed without free ports."""
     given, engine_flags = parser.parse_known_args(argv)
+    for flag in engine_flags:
+        if flag.startswith(f"--{PREFIX}"):
+            raise ConfigError(f"{flag} is no flag of the gateway; --help lists them")
     shared = _shared_values(given)
     tp, dp_size = shared.get("tp") or 1, shared.get("dp_size") or 1
     for name, value in (("tp", tp), ("dp_size", dp_size)):

@@ -5,7 +5,7 @@ against 1 to 2 us of a thread-safe client library, eight times a request).
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 Labels = tuple[str, ...]
@@ -291,3 +291,29 @@ class Metrics:
             lines.append(f"# TYPE {metric.name} {metric.kind}")
             lines.extend(metric.samples([s for o in others if metric.name in o for s in o[metric.name][1]]))
         return ("\n".join(lines) + "\n").encode()
+
+
+def joined(texts: Sequence[tuple[str, str]]) -> str:
+    """The metrics of several workers (URL, text) as one text: a family once, a `worker` label at each sample.
+
+    Without the label, the same samples of two workers would be one, and the text none that Prometheus reads.
+    """
+    families: dict[str, tuple[list[str], list[str]]] = {}  # name -> (comments, samples)
+    for url, text in texts:
+        label, own = label_text(("worker",), (url,))[1:-1], set[str]()
+        comments, samples = families.setdefault("", ([], []))
+        for line in text.splitlines():
+            if line.startswith(("# HELP ", "# TYPE ")):
+                name = line.split(" ", 3)[2]
+                comments, samples = families.setdefault(name, ([], []))
+                if name in own or not comments:  # the first worker's words stand for all
+                    own.add(name)
+                    comments.append(line)
+            elif line and not line.startswith("#"):
+                name, brace, rest = line.partition("{")
+                if brace and " " not in name:
+                    samples.append(f"{name}{{{label}{',' * (rest[:1] != '}')}{rest}")
+                else:
+                    name, _, rest = line.partition(" ")
+                    samples.append(f"{name}{{{label}}} {rest}")
+    return "".join(f"{line}\n" for parts in families.values() for part in parts for line in part)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from jaxserve import foreign_flags
 from jaxserve.config import ConfigError, ServerConfig
 
 M = ("--model-path", "m")
@@ -328,6 +329,37 @@ GUIDE = [
         {"enable_two_batch_overlap": True, "enable_eplb": True},
     ),
 ]  # fmt: skip
+
+
+def test_foreign_flag_that_asks_for_what_is_had_is_taken_with_a_log_line(tmp_path, caplog):
+    """As a flag with or without a value, in YAML and as a keyword."""
+    plain = parse("--model-path", "m", "--tp", "2")
+    file = tmp_path / "server.yaml"
+    file.write_text("model-path: m\ntp: 2\ntrust-remote-code: true\n")
+    foreign = ("--trust-remote-code", "--attention-backend", "fa3", "--cuda-graph-bs", "1", "2")
+    for config in (
+        parse("--model-path", "m", *foreign, "--tp", "2"),
+        parse("--config", str(file)),
+        ServerConfig.from_keywords(model_path="m", tp=2, trust_remote_code=True),
+    ):
+        assert config == plain
+    line = "trust_remote_code changes nothing here: no code of a checkpoint is run"
+    assert [message for message in caplog.messages if message == line] == [line] * 3
+
+
+def test_foreign_flag_that_asks_for_more_is_refused_with_the_way_out(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--model-path", "m", "--reasoning-parser", "deepseek-r1")
+    assert end.value.code == 2
+    assert "error: reasoning_parser is not supported: answers are not taken apart" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="lora_paths is not supported: LoRA is not served yet"):
+        ServerConfig.from_keywords(model_path="m", lora_paths=["x"])
+
+
+def test_foreign_flags_are_none_of_ours():
+    ours = {name for f in dataclasses.fields(ServerConfig) for name in (f.name, *f.metadata["aliases"])}
+    assert not ours & {*foreign_flags.WITHOUT_EFFECT, *foreign_flags.REFUSED}
+    assert not foreign_flags.WITHOUT_EFFECT.keys() & foreign_flags.REFUSED.keys()
 
 
 @pytest.mark.parametrize("argv, values", [row[1:] for row in GUIDE], ids=[row[0] for row in GUIDE])

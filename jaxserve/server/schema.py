@@ -14,7 +14,7 @@ import msgspec
 
 from jaxserve.server.errors import RequestError
 
-MAX_BATCH = 1024  # sequences of one request: prompts times n
+MAX_BATCH = 4096  # sequences of one request: prompts times n
 MAX_N = 128
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024

@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kv_worker import KvWorker, write_tokenizer
 from mock_worker import MockWorker
+from prometheus_client.parser import text_string_to_metric_families
 
 from router.config import ConfigError, RouterConfig
 from router.control_body import MAX_CONTROL_BYTES
 from router.launch_router import start_metrics_server
 from router.launch_server import make_parser, make_plan
-from router.metrics import Metrics
+from router.metrics import Metrics, joined
 from router.workers import Load
 
 
@@ -325,6 +326,11 @@ def test_key_of_the_rust_gateway_that_is_not_supported_says_what_to_do(name, cap
     assert f"--router-{name} is not supported: " in capsys.readouterr().err
 
 
+def test_router_flag_that_the_gateway_does_not_know_is_not_handed_to_engines():
+    with pytest.raises(ConfigError, match="--router-log-dir is no flag of the gateway"):
+        make_plan(make_parser(), ["--model-path", "m", "--router-log-dir", "x"])
+
+
 @pytest.mark.parametrize("keys", ["a:b:c", "1:ops:owner:k", "1:ops:admin:"])
 def test_operator_key_without_a_known_role_is_refused(keys):
     with pytest.raises(ConfigError, match="id:name:role:key"):
@@ -446,6 +452,20 @@ async def test_requests_at_workers_are_counted_by_their_age():
 
 
 @asynchronous
+async def test_worker_that_wants_a_key_is_named_once(caplog):
+    class Locked(MockWorker):
+        def _control(self, path):
+            return (401, {}) if path != "/health" else super()._control(path)
+
+    worker = await Locked().start()
+    async with running(workers=[worker]):
+        lines = [message for message in caplog.messages if "--worker-api-key" in message]
+        assert lines == [
+            f"worker {worker.url} tells nothing of itself (401): it wants a key, see --worker-api-key"
+        ]
+
+
+@asynchronous
 async def test_flush_reaches_every_worker_and_partial_success_is_206():
     async with running(2) as r:
         response = await r.client.post("/flush_cache")
@@ -468,6 +488,43 @@ async def test_flush_of_a_process_clears_what_is_known_of_all_its_ranks():
         response = await r.client.post("/flush_cache")
         assert response.status_code == 200 and sorted(cleared) == [0, 1]
         assert worker.flushes == 1
+
+
+ONE = """# HELP up Whether it is.
+# TYPE up gauge
+up 1
+# HELP seconds How long.
+# TYPE seconds histogram
+seconds_bucket{le="0.5",model="a b"} 3
+seconds_bucket{le="+Inf",model="a b"} 4
+seconds_count{model="a b"} 4
+"""
+
+
+def test_metrics_of_workers_are_joined_with_a_label_and_each_family_once():
+    text = joined([("http://a:1", ONE), ("http://b:2", ONE.replace("up 1", "up 0") + "# EOF\nmore{} 7\n")])
+    families = {f.name: f for f in text_string_to_metric_families(text)}
+    assert text.count("# TYPE up gauge") == text.count("# HELP seconds") == 1
+    assert {s.labels["worker"]: s.value for s in families["up"].samples} == {"http://a:1": 1, "http://b:2": 0}
+    counts = [
+        s for s in families["seconds"].samples if s.name == "seconds_bucket" and s.labels["le"] == "+Inf"
+    ]
+    assert [(s.labels["worker"], s.labels["model"], s.value) for s in counts] == [
+        ("http://a:1", "a b", 4), ("http://b:2", "a b", 4)
+    ]  # fmt: skip
+    assert 'more{worker="http://b:2"} 7\n' in text
+
+
+@asynchronous
+async def test_engine_metrics_tell_the_workers_apart():
+    async with running(2) as r:
+        response = await r.client.get("/engine_metrics")
+        workers = {
+            sample.labels["worker"]
+            for family in text_string_to_metric_families(response.text)
+            for sample in family.samples
+        }
+        assert response.status_code == 200 and workers == {w.url for w in r.workers}
 
 
 @asynchronous
