@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxserve.engine.runner import Progress, Runner
 
 logger = logging.getLogger(__name__)
 
+PIECE_BYTES = 16 * 2**20  # of a compiled program in one message, which has a quarter of the largest then
 MAX_IN_FLIGHT = 2  # steps; with more than 32 unfinished programs Gloo hangs
 
 
@@ -75,20 +77,34 @@ def compile_alike(runner: Runner, hosts: Hosts, facts: str, progress: Progress) 
     compilation_cache.reset_cache()
     if isinstance(hosts, Leader):
         runner.compile_all(progress)
-        hosts.share(Program(path.name, path.read_bytes()) for path in directory.glob("*-cache"))
+        hosts.share(piece for path in directory.glob("*-cache") for piece in pieces_of(path))
         hosts.agree("compiled", {})
         return
     hosts.agree("compiled", {})
     while not hosts.shared.empty():
-        program = hosts.shared.get()
-        path = directory / Path(program.file).name
-        part = path.with_suffix(f".{os.getpid()}")  # hosts on one machine may share the directory
-        part.write_bytes(program.content)
-        part.replace(path)
+        keep(directory, hosts.shared.get())
     taken = _count_taken()
     runner.compile_all(progress)
     if missed := len(runner.program_keys) - len(taken):
         logger.warning("%d programs were compiled here and not taken from host 0", missed)
+
+
+def pieces_of(path: Path) -> Iterator[Program]:
+    """A program's file, cut so that each piece fits a message."""
+    content = path.read_bytes()
+    for begin in range(0, len(content), PIECE_BYTES):
+        piece = content[begin : begin + PIECE_BYTES]
+        yield Program(path.name, piece, begin, len(content) - begin - len(piece))
+
+
+def keep(directory: Path, piece: Program) -> None:
+    """Add the next piece of a program; with the last one its file has its name."""
+    path = directory / Path(piece.file).name
+    part = path.with_suffix(f".{os.getpid()}")  # hosts on one machine may share the directory
+    with part.open("ab" if piece.begin else "wb") as file:
+        file.write(piece.content)
+    if not piece.left:
+        part.replace(path)
 
 
 def _count_taken() -> list[str]:

@@ -53,10 +53,13 @@ class Verdict(msgspec.Struct, frozen=True, tag=True):
 
 
 class Program(msgspec.Struct, frozen=True, tag=True):
-    """A compiled program as host 0's cache holds it: the file's name and content."""
+    """A part of a compiled program as host 0's cache holds it: the file's name, content from byte `begin` on,
+    and how many bytes are left."""
 
     file: str
     content: bytes
+    begin: int = 0
+    left: int = 0
 
 
 class Plan(msgspec.Struct, frozen=True, tag=True):

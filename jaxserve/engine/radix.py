@@ -120,6 +120,21 @@ class RadixTree:
             node = node.parent
         return node, pages, num_here
 
+    def num_matched(self, tokens: Sequence[int], salt: str = "", to_state: bool = False) -> int:
+        """Pages that `match` would find, or `match_state`; nothing is split, and nothing counts as used."""
+        if not self.enabled:
+            return 0
+        node, chunks, at, found = self._root(salt), self._chunks(tokens, len(tokens) // self.page_size), 0, 0
+        while at < len(chunks) and (child := node.children.get(chunks[at])) is not None:
+            same = _common(child.chunks, chunks, at)
+            at += same
+            if not to_state or (same == len(child.chunks) and child.state >= 0):
+                found = at
+            if same < len(child.chunks):
+                break
+            node = child
+        return found
+
     def insert(
         self, tokens: Sequence[int], pages: list[int], salt: str = ""
     ) -> tuple[Node, list[int], list[int]]:

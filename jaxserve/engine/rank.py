@@ -235,8 +235,8 @@ class Rank:
 
     def num_cached_tokens(self, tokens: Sequence[int], salt: str) -> int:
         """Leading tokens that need not be computed."""
-        find = self.tree.match if self.checkpoints is None else self.tree.match_state
-        return len(find(tokens, salt)[1]) * self.limits.page_size
+        pages = self.tree.num_matched(tokens, salt, to_state=self.checkpoints is not None)
+        return pages * self.limits.page_size
 
     def _grow(self, request: Request) -> bool:
         """Add a page for the next position; False when the request itself had to go."""

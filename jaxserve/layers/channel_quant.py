@@ -192,6 +192,12 @@ def read_stored(config: dict[str, Any]) -> ChannelQuant | None:
         return ChannelQuant("fp8", is_stored=True, skip=tuple(skip))
     if method != "compressed-tensors":
         return None
+    for name in ("transform_config", "sparsity_config"):
+        extra = given.get(name) or {}
+        if extra and extra.get("format") != "dense":
+            raise ConfigError(
+                f"config.json: {name} of quantization_config is not read; weights would mean others"
+            )
     groups = (given.get("config_groups") or {}).values()
     schemes: set[Scheme | None] = {_scheme(group.get("weights") or {}) for group in groups}
     scheme = schemes.pop() if len(schemes) == 1 else None

@@ -48,10 +48,15 @@ class Rope:
         plain = parameters["rope_theta"] ** -(np.arange(0, rotated, 2, dtype=np.float64) / rotated)
         parameters = {"original_max_position_embeddings": max_position, **parameters}
         try:
-            frequencies, amplitude = SCALINGS[kind](plain, parameters)
+            with np.errstate(divide="raise", invalid="raise"):
+                frequencies, amplitude = SCALINGS[kind](plain, parameters)
         except KeyError as error:
             raise ConfigError(
                 f"config.json: rope_type={kind!r} needs {error.args[0]}, which is missing"
+            ) from None
+        except (ArithmeticError, ValueError) as error:
+            raise ConfigError(
+                f"config.json: rope_type={kind!r} has numbers that give none: {error}"
             ) from None
         return cls(tuple(frequencies.astype(np.float32).tolist()), amplitude)
 
@@ -65,9 +70,19 @@ def rope_parameters(hf_config: dict[str, Any]) -> dict[str, Any]:
 
     Older files say `rope_theta` and `rope_scaling` (with `type` or `rope_type`), newer ones
     `rope_parameters`. A mapping per layer type (Gemma 3) is the caller's to take apart.
+
+    Raises ConfigError for what would be left out.
     """
-    given = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    kind = given.get("rope_type") or given.get("type") or "default"
+    scaling, parameters = (hf_config.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
+    given = {**parameters, **scaling}  # where a file has both, the older one was put in by hand
+    kinds = (m.get(key) for m in (scaling, parameters) for key in ("rope_type", "type"))
+    kind = next((kind for kind in kinds if kind), "default")
+    if nested := [key for key, value in given.items() if isinstance(value, dict)]:
+        raise ConfigError(f"config.json: rope_parameters for {nested[0]!r} alone are not supported here")
+    if kind == "default" and given.get("factor") not in (None, 1):
+        raise ConfigError(
+            f"config.json: rope_scaling has factor={given['factor']} but no rope_type that would use it"
+        )
     theta = given.get("rope_theta") or hf_config.get("rope_theta") or 10_000.0
     if share := hf_config.get("partial_rotary_factor"):
         given = {"partial_rotary_factor": share, **given}

@@ -43,7 +43,13 @@ def resolve(hf_config: dict[str, Any]) -> type:
     Raises: UnknownArchitectureError; ConfigError for weights in a quantization that the family does
     not read (its module's `QUANTIZATIONS` names those it does).
     """
-    method = (hf_config.get("quantization_config") or {}).get("quant_method")
+    quantization = hf_config.get("quantization_config") or {}
+    method = quantization.get("quant_method")
+    if quantization and method is None:
+        raise ConfigError(
+            "config.json: quantization_config has no quant_method; use a checkpoint in bfloat16, float16 or "
+            "float32, or one that names it"
+        )
     wanted = hf_config.get("architectures") or []
     families = _families()
     for name in wanted:

@@ -132,7 +132,7 @@ def windows(config: dict[str, Any], size: Dimensions, sliding: list[bool]) -> li
         sliding = [known[kind] for kind in kinds]
     if not any(sliding):
         return [None] * size.num_layers
-    window = need(config, "sliding_window")
+    window = need_size(config, "sliding_window")
     return [window if slides else None for slides in sliding]
 
 

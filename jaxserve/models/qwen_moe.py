@@ -24,6 +24,7 @@ from jaxserve.models.hf_config import (
     one_of,
     rope_and_reach,
     upper_layer_windows,
+    windows,
 )
 
 ARCHITECTURES = ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
@@ -48,7 +49,10 @@ class Qwen3MoeForCausalLM(nnx.Module):
         config = {**defaults, **hf_config}
         size = Dimensions.read(config)
         rope, self.max_position = rope_and_reach(config, size)
-        window_of = upper_layer_windows(config, size)
+        if has_qk_norm:  # Qwen3: all layers or none
+            window_of = windows(config, size, [config.get("use_sliding_window", False)] * size.num_layers)
+        else:
+            window_of = upper_layer_windows(config, size)
         activation = one_of(config, "hidden_act", ("silu",), "silu")
         if has_qk_norm:
             qkv_bias = out_bias = config.get("attention_bias", False)

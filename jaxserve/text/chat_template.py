@@ -7,6 +7,7 @@ Templates come from the operator's checkpoint or `--chat-template`, never from a
 import datetime
 import json
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,26 +82,28 @@ class ChatTemplate:
         Raises ChatTemplateError.
         """
         prepared = [self._prepare(m) for m in messages]
+        names = {
+            **self._special_tokens,
+            **(variables or {}),
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+        }
         try:
-            text = self._template.render(
-                {
-                    **self._special_tokens,
-                    **(variables or {}),
-                    "messages": prepared,
-                    "tools": None,
-                    "documents": None,
-                    "add_generation_prompt": add_generation_prompt and not continue_final_message,
-                }
-            )
+            text = self._template.render({**names, "messages": prepared})
+            if not continue_final_message:
+                return text
+            mark = uuid.uuid4().hex
+            marked = [*prepared[:-1], _with_mark(prepared[-1], mark)]
+            return _open_end(text, self._template.render({**names, "messages": marked}), mark)
+        except ChatTemplateError:
+            raise
         except jinja2.TemplateError as error:
             raise ChatTemplateError(str(error.message or type(error).__name__)) from error
         except (
             Exception
         ) as error:  # templates run into TypeError, KeyError, ... on messages they do not expect
             raise ChatTemplateError(f"the chat template cannot render these messages: {error}") from error
-        if continue_final_message:
-            return _open_end(text, text_of(messages[-1].get("content")))
-        return text
 
     def _prepare(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Content in the form the template takes; tool-call arguments as objects, not JSON text."""
@@ -124,17 +127,25 @@ def text_of(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _open_end(text: str, final: str) -> str:
-    """The rendered text cut right after the final message's own text."""
-    stripped = final.strip()
-    at = text.rfind(stripped) if stripped else -1
-    if at < 0:
-        raise ChatTemplateError(
-            "continue_final_message: the final message's content is empty or the chat template changes it"
-        )
-    # Templates that strip their messages lose the trailing space; others keep it.
-    whole = text.rfind(final.lstrip())
-    return text[: whole + len(final.lstrip())] if whole >= 0 else text[: at + len(stripped)]
+def _with_mark(message: dict[str, Any], mark: str) -> dict[str, Any]:
+    """The message with a mark at the end of its last text. Raises ChatTemplateError when it has none."""
+    content = message.get("content")
+    if text_of(content).strip():
+        if isinstance(content, str):
+            return {**message, "content": content + mark}
+        last = max(i for i, part in enumerate(content) if isinstance(part.get("text"), str))
+        part = {**content[last], "text": content[last]["text"] + mark}
+        return {**message, "content": [*content[:last], part, *content[last + 1 :]]}
+    raise ChatTemplateError("continue_final_message: the final message's content is empty")
+
+
+def _open_end(text: str, marked: str, mark: str) -> str:
+    """The rendered text cut right after the final message's own, which is where `marked` has the mark."""
+    kept, found, _ = marked.rpartition(mark)
+    if not found:
+        raise ChatTemplateError("continue_final_message: the chat template changes the final message")
+    # The mark keeps the space before it, which a template that strips its messages loses.
+    return kept if text.startswith(kept) else kept.rstrip()
 
 
 def _parsed_arguments(call: Any) -> Any:

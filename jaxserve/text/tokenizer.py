@@ -53,7 +53,8 @@ class Tokenizer:
             fast = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the binding raises bare Exception
             raise TokenizerError(f"{file} is not a tokenizer: {error}") from error
-        return cls(fast, read_json(directory / "tokenizer_config.json"))
+        named = read_json(directory / "special_tokens_map.json")  # where older files have some of them
+        return cls(fast, {**named, **read_json(directory / "tokenizer_config.json")})
 
     @property
     def vocab_size(self) -> int:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
+SCALE_SUFFIXES = (STORED_SUFFIX, "_scale_inv")  # of what lies beside quantised numbers
 # Buffers that some checkpoints carry and every engine computes itself.
 _COMPUTED = ("rotary_emb.inv_freq", "rope.freqs", "attn.masked_bias", "attn.bias")
 
@@ -45,7 +46,8 @@ def load(model: nnx.Module, checkpoint: Checkpoint, shardings: Shardings, progre
     `progress(done, total)` counts bytes of the filled model. Tensors that no parameter uses are named
     in one warning.
 
-    Raises: CheckpointError for a missing or misshapen tensor.
+    Raises: CheckpointError for a missing or misshapen tensor, and for a quantised one that is to be read as
+    it is.
     """
     weights = list(declared(model))
     used = {source for weight in weights for target in weight.targets for source in target.sources}
@@ -100,13 +102,14 @@ def _check_sources(checkpoint: Checkpoint, path: str, param: nnx.Param, used: se
     """`used` are the sources of all parameters."""
     assert param.sources, f"{path} names no checkpoint tensor"
     infos = [find_tensor(checkpoint.tensors, source, checkpoint.path) for source in param.sources]
-    for source in param.sources:
-        scale = source + STORED_SUFFIX
+    for source, scale in ((s, s + suffix) for s in param.sources for suffix in SCALE_SUFFIXES):
         if scale in checkpoint.tensors and scale not in used:
             raise CheckpointError(
                 f"{checkpoint.tensors[source].file}: tensor {source} is quantised ({scale} is beside it), "
                 "but this model reads it as it is; convert the checkpoint with that layer left out"
             )
+    if param.assemble is None or isinstance(param.assemble, Stacked):
+        _check_numbers(param, infos)
     if isinstance(param.assemble, Stacked):
         return _check_slices(path, param, infos)
     if param.assemble is not None:
@@ -118,6 +121,19 @@ def _check_sources(checkpoint: Checkpoint, path: str, param: nnx.Param, used: se
             f"{info.file}: tensor {info.name} has shape {list(info.shape)}, expected "
             f"{list(_unsplit(want, len(info.shape)))}"
         )
+
+
+def _check_numbers(param: nnx.Param, infos: list[TensorInfo]) -> None:
+    """Integers mean nothing without a scale, which a weight of more bits has no use for."""
+    want = jnp.dtype(param.get_raw_value().dtype)
+    for info in infos:
+        dtype = jnp.dtype(info.dtype)
+        if jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize == 1 and want.itemsize > 1:
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} holds {dtype.name}, but this model reads it as numbers of "
+                f"{want.name}; config.json's quantization_config does not cover it: convert the checkpoint "
+                "with that layer left out"
+            )
 
 
 def _check_slices(path: str, param: nnx.Param, infos: list[TensorInfo]) -> None:

@@ -70,7 +70,10 @@ class Both:
         self.held: list[tuple[object, list[Prefix]]] = []
 
     def match(self, salt, tokens):
+        foreseen = self.tree.num_matched(tokens, salt)
+        self.tree.check()
         node, pages = self.tree.match(tokens, salt)
+        assert foreseen == len(pages)
         path = self.plain.path(salt, tokens)
         self.plain.touch(path)
         assert pages == [self.plain.page[prefix] for prefix in path]

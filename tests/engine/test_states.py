@@ -54,7 +54,9 @@ class Both:
         self.checkpoints.settle()
 
     def find(self, salt, tokens):
+        foreseen = self.tree.num_matched(tokens, salt, to_state=True)
         node, pages, num_here = self.tree.match_state(tokens, salt)
+        assert foreseen == len(pages)
         return len(pages), num_here, node.state, node
 
     def use(self, salt, tokens):

@@ -57,6 +57,50 @@ def test_config_without_any_rope_key_has_base_10000():
     assert rope_parameters({}) == {"rope_type": "default", "rope_theta": 10000.0}
 
 
+def test_scaling_that_was_added_to_a_new_config_wins():
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 32768}
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    for kind in ("rope_type", "type"):
+        got = rope_parameters({**plain, "rope_scaling": {kind: "yarn", **scaling}})
+        want = rope_parameters({"rope_theta": 1e6, "rope_scaling": {kind: "yarn", **scaling}})
+        assert got == want and got["rope_type"] == "yarn"
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"rope_scaling": {"factor": 8.0}}, "factor=8.0 but no rope_type"),
+        ({"rope_parameters": {"rope_type": "default", "factor": 2}}, "factor=2 but no rope_type"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "for 'full_attention' alone"),
+    ],
+)
+def test_what_would_be_left_out_is_refused(config, message):
+    with pytest.raises(ConfigError, match=message):
+        rope_parameters(config)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 2.0,
+            "low_freq_factor": 1,
+            "high_freq_factor": 1,
+        },
+        {"rope_type": "yarn", "rope_theta": 1.0, "factor": 2.0},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0},
+    ],
+    ids=lambda parameters: parameters["rope_type"],
+)
+def test_numbers_that_give_no_frequencies_are_refused(parameters):
+    with pytest.raises(
+        ConfigError, match=f"rope_type='{parameters['rope_type']}' has numbers that give none"
+    ):
+        Rope.from_parameters(parameters, 64, 100)
+
+
 def test_unknown_rope_type_is_refused_by_name_with_the_known_ones():
     with pytest.raises(
         ConfigError, match="rope_type='dynamic' is not supported; use one of 'default', 'linear'"

@@ -328,6 +328,16 @@ def test_layers_left_out_of_a_stored_checkpoint_stay_wide():
         ({}, compressed("float", num_bits=4), "compressed-tensors is read for weights of 8 bits"),
         ({}, compressed("int", symmetric=False), "compressed-tensors is read for weights of 8 bits"),
         ({}, compressed("int", strategy="group"), "compressed-tensors is read for weights of 8 bits"),
+        (
+            {},
+            {**compressed("float"), "transform_config": {"config_groups": {}}},
+            "transform_config .*is not read",
+        ),
+        (
+            {},
+            {**compressed("float"), "sparsity_config": {"format": "sparse-24-bitmask"}},
+            "sparsity_config .*is",
+        ),
         ({"quantization": "fp8"}, {"quant_method": "awq"}, "quant_method='awq' is not supported"),
     ],
 )

@@ -52,6 +52,8 @@ def test_quantized_checkpoint_is_refused_by_method():
     config = {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "gptq"}}
     with pytest.raises(ConfigError, match="quant_method='gptq' is not supported"):
         resolve(config)
+    with pytest.raises(ConfigError, match="quantization_config has no quant_method"):
+        resolve({**config, "quantization_config": {"load_in_8bit": True}})
 
 
 @pytest.mark.parametrize("family", FAMILIES + MOE_FAMILIES)
@@ -88,6 +90,7 @@ def test_models_say_what_the_engine_needs(family):
         ("llama", {"head_dim": 16.0}, "head_dim=16.0 must be a positive integer"),
         ("llama", {"num_key_value_heads": 3}, "heads=4 is not a multiple of num_key_value_heads=3"),
         ("qwen2", {**SLIDING, "layer_types": ["chunked"] * 2}, "layer_types='chunked'"),
+        ("mistral", {"sliding_window": 0}, "sliding_window=0 must be a positive integer"),
         ("qwen2", {**SLIDING, "layer_types": ["full_attention"]}, "layer_types has 1 entries"),
         ("gemma3", {"hidden_activation": "gelu"}, "hidden_activation='gelu' is not supported"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
@@ -111,6 +114,12 @@ def test_qwen_windows_start_at_max_window_layers_and_only_when_switched_on():
     config = {**read_config("qwen2"), "sliding_window": 20, "max_window_layers": 1, "layer_types": None}
     assert windows_of(model_of({**config, "use_sliding_window": False})) == [None, None]
     assert windows_of(model_of({**config, "use_sliding_window": True})) == [None, 20]
+
+
+def test_qwen3_moe_has_its_window_on_all_layers():
+    config = {**read_config("qwen3_moe"), "sliding_window": 20, "max_window_layers": 1, "layer_types": None}
+    assert set(windows_of(model_of({**config, "use_sliding_window": False}))) == {None}
+    assert set(windows_of(model_of({**config, "use_sliding_window": True}))) == {20}
 
 
 def test_mistral_with_a_null_window_attends_everything():

@@ -98,6 +98,34 @@ def test_final_message_that_the_template_strips_is_left_open_at_its_last_word():
     assert render(source, messages, continue_final_message=True) == "Hi<end>It is"
 
 
+@pytest.mark.parametrize(
+    "final", ["The answer is ", "<", "end", [{"type": "text", "text": "It"}, {"type": "text", "text": "is"}]]
+)
+def test_final_message_is_found_though_its_text_is_elsewhere_too(final):
+    """In an earlier message, or in the marker behind it."""
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<end>{% endfor %}"
+    messages = [{"role": "user", "content": "Begin with 'The answer is ' please."}, {"role": "assistant"}]
+    messages[1]["content"] = final
+    want = "It is" if isinstance(final, list) else final.strip()
+    text = render(source, messages, continue_final_message=True)
+    assert text == f"<user>Begin with 'The answer is ' please.<end><assistant>{want}"
+
+
+def test_final_message_that_the_template_leaves_out_cannot_be_continued():
+    with pytest.raises(ChatTemplateError, match="changes the final message"):
+        render(
+            "{{ messages[0].content }}",
+            [USER, {"role": "assistant", "content": "x"}],
+            continue_final_message=True,
+        )
+
+
+def test_parts_of_a_final_message_are_continued_in_the_last_text():
+    source = "{% for m in messages %}{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endfor %}"
+    parts = [{"type": "text", "text": "It"}, {"type": "text", "text": "is"}]
+    assert render(source, [{"role": "assistant", "content": parts}], continue_final_message=True) == "[It][is"
+
+
 def test_empty_final_message_cannot_be_continued():
     with pytest.raises(ChatTemplateError, match="continue_final_message"):
         render(

@@ -19,6 +19,14 @@ def test_files_of_a_directory_give_special_tokens(tmp_path):
     assert tokenizer.special_ids == {0, 1, 2, 3}
 
 
+def test_special_tokens_of_older_files_are_in_a_map_of_their_own(tmp_path):
+    tiny_tokenizer.write(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "unk_token": null}')
+    named = '{"bos_token": {"content": "<s>"}, "eos_token": "<other>", "unk_token": "<unk>"}'
+    (tmp_path / "special_tokens_map.json").write_text(named)
+    assert Tokenizer.from_dir(tmp_path).special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+
+
 def test_missing_tokenizer_json_is_named(tmp_path):
     with pytest.raises(TokenizerError, match=r"tokenizer\.json is missing"):
         Tokenizer.from_dir(tmp_path)

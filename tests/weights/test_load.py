@@ -227,3 +227,25 @@ def test_float16_and_float8_sources_are_converted_by_value(tmp_path):
     model = Model(*(weight((1, 2), (None, None), name, dtype=jnp.float32) for name in tensors))
     fill(model, open_checkpoint(tmp_path))
     assert [np.asarray(w[...]).tolist() for w in model.weights] == [[[0.5, -2.0]], [[1.5, 240.0]]]
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        (
+            {"a.weight": np.ones((1, 2), np.int8)},
+            "a.weight holds int8, but this model reads it as numbers of float32",
+        ),
+        (
+            {
+                "a.weight": np.ones((1, 2), ml_dtypes.float8_e4m3fn),
+                "a.weight_scale_inv": np.ones((1, 1), np.float32),
+            },
+            "a.weight is quantised .a.weight_scale_inv is beside it",
+        ),
+    ],
+)
+def test_quantised_numbers_are_not_taken_for_weights(tmp_path, tensors, message):
+    write_directory(tmp_path, tensors)
+    with pytest.raises(CheckpointError, match=message):
+        fill(Model(weight((1, 2), (None, None), "a.weight", dtype=jnp.float32)), open_checkpoint(tmp_path))
