@@ -5,6 +5,7 @@ touches a backend.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -54,20 +55,7 @@ def prepare_devices(config: ServerConfig) -> None:
         jax.config.update("jax_platforms", {"cpu": "cpu", "cuda": "cuda"}[config.device])
     if config.device != "cpu":
         # Only this instance's GPUs: XLA reserves memory on every GPU that it sees.
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = (
-            visible.split(",")
-            if visible
-            else [str(i) for i in range(config.base_gpu_id + config.local_devices)]
-        )
-        names = names[config.base_gpu_id :][: config.local_devices]
-        if len(names) < config.local_devices:
-            raise ConfigError(
-                f"CUDA_VISIBLE_DEVICES={visible} leaves {len(names)} GPUs from base_gpu_id="
-                f"{config.base_gpu_id} on, where {config.local_devices} are wanted here; name more there, or "
-                "ask for fewer (tp, dp_size)"
-            )
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
+        os.environ["CUDA_VISIBLE_DEVICES"] = _choose_gpus(config, _given_gpus())
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(XLA_POOL_FRACTION))
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     with contextlib.suppress(RuntimeError):  # a backend exists already; make_mesh counts its devices
@@ -78,6 +66,28 @@ def prepare_devices(config: ServerConfig) -> None:
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@functools.cache
+def _given_gpus() -> str | None:
+    """CUDA_VISIBLE_DEVICES as the process was given it, which the first engine changes."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def _choose_gpus(config: ServerConfig, given: str | None) -> str:
+    """Those of this instance on this host. Raises ConfigError; an empty `given` leaves none, for a CPU."""
+    if given is None:
+        names = [str(i) for i in range(config.base_gpu_id + config.local_devices)]
+    else:
+        names = [name for name in given.split(",") if name.strip()]
+    chosen = names[config.base_gpu_id :][: config.local_devices]
+    if len(chosen) < config.local_devices and (names or config.device == "cuda"):
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES={given} leaves {len(chosen)} GPUs from base_gpu_id={config.base_gpu_id} "
+            f"on, where {config.local_devices} are wanted here; name more there, or ask for fewer (tp, "
+            "dp_size)"
+        )
+    return ",".join(chosen)
 
 
 class _Source(NamedTuple):

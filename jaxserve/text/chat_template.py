@@ -133,6 +133,7 @@ def _with_mark(message: dict[str, Any], mark: str) -> dict[str, Any]:
     if text_of(content).strip():
         if isinstance(content, str):
             return {**message, "content": content + mark}
+        assert isinstance(content, list), "nothing else has a text"
         last = max(i for i, part in enumerate(content) if isinstance(part.get("text"), str))
         part = {**content[last], "text": content[last]["text"] + mark}
         return {**message, "content": [*content[:last], part, *content[last + 1 :]]}

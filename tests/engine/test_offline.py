@@ -7,7 +7,7 @@ import pytest
 
 import jaxserve
 from jaxserve.config import ConfigError, ServerConfig
-from jaxserve.engine.build import prepare_devices
+from jaxserve.engine.build import _choose_gpus
 from jaxserve.messages import EngineDeadError, Generate
 from jaxserve.server.errors import RequestError
 from jaxserve.weights import CheckpointError
@@ -102,12 +102,34 @@ def test_text_is_refused_before_anything_is_loaded(compile_cache, monkeypatch, t
         make(compile_cache, skip_tokenizer_init=False, tokenizer_path=str(tmp_path), **options)
 
 
-@pytest.mark.parametrize("visible, wanted", [("4,5", 3), ("4", 2)])
-def test_fewer_gpus_than_are_wanted_are_refused_by_name(monkeypatch, visible, wanted):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    config = ServerConfig.from_keywords(model_path="m", tp=2, base_gpu_id=wanted - 2)
-    with pytest.raises(ConfigError, match=f"CUDA_VISIBLE_DEVICES={visible} leaves 1 GPUs from base_gpu_id"):
-        prepare_devices(config)
+@pytest.mark.parametrize(
+    "given, options, chosen",
+    [
+        (None, {"tp": 2, "base_gpu_id": 1}, "1,2"),
+        ("4,5,6", {"tp": 2, "base_gpu_id": 1}, "5,6"),
+        ("GPU-a,", {}, "GPU-a"),
+        ("", {}, ""),  # hidden by the user, who wants a CPU
+    ],
+)
+def test_an_instance_sees_its_own_gpus(given, options, chosen):
+    assert _choose_gpus(ServerConfig.from_keywords(model_path="m", **options), given) == chosen
+
+
+@pytest.mark.parametrize(
+    "given, options, left",
+    [
+        ("4,5", {"tp": 2, "base_gpu_id": 1}, 1),
+        ("4", {"tp": 2}, 1),
+        ("4", {"base_gpu_id": 1}, 0),
+        ("", {"device": "cuda"}, 0),
+    ],
+)
+def test_fewer_gpus_than_are_wanted_are_refused_by_name(given, options, left):
+    config = ServerConfig.from_keywords(model_path="m", **options)
+    with pytest.raises(
+        ConfigError, match=f"CUDA_VISIBLE_DEVICES={given} leaves {left} GPUs from base_gpu_id="
+    ):
+        _choose_gpus(config, given)
 
 
 def test_text_that_holds_half_a_character_is_the_callers_mistake(engine, tmp_path):
