@@ -7,8 +7,9 @@ the client's protocol, or a cut connection when neither can be expressed.
 """
 
 import asyncio
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from router.body import next_part
@@ -275,89 +276,75 @@ class Proxy:
         """Try workers until one answers, relay the answer; returns completion tokens if reported.
 
         `begun`: the first attempt, already under way."""
-        blamed: list[tuple[Worker, Admission]] = []  # said 500, and may yet be innocent
-        try:
-            return await self._try_workers(call, method, target, client, to, started_s, begun, blamed)
-        except asyncio.CancelledError:
-            self._forgive(blamed)  # its client left before another worker could say whose fault it was
-            raise
-        finally:
-            self._blame(blamed, call)
-
-    async def _try_workers(
-        self,
-        call: Call,
-        method: str,
-        target: bytes,
-        client: ClientHeaders,
-        to: Client,
-        started_s: float,
-        begun: Exchange | None,
-        blamed: list[tuple[Worker, Admission]],
-    ) -> int:
-        """`_forward`, which settles whom this leaves in `blamed`."""
         tried: list[Worker] = []
         last: RequestError | None = None
         path = call.path
-        for attempt in range(self.attempts):
-            exchange, begun = begun, None
-            if exchange is None:
+        with self._settled(call) as blamed:
+            for attempt in range(self.attempts):
+                exchange, begun = begun, None
+                if exchange is None:
+                    try:
+                        worker, admission = self.select(call, tried)
+                    except RequestError as error:
+                        # What a worker said explains more than that there is no other one.
+                        raise last or error from None
+                    if worker in tried:
+                        pause_s = self._backoff_s(attempt)
+                        self.recorder.pause(attempt, pause_s)
+                        await self.sleep(pause_s)
+                        if worker.status != "ready" or not worker.breaker.closed:
+                            continue
+                    if self.dispatch.enabled and call.stream and admission == NORMAL:
+                        worker, admission = await self._turn(call, worker, tried)
+                    exchange = Exchange(self, call, worker, admission, started_s)
+                worker, admission = exchange.worker, exchange.admission
+                final = attempt == self.attempts - 1
                 try:
-                    worker, admission = self.select(call, tried)
-                except RequestError as error:
-                    # What a worker said explains more than that there is no other one.
-                    raise last or error from None
-                if worker in tried:
-                    pause_s = self._backoff_s(attempt)
-                    self.recorder.pause(attempt, pause_s)
-                    await self.sleep(pause_s)
-                    if worker.status != "ready" or not worker.breaker.closed:
-                        continue
-                if self.dispatch.enabled and call.stream and admission == NORMAL:
-                    worker, admission = await self._turn(call, worker, tried)
-                exchange = Exchange(self, call, worker, admission, started_s)
-            worker, admission = exchange.worker, exchange.admission
-            final = attempt == self.attempts - 1
-            try:
-                await exchange.start(method, target, client)
-                status = exchange.status
-                if status in RETRYABLE:
-                    last = RequestError(502, "upstream_error", f"worker {worker.url} answered {status}")
-                    if status in BACKPRESSURE:
-                        exchange.backpressure()
-                    else:
-                        blamed.append((worker, admission))
-                        exchange.settled = True
-                    others = any(w is not worker and w not in tried for w in self.registry.usable(call.model))
-                    # Broken workers are not asked twice; busy ones are, after a pause.
-                    if not final and (others or status in BACKPRESSURE):
-                        tried.append(worker)
+                    await exchange.start(method, target, client)
+                    status = exchange.status
+                    if status in RETRYABLE:
+                        last = RequestError(502, "upstream_error", f"worker {worker.url} answered {status}")
+                        if status in BACKPRESSURE:
+                            exchange.backpressure()
+                        else:
+                            blamed.append((worker, admission))
+                            exchange.settled = True
+                        others = any(
+                            w is not worker and w not in tried for w in self.registry.usable(call.model)
+                        )
+                        # Broken workers are not asked twice; busy ones are, after a pause.
+                        if not final and (others or status in BACKPRESSURE):
+                            tried.append(worker)
+                            self.recorder.retried(path)
+                            continue
+                        if len(blamed) > 1 and all(w in tried or w is worker for w, _ in blamed):
+                            self._forgive(blamed)  # all say 500: it is the request
+                    return await exchange.relay(to)
+                except UpstreamError as error:
+                    exchange.failed(error)
+                    if exchange.started:  # bytes are out
+                        if exchange.tracked and call.tracker is not None:
+                            tried.append(worker)
+                            return await self._resume(
+                                call, method, target, client, to, started_s, tried, error
+                            )
+                        if not exchange.told:
+                            raise CutOff from error
+                        return 0
+                    last = _upstream_error(worker, error)
+                    if error.kind == "timeout":
+                        raise last from error
+                    tried.append(worker)
+                    if not final:
                         self.recorder.retried(path)
-                        continue
-                    if len(blamed) > 1 and all(w in tried or w is worker for w, _ in blamed):
-                        self._forgive(blamed)  # all say 500: it is the request
-                return await exchange.relay(to)
-            except UpstreamError as error:
-                exchange.failed(error)
-                if exchange.started:  # bytes are out
-                    if exchange.tracked and call.tracker is not None:
-                        tried.append(worker)
-                        return await self._resume(call, method, target, client, to, started_s, tried, error)
-                    if not exchange.told:
-                        raise CutOff from error
-                    return 0
-                last = _upstream_error(worker, error)
-                if error.kind == "timeout":
-                    raise last from error
-                tried.append(worker)
-                if not final:
-                    self.recorder.retried(path)
-            finally:
-                exchange.close()
-                if blamed and (exchange.started or (exchange.status and exchange.status not in RETRYABLE)):
-                    self._blame(blamed, call)
-        self.recorder.exhausted(path)
-        raise last or RequestError(502, "upstream_error", "no attempt at the request succeeded")
+                finally:
+                    exchange.close()
+                    if blamed and (
+                        exchange.started or (exchange.status and exchange.status not in RETRYABLE)
+                    ):
+                        self._blame(blamed, call)
+            self.recorder.exhausted(path)
+            raise last or RequestError(502, "upstream_error", "no attempt at the request succeeded")
 
     async def _turn(self, call: Call, worker: Worker, tried: list[Worker]) -> tuple[Worker, Admission]:
         """Wait until `worker`, or a better one by then, has room for a stream. Raises like `_select`."""
@@ -426,6 +413,18 @@ class Proxy:
         for worker, admission in blamed:
             self.count_failure(worker, admission, call)
         blamed.clear()
+
+    @contextlib.contextmanager
+    def _settled(self, call: Call) -> Iterator[list[tuple[Worker, Admission]]]:
+        """For workers that said 500 and may yet be innocent: whose fault it was is settled in any case."""
+        blamed: list[tuple[Worker, Admission]] = []
+        try:
+            yield blamed
+        except asyncio.CancelledError:
+            self._forgive(blamed)  # its client left before another worker could say
+            raise
+        finally:
+            self._blame(blamed, call)
 
     def _forgive(self, blamed: list[tuple[Worker, Admission]]) -> None:
         for worker, admission in blamed:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+from contextlib import asynccontextmanager
 
 import pytest
 from gateway_harness import asynchronous, running, until
@@ -137,22 +138,24 @@ class FakeApiServer:
             writer.close()
 
 
+@asynccontextmanager
+async def discovering(worker: MockWorker, api: FakeApiServer, **options):
+    """A gateway that finds the worker where the API server says that pods are."""
+    options = {"selector": ["app=llm"], "kubernetes_api_url": await api.start(), **options}
+    async with running(0, service_discovery=True, service_discovery_port=worker.port, **options) as r:
+        r.workers.append(worker)
+        yield r
+        api.server.close()
+
+
 @asynchronous
 async def test_ready_pods_are_registered_and_gone_ones_drained():
     worker = await MockWorker().start()
     api = FakeApiServer()
-    url = await api.start()
     api.put("a", "127.0.0.1")
     api.put("starting", "127.0.0.2", ready=False)
-    async with running(
-        0,
-        service_discovery=True,
-        selector=["app=llm", "tier=gpu"],
-        service_discovery_port=worker.port,
-        service_discovery_namespace="prod",
-        kubernetes_api_url=url,
-    ) as r:
-        r.workers.append(worker)
+    options = {"selector": ["app=llm", "tier=gpu"], "service_discovery_namespace": "prod"}
+    async with discovering(worker, api, **options) as r:
         await until(lambda: registered(r) == {worker.url})
         assert api.targets[0] == "/api/v1/namespaces/prod/pods?labelSelector=app=llm,tier=gpu"
         await until(lambda: api.watchers)
@@ -169,23 +172,14 @@ async def test_ready_pods_are_registered_and_gone_ones_drained():
         api.put("b", "127.0.0.1")
         await until(lambda: registered(r) == {worker.url})
         assert r.registered(worker).spec.labels == {"pod": "b"}
-        api.server.close()
 
 
 @asynchronous
 async def test_pod_that_is_ready_again_while_it_drains_is_added_as_soon_as_it_has():
     worker = await MockWorker().start()
     api = FakeApiServer()
-    url = await api.start()
     api.put("a", "127.0.0.1")
-    async with running(
-        0,
-        service_discovery=True,
-        selector=["app=llm"],
-        service_discovery_port=worker.port,
-        kubernetes_api_url=url,
-    ) as r:
-        r.workers.append(worker)
+    async with discovering(worker, api) as r:
         await until(lambda: registered(r) == {worker.url} and api.watchers)
         before = r.registered(worker)
         worker.faults.delay_s = 0.5
@@ -197,28 +191,18 @@ async def test_pod_that_is_ready_again_while_it_drains_is_added_as_soon_as_it_ha
         assert (await slow).status_code == 200
         await until(lambda: registered(r) == {worker.url})
         assert r.registered(worker) is not before
-        api.server.close()
 
 
 @asynchronous
 async def test_answers_that_are_no_pods_do_not_end_the_discovery(caplog):
     worker = await MockWorker().start()
     api = FakeApiServer()
-    url = await api.start()
     api.pods["odd"] = {"metadata": {"name": "odd"}, "status": "none"}
-    async with running(
-        0,
-        service_discovery=True,
-        selector=["app=llm"],
-        service_discovery_port=worker.port,
-        kubernetes_api_url=url,
-    ) as r:
-        r.workers.append(worker)
+    async with discovering(worker, api) as r:
         await until(lambda: "AttributeError" in caplog.text)
         del api.pods["odd"]
         api.put("a", "127.0.0.1")
         await until(lambda: registered(r) == {worker.url})
-        api.server.close()
 
 
 def test_service_discovery_needs_a_selector():
