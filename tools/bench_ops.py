@@ -21,7 +21,7 @@ from jaxserve.ops import mla_attention, paged_attention, sampling
 from jaxserve.ops.kv_write.cached import cached
 from jaxserve.ops.sampling import reference
 from tools.bench_exchange import exchange_rows
-from tools.bench_products import expert_rows, layer_rows, operand_rows
+from tools.bench_products import expert_rows, gated_rows, layer_rows, operand_rows
 from tools.bench_timing import Card, Row, measure_card, seconds
 
 H, G, K, PAGE_SIZE = 32, 8, 128, 16  # a Llama-3.1-8B layer
@@ -176,7 +176,7 @@ def bench_sampling(card: Card, R: int) -> list[Row]:
     return rows
 
 
-KINDS = ("decode", "prefill", "latent", "sampling", "rows", "layer", "experts", "exchange")
+KINDS = ("decode", "prefill", "latent", "sampling", "rows", "gated", "layer", "experts", "exchange")
 
 
 def all_rows(card: Card, only: str) -> list[Row]:
@@ -196,6 +196,8 @@ def all_rows(card: Card, only: str) -> list[Row]:
             rows.extend(bench_sampling(card, R))
     if "rows" in wanted:
         rows += operand_rows(card)
+    if "gated" in wanted:
+        rows += gated_rows(card)
     if "layer" in wanted:
         rows += layer_rows(card)
     if "experts" in wanted:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxserve.engine.compiler import gemm_options
 from jaxserve.layers.channel_quant import Scheme, quantise
 from jaxserve.layers.moe import silu_gated
-from jaxserve.ops import float8_rows, grouped_gemm, quantized_gemm
+from jaxserve.ops import float8_rows, gated_product, grouped_gemm, quantized_gemm
 from jaxserve.ops.grouped_gemm import ExpertWeights
 from tools.bench_timing import Card, Row, seconds
 
@@ -78,6 +78,53 @@ def product_of(way: Way) -> Product:
             return lambda x, w: quantized_gemm.multiply_wide(x, w[0], w[1], jnp.bfloat16)
 
 
+def gated(x: jax.Array, weight: Any, F: int, by_kernel: bool | None = None) -> jax.Array:
+    """silu(gate) * up, by the kernel or by XLA: [T, F]. By default as the engine would."""
+    rows, matrix, scales = x, weight, None
+    if isinstance(weight, tuple):
+        matrix, (rows, x_scale_T1) = weight[0], float8_rows.quantise(x)
+        scales = x_scale_T1, weight[1]
+    if gated_product.fits(x.shape[0], matrix) if by_kernel is None else by_kernel:
+        return gated_product.multiply(rows, matrix, jax.nn.silu, x.dtype, scales)
+    gate_up = product_of("bf16" if scales is None else "fp8 W8A8")(x, weight)
+    return jax.nn.silu(gate_up[:, :F]) * gate_up[:, F:]
+
+
+def bench_gated(card: Card, way: Way, rows: int, sizes: LayerSizes, by_kernel: bool) -> Row:
+    """What makes float8 rows of x included."""
+    weight: Any = random(1, (2 * sizes.F, sizes.D))
+    if way != "bf16":
+        weight = in_8_bits(weight, "fp8", 1)
+    options = gemm_options(False) if jax.default_backend() == "gpu" else None
+    x = random(9, (rows, sizes.D))
+    s = seconds(
+        lambda x, i, weight: gated(x, weight, sizes.F, by_kernel),
+        x,
+        weight,
+        iterations=50 if rows < 2048 else 10,
+        options=options,
+    )
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(weight)) + 2 * rows * (sizes.D + sizes.F)
+    flops = 2 * rows * 2 * sizes.F * sizes.D
+    floor_s = card.floor_s(num_bytes, flops, fp8=way != "bf16")
+    shape = f"T{rows} {way}, {'the kernel' if by_kernel else 'XLA'}"
+    return Row("gated", shape, s * 1e6, floor_s * 1e6, f"{flops / s / 1e12:.0f} TFLOP/s")
+
+
+def gated_rows(
+    card: Card, sizes: LayerSizes | None = None, rows: tuple[int, ...] = (128, 256, 2048)
+) -> list[Row]:
+    ways: tuple[Way, ...] = ("bf16", "fp8 W8A8")
+    sizes = sizes or LayerSizes()
+    has_kernel = gated_product.fits(rows[-1], jax.ShapeDtypeStruct((2 * sizes.F, sizes.D), jnp.bfloat16))
+    return [
+        bench_gated(card, way, count, sizes, by_kernel)
+        for count in rows
+        for way in ways
+        for by_kernel in ((True, False) if has_kernel else (False,))
+    ]
+
+
 def bench_layer(card: Card, way: Way, rows: int, sizes: LayerSizes, triton: bool, iterations: int) -> Row:
     """`triton`: whether XLA may choose its Triton GEMMs, beside cuBLASLt's."""
     weights: dict[str, Any] = {n: random(i, shape) for i, (n, shape) in enumerate(sizes.shapes().items())}
@@ -88,8 +135,11 @@ def bench_layer(card: Card, way: Way, rows: int, sizes: LayerSizes, triton: bool
 
     def layer(x: jax.Array, i: jax.Array, weights: dict[str, Any]) -> jax.Array:
         x = x + product(product(x, weights["qkv"])[:, : sizes.D], weights["out"])
-        gate_up = product(x, weights["gate_up"])
-        inner = jax.nn.silu(gate_up[:, : sizes.F]) * gate_up[:, sizes.F :]
+        if way in ("bf16", "fp8 W8A8"):
+            inner = gated(x, weights["gate_up"], sizes.F)
+        else:
+            gate_up = product(x, weights["gate_up"])
+            inner = jax.nn.silu(gate_up[:, : sizes.F]) * gate_up[:, sizes.F :]
         x = x + product(inner, weights["down"])
         return x / (1 + jnp.abs(x).max())  # stays finite however often
 

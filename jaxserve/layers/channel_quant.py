@@ -74,11 +74,15 @@ class ChannelScaled(nnx.Module):
     def product(self, x_TI: jax.Array | Operand, out_dtype: DTypeLike) -> jax.Array:
         """x [T, in] times the weight: [T, out], both of merged dimensions."""
         numbers_OI, scale_O = self.numbers[...].reshape(-1, x_TI.shape[1]), self.scale[...].reshape(-1)
-        if takes_float8(x_TI.shape[0], x_TI.dtype, numbers_OI.dtype):
-            return multiply_float8(self._rows(x_TI), numbers_OI, scale_O, out_dtype)
+        if self.takes_float8(x_TI):
+            return multiply_float8(self.float8_rows(x_TI), numbers_OI, scale_O, out_dtype)
         return multiply_wide(wide(x_TI), numbers_OI, scale_O, out_dtype)
 
-    def _rows(self, x_TI: jax.Array | Operand) -> Float8Rows:
+    def takes_float8(self, x_TI: jax.Array | Operand) -> bool:
+        """Whether the product is one of float8 numbers on both sides."""
+        return takes_float8(x_TI.shape[0], x_TI.dtype, self.numbers.get_value().dtype)
+
+    def float8_rows(self, x_TI: jax.Array | Operand) -> Float8Rows:
         if not self.is_alone:
             return reference.quantise(wide(x_TI))
         return x_TI.float8 if isinstance(x_TI, Operand) else float8_rows.quantise(x_TI)

@@ -76,6 +76,7 @@ class Projections(nnx.Module):
         self.biases = nnx.List(biases if any(b is not None for b in biases) else ())
         self.fused = False
         self.ways = 1  # in which fused weights are split
+        self.is_alone = False  # on one device, fused
 
     def __call__(self, hidden_TD: jax.Array | Operand) -> list[jax.Array]:
         """One [T, *out] a weight."""
@@ -131,7 +132,7 @@ class Projections(nnx.Module):
             self.weights = nnx.List([joined])
         if biases:
             self.biases = nnx.List([nnx.Param(join(biases, shape=(-1,)))])
-        self.fused = True
+        self.fused, self.is_alone = True, mesh is None
 
 
 @partial(jax.jit, static_argnames=("shape", "mesh", "spec"))

@@ -8,10 +8,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxserve.layers.attention import StepContext, project_split
+from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.linear import Projections
-from jaxserve.layers.operand import Operand
+from jaxserve.layers.operand import Operand, wide
 from jaxserve.layers.quant import BlockFP8, linear_weight
 from jaxserve.layers.weight import weight
+from jaxserve.ops import gated_product
 
 # By the names that config.json uses; both Gemma spellings mean the tanh approximation.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -57,5 +59,25 @@ class Gated(Operand):
         self.hidden_TD, self.gate_up, self.activation = hidden_TD, gate_up, ACTIVATIONS[activation]
 
     def make_wide(self) -> jax.Array:
+        if (inner_TF := self._by_kernel()) is not None:
+            return inner_TF
         gate_TF, up_TF = self.gate_up(self.hidden_TD)
         return self.activation(gate_TF) * up_TF
+
+    def _by_kernel(self) -> jax.Array | None:
+        """None where there is no kernel for this, or none that is faster."""
+        if not self.gate_up.is_alone or self.gate_up.biases:
+            return None
+        (weight,), hidden_TD, scales = self.gate_up.weights, self.hidden_TD, None
+        matrix_WD = weight.numbers if isinstance(weight, ChannelScaled) else weight
+        assert isinstance(matrix_WD, nnx.Param), "weights with scales for blocks are not joined"
+        if not gated_product.fits(hidden_TD.shape[0], matrix_WD[...]):
+            return None
+        if not isinstance(weight, ChannelScaled):
+            x_TD = wide(hidden_TD)
+        elif weight.takes_float8(hidden_TD):
+            x_TD, x_scale_T1 = weight.float8_rows(hidden_TD)
+            scales = x_scale_T1, weight.scale[...]
+        else:
+            return None
+        return gated_product.multiply(x_TD, matrix_WD[...], self.activation, self.dtype, scales)

@@ -6,14 +6,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
+NUM_SMS = 132  # multiprocessors of an H100 and an H200
 ROWS = 64  # query rows of a warpgroup: a tensor core instruction has 64
 TILE_ROWS = 8  # of swizzled shared memory
-# How shared memory lies that a tensor core instruction reads.
-SWIZZLED = (
-    plgpu.TilingTransform((TILE_ROWS, 64)),  # pyright: ignore[reportAbstractUsage]
-    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
-)
+
+
+def swizzled(shape: tuple[int, ...], dtype: DTypeLike):
+    """Shared memory as tensor cores and fast copies want it: rows lie in pieces of 128 bytes at most."""
+    size = jnp.dtype(dtype).itemsize
+    piece = next(bytes for bytes in (128, 64, 32) if shape[-1] * size % bytes == 0)
+    tiling = plgpu.TilingTransform((TILE_ROWS, piece // size))  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(piece)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
 
 def is_supported() -> bool:

@@ -10,6 +10,7 @@ import pytest
 from jaxserve.ops import backend, routing
 from jaxserve.ops.grouped_gemm import rows, rows_fast
 from tests.ops import test_float8_rows as float8
+from tests.ops import test_gated_product as gated
 from tests.ops import test_grouped_gemm as experts
 from tests.ops import test_hopper_experts as hopper_experts
 from tests.ops import test_kv_write as kv
@@ -100,6 +101,12 @@ def test_experts_equal_the_dense_sum(case):
 def test_experts_for_hopper_equal_the_dense_sum(case):
     for tiles in (None, *hopper_experts.TILES):
         hopper_experts.check(case, tiles=tiles)
+
+
+@pytest.mark.parametrize("case", (*gated.CASES, *gated.LARGE), ids=str)
+def test_a_gated_product_for_hopper_equals_the_two_products(case):
+    for programs in (1, 132):
+        case.check(programs=programs)
 
 
 @pytest.mark.parametrize("latents", mla.CASES, ids=str)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.layers.embed import Vocabulary
@@ -14,6 +15,7 @@ from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.mesh import GROUP, Layout, make_mesh
+from jaxserve.ops import backend, gated_product
 
 rng = np.random.default_rng(0)
 EXACT = 2e-6  # float32 rounding of sums of a few terms of size one
@@ -128,6 +130,30 @@ def test_mlp_gates_with_the_tanh_form_of_gelu():
     gate = np.asarray(x @ gate_w[...].T)
     gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
     np.testing.assert_allclose(mlp(jnp.asarray(x)), gelu * (x @ up_w[...].T) @ mlp.down[...].T, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("rows, by_kernel", [(128, True), (16, False)])
+def test_gate_and_up_go_through_one_kernel_where_they_are_joined_and_rows_fill_it(
+    monkeypatch, fused, rows, by_kernel
+):
+    mlp = filled(GatedMLP("m", 64, 14336, activation="silu", dtype=jnp.bfloat16))
+    x = jnp.asarray(rng.normal(size=(rows, 64)), jnp.bfloat16)
+    want = np.asarray(mlp(x), np.float32)
+    calls, kernel = [], gated_product.hopper.multiply
+
+    def interpreted(*args, **options):
+        calls.append(options)
+        return kernel(*args, **options, programs=2, interpret=plgpu.InterpretGPUParams())
+
+    monkeypatch.setattr(gated_product, "is_supported", lambda: True)
+    monkeypatch.setattr(gated_product.hopper, "multiply", interpreted)
+    if fused:
+        mlp.gate_up.fuse()
+    with backend.use("fast"):
+        got = np.asarray(mlp(x), np.float32)
+    assert bool(calls) == (fused and by_kernel)
+    np.testing.assert_allclose(got, want, rtol=2**-6, atol=2**-7 * np.abs(want).max())
 
 
 def test_tied_vocabulary_declares_one_matrix_and_uses_it_at_both_ends():

@@ -44,6 +44,13 @@ def test_rows_in_float8_count_what_is_read_and_written():
     assert [row.floor_us for row in rows] == pytest.approx([norm / 1e3, gate / 1e3])
 
 
+def test_gated_products_count_what_is_read_and_written():
+    rows = bench_products.gated_rows(CARD, LayerSizes(D=32, F=48), (4,))
+    wide, float8 = 96 * 32 * 2 + 2 * 4 * (32 + 48), 96 * 32 + 96 * 4 + 2 * 4 * (32 + 48)
+    assert [row.floor_us for row in rows] == pytest.approx([wide / 1e3, float8 / 1e3])
+    assert [row.shape for row in rows] == ["T4 bf16, XLA", "T4 fp8 W8A8, XLA"]
+
+
 def test_experts_count_the_bytes_of_those_that_tokens_choose():
     row = bench_products.bench_experts(CARD, "int8", 64, ExpertSizes(E=4, X=2, D=16, F=8), 2)
     count, scales = 4 * 3 * 16 * 8, 4 * 4 * (8 + 8 + 16)

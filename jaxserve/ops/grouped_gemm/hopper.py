@@ -28,7 +28,7 @@ from jax.experimental.pallas import triton as plt
 from jaxserve.ops.grouped_gemm.parts import WORKSPACE_BYTES, in_parts, num_parts
 from jaxserve.ops.grouped_gemm.rows import Places
 from jaxserve.ops.grouped_gemm.rows_fast import place
-from jaxserve.ops.hopper import ROWS, SWIZZLED
+from jaxserve.ops.hopper import ROWS, swizzled
 
 MIN_ROWS = 12  # of an expert on average, were they spread evenly
 MAX_COLUMNS = 256  # of all matrices of a product: what a warpgroup's registers hold
@@ -147,9 +147,6 @@ def _product(x_MK, matrices, *, places: Places, finish, tile: Tile, name, interp
     num_matrices = len(matrices)
     assert N % tile.columns == 0 and K % tile.depth == 0 and num_matrices * tile.columns <= MAX_COLUMNS
 
-    def swizzled(*shape):
-        return plgpu.SMEM(shape, dtype, transforms=SWIZZLED)
-
     copies = tile.groups * (ROWS // PIECE) + num_matrices
     run = plgpu.kernel(
         functools.partial(_kernel, num_matrices=num_matrices, finish=finish, tile=tile),
@@ -159,9 +156,9 @@ def _product(x_MK, matrices, *, places: Places, finish, tile: Tile, name, interp
         num_threads=tile.groups + 1,
         thread_name="warpgroup",
         scratch_types=dict(
-            x_smem=swizzled(tile.stages, tile.groups, ROWS, tile.depth),
-            matrix_smem=swizzled(tile.stages, num_matrices, tile.columns, tile.depth),
-            out_smem=swizzled(tile.groups, ROWS, min(tile.columns, STORED)),
+            x_smem=swizzled((tile.stages, tile.groups, ROWS, tile.depth), dtype),
+            matrix_smem=swizzled((tile.stages, num_matrices, tile.columns, tile.depth), dtype),
+            out_smem=swizzled((tile.groups, ROWS, min(tile.columns, STORED)), dtype),
             filled=plgpu.Barrier(num_arrivals=copies, num_barriers=tile.stages),
             emptied=plgpu.Barrier(num_arrivals=tile.groups, num_barriers=tile.stages),
         ),

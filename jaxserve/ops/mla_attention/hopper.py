@@ -33,7 +33,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxserve.ops.hopper import ROWS, SWIZZLED, TILE_ROWS, cdiv, clear_rows, columns
+from jaxserve.ops.hopper import ROWS, TILE_ROWS, cdiv, clear_rows, columns, swizzled
 from jaxserve.ops.mla_attention.fast import LOG2_E, NEG_INF
 
 KEYS = 64  # of a block; as many as the rope part is wide, whose place the weights take
@@ -108,9 +108,6 @@ def prefill(
     dtype, half = latent_pages.dtype, L // SIDES
     pages = KEYS // page_size
 
-    def swizzled(*shape):
-        return plgpu.SMEM(shape, dtype, transforms=SWIZZLED)
-
     def barriers(num_arrivals):
         return plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=STAGES)
 
@@ -121,10 +118,10 @@ def prefill(
         num_threads=SIDES + 1,
         thread_name="warpgroup",
         scratch_types=dict(
-            query_smem=swizzled(SIDES, ROWS, half),
-            query_rope_smem=swizzled(ROWS, KEYS),
-            latent_smem=swizzled(SIDES, STAGES, KEYS, half),
-            rope_smem=swizzled(STAGES, KEYS, KEYS),
+            query_smem=swizzled((SIDES, ROWS, half), dtype),
+            query_rope_smem=swizzled((ROWS, KEYS), dtype),
+            latent_smem=swizzled((SIDES, STAGES, KEYS, half), dtype),
+            rope_smem=swizzled((STAGES, KEYS, KEYS), dtype),
             maximum_smem=plgpu.SMEM((STAGES, ROWS), jnp.float32),
             total_smem=plgpu.SMEM((SIDES, ROWS), jnp.float32),
             query_ready=plgpu.Barrier(num_arrivals=SIDES + 1),

@@ -21,9 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jaxserve.ops.hopper import NUM_SMS
 from jaxserve.ops.split_keys import Split, combine
 
-NUM_SMS = 132  # of an H100 and an H200
 NEG_INF = -1e30  # finite: the maximum over no key at all makes no NaN
 LOG2_E = math.log2(math.e)
 

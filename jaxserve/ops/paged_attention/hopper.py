@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxserve.ops.hopper import ROWS, SWIZZLED, TILE_ROWS, cdiv, clear_rows, columns, store_rows
+from jaxserve.ops.hopper import ROWS, TILE_ROWS, cdiv, clear_rows, columns, store_rows, swizzled
 from jaxserve.ops.paged_attention.fast import LOG2_E, NEG_INF
 
 GROUPS = 2  # warpgroups that compute
@@ -72,7 +72,7 @@ def prefill(
     page_size, G = key_pages.shape[1:3]
     tile = tile or Tile()
     dtype = key_pages.dtype
-    ring = plgpu.SMEM((tile.stages, tile.keys, K), dtype, transforms=SWIZZLED)
+    ring = swizzled((tile.stages, tile.keys, K), dtype)
     filled = plgpu.Barrier(num_arrivals=tile.keys // page_size, num_barriers=tile.stages)
     emptied = plgpu.Barrier(num_arrivals=GROUPS, num_barriers=tile.stages)
     run = plgpu.kernel(
@@ -82,7 +82,7 @@ def prefill(
         num_threads=GROUPS + 1,
         thread_name="warpgroup",
         scratch_types=dict(
-            query_smem=plgpu.SMEM((GROUPS, ROWS, K), dtype, transforms=SWIZZLED),
+            query_smem=swizzled((GROUPS, ROWS, K), dtype),
             rows_smem=plgpu.SMEM((GROUPS, ROWS, K), dtype),
             key_smem=ring,
             value_smem=ring,
