@@ -73,7 +73,7 @@ def product_of(way: Way) -> Product:
         case "fp8 W8A8":
             return lambda x, w: quantized_gemm.multiply_float8(
                 float8_rows.quantise(x), w[0], w[1], jnp.bfloat16
-            )
+            ).value(jnp.bfloat16)
         case _:
             return lambda x, w: quantized_gemm.multiply_wide(x, w[0], w[1], jnp.bfloat16)
 

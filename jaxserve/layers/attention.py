@@ -17,9 +17,9 @@ from jax.typing import DTypeLike
 
 from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.kv import HeadSplit, KVSpec, LatentSpec, StateBlocks, pool_layout, pool_layouts
-from jaxserve.layers.linear import Projections, project
+from jaxserve.layers.linear import Projections, project, project_later
 from jaxserve.layers.norm import RMSNorm
-from jaxserve.layers.operand import Operand, wide
+from jaxserve.layers.operand import Rows, wide
 from jaxserve.layers.quant import BlockFP8, BlockScaled, Weight, linear_weight
 from jaxserve.layers.rope import Rope, RopeTable
 from jaxserve.layers.weight import weight
@@ -191,7 +191,7 @@ class StepContext:
         out_THK, (self.key_pages, self.value_pages) = attend(
             jnp.int32(layer * self.num_pages),
             (self.key_pages, self.value_pages),
-            *(heads.array_TXK for heads in parts),
+            *((heads.array_TXK, heads.scales) for heads in parts),
             None if rotation is None else (rotation.cos_TK, rotation.sin_TK),
             sinks_H,
             self.page_table_SN,
@@ -215,9 +215,9 @@ class StepContext:
         def on_device(
             page_offset,
             pools,
-            query_TxK,
-            key_TxK,
-            value_TxK,
+            query,
+            key,
+            value,
             rotation,
             sinks_h,
             table_SN,
@@ -228,13 +228,18 @@ class StepContext:
         ):
             if not split.divides:
                 mine = split.heads_of(jax.lax.axis_index(GROUP))
-                key_TxK, value_TxK = (jnp.take(x, mine, axis=1) for x in (key_TxK, value_TxK))
+                key, value = ((jnp.take(array_TXK, mine, axis=1), None) for array_TXK, _ in (key, value))
             key_pages, value_pages = pools
             at_T = write_address(table_SN, position_T, slot_T, self.page_size)
+            counts = split.num_q, split.num_kv, split.num_kv
+            query, key, value = (
+                Heads(array_TxK, first, count, scales=scales)
+                for (array_TxK, scales), first, count in zip((query, key, value), firsts, counts)
+            )
             query_ThK, key_pages, value_pages = kv_write.rotate_and_write(
-                Heads(query_TxK, firsts[0], split.num_q),
-                Heads(key_TxK, firsts[1], split.num_kv),
-                Heads(value_TxK, firsts[2], split.num_kv),
+                query,
+                key,
+                value,
                 rotation,
                 key_pages,
                 value_pages,
@@ -322,9 +327,7 @@ class StepContext:
         )(chosen_LTX)
 
 
-def project_split(
-    x_TX: jax.Array | Operand, weight: Weight, bias: nnx.Param | None, step: StepContext | None
-) -> jax.Array:
+def project_split(x_TX: Rows, weight: Weight, bias: nnx.Param | None, step: StepContext | None) -> Rows:
     """`project` where the devices of an attention group have each a share of the numbers that are summed.
 
     Args:
@@ -335,13 +338,13 @@ def project_split(
     """
     links = None if step is None else step.links
     if step is None or links is None:
-        return project(x_TX, weight, bias)
+        return project_later(x_TX, weight, bias)
     array_TX = wide(x_TX)
     parts = _split_parts(weight, array_TX)
     shape = x_TX.shape[0] // step.num_ranks, parts[0].shape[0]
     count = links.count(jax.ShapeDtypeStruct(shape, x_TX.dtype), GROUP)
     if not count:
-        return project(x_TX, weight, bias)
+        return project_later(x_TX, weight, bias)
     key = "project_split", array_TX.ndim, len(parts)
     product = step.once(key, lambda: _project_split(step.mesh, links.plan, len(parts)))
     ahead = links.claim(GROUP, count)
@@ -465,7 +468,7 @@ class Attention(nnx.Module):
         self.norm_over = qk_norm_over
         self.sinks = declare((H,), ("q_heads",), f"{name}.sinks", init="zeros") if sinks else None
 
-    def __call__(self, hidden_TD: jax.Array | Operand, step: StepContext) -> jax.Array:
+    def __call__(self, hidden_TD: Rows, step: StepContext) -> Rows:
         query, key, value = self.qkv.heads(hidden_TD)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self._norm(self.q_norm, query), self._norm(self.k_norm, key)

@@ -2,19 +2,18 @@
 
 from typing import Protocol
 
-import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxserve.layers.attention import StepContext
 from jaxserve.layers.norm import RMSNorm
-from jaxserve.layers.operand import Operand
+from jaxserve.layers.operand import Rows, add
 
 
 class Sublayer(Protocol):
     """Attention, or a feed-forward layer: dense, or experts, which ask the step who computes them."""
 
-    def __call__(self, hidden_TD: jax.Array | Operand, step: StepContext) -> jax.Array: ...
+    def __call__(self, hidden_TD: Rows, step: StepContext) -> Rows: ...
 
 
 class PreNormBlock(nnx.Module):
@@ -28,6 +27,6 @@ class PreNormBlock(nnx.Module):
         self.feed_norm = RMSNorm(f"{name}.post_attention_layernorm", hidden, eps=eps, dtype=dtype)
         self.feed = feed
 
-    def __call__(self, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
-        hidden_TD = hidden_TD + self.attention(self.attention_norm.operand(hidden_TD), step)
-        return hidden_TD + self.feed(self.feed_norm.operand(hidden_TD), step)
+    def __call__(self, hidden_TD: Rows, step: StepContext) -> Rows:
+        hidden_TD = add(hidden_TD, self.attention(self.attention_norm.operand(hidden_TD), step))
+        return add(hidden_TD, self.feed(self.feed_norm.operand(hidden_TD), step))

@@ -19,10 +19,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxserve.config import ConfigError
-from jaxserve.layers.operand import Operand, wide
+from jaxserve.layers.operand import Operand, Rows, wide
 from jaxserve.layers.weight import Stacked, weight
 from jaxserve.ops import float8_rows
-from jaxserve.ops.float8_rows import FLOAT8_MAX, Float8Rows, reference
+from jaxserve.ops.float8_rows import FLOAT8_MAX, Float8Rows, Scaled, reference
 from jaxserve.ops.quantized_gemm import multiply_float8, multiply_wide, takes_float8
 
 Scheme = Literal["fp8", "int8"]
@@ -71,18 +71,28 @@ class ChannelScaled(nnx.Module):
     def shape(self) -> tuple[int, ...]:
         return self.numbers.get_value().shape
 
-    def product(self, x_TI: jax.Array | Operand, out_dtype: DTypeLike) -> jax.Array:
+    def product(self, x_TI: Rows, out_dtype: DTypeLike) -> jax.Array:
         """x [T, in] times the weight: [T, out], both of merged dimensions."""
-        numbers_OI, scale_O = self.numbers[...].reshape(-1, x_TI.shape[1]), self.scale[...].reshape(-1)
         if self.takes_float8(x_TI):
-            return multiply_float8(self.float8_rows(x_TI), numbers_OI, scale_O, out_dtype)
-        return multiply_wide(wide(x_TI), numbers_OI, scale_O, out_dtype)
+            return self.scaled_product(x_TI, out_dtype).value(out_dtype)
+        return multiply_wide(wide(x_TI), *self._merged(x_TI), out_dtype)
 
-    def takes_float8(self, x_TI: jax.Array | Operand) -> bool:
+    def scaled_product(self, x_TI: Rows, out_dtype: DTypeLike) -> Scaled:
+        """`product`, where it is one of float8 numbers on both sides, before its scales."""
+        return multiply_float8(self.float8_rows(x_TI), *self._merged(x_TI), out_dtype)
+
+    def _merged(self, x_TI: Rows) -> tuple[jax.Array, jax.Array]:
+        return self.numbers[...].reshape(-1, x_TI.shape[1]), self.scale[...].reshape(-1)
+
+    def takes_float8(self, x_TI: Rows) -> bool:
         """Whether the product is one of float8 numbers on both sides."""
         return takes_float8(x_TI.shape[0], x_TI.dtype, self.numbers.get_value().dtype)
 
-    def float8_rows(self, x_TI: jax.Array | Operand) -> Float8Rows:
+    def leaves_scales(self, x_TI: Rows) -> bool:
+        """Whether scales may be left to who reads the product: its sums have its dtype, and are whole."""
+        return self.is_alone and self.takes_float8(x_TI) and x_TI.dtype == jnp.bfloat16
+
+    def float8_rows(self, x_TI: Rows) -> Float8Rows:
         if not self.is_alone:
             return reference.quantise(wide(x_TI))
         return x_TI.float8 if isinstance(x_TI, Operand) else float8_rows.quantise(x_TI)

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxserve.layers.attention import StepContext, project_split
 from jaxserve.layers.linear import project
 from jaxserve.layers.norm import RMSNorm
-from jaxserve.layers.operand import Operand
+from jaxserve.layers.operand import Rows
 from jaxserve.layers.quant import linear_weight
 from jaxserve.mesh import GROUP
 
@@ -213,7 +213,7 @@ class LightningAttention(nnx.Module):
         self.norm = RMSNorm(f"{name}.norm", H * K, eps=norm_eps, axis=None, dtype=dtype)
         self.out = matrix((D, H, K), ("embed", "q_heads", None), f"{name}.out_proj.weight", num_out=1)
 
-    def __call__(self, hidden_TD: jax.Array | Operand, step: StepContext) -> jax.Array:
+    def __call__(self, hidden_TD: Rows, step: StepContext) -> Rows:
         query_THK, key_THK, value_THK = jnp.split(jax.nn.silu(project(hidden_TD, self.qkv)), 3, axis=-1)
         slope_H = jnp.asarray(self.slope, jnp.float32)
         with jax.named_scope("lightning"):

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxserve.layers.channel_quant import ChannelScaled
-from jaxserve.layers.operand import Operand, wide
+from jaxserve.layers.operand import Operand, Product, Rows, wide
 from jaxserve.layers.quant import BlockScaled, Weight
 from jaxserve.mesh import GROUP
 from jaxserve.ops.kv_write import Heads
@@ -25,7 +25,7 @@ from jaxserve.ops.latent_write import Columns
 
 
 def project(
-    x: jax.Array | Operand,
+    x: Rows,
     weight: Weight | jax.Array,
     bias: nnx.Param | None = None,
     *,
@@ -39,8 +39,7 @@ def project(
     """
     in_size, num_in, shape = math.prod(x.shape[1:]), len(x.shape) - 1, _shape(weight)
     out_dtype = out_dtype or x.dtype
-    if not isinstance(x, Operand):
-        x = x.reshape(-1, in_size)
+    x = _merged(x)
     if isinstance(weight, ChannelScaled):
         y = weight.product(x, out_dtype)
     else:
@@ -54,6 +53,17 @@ def project(
         )
     y = y.reshape(-1, *shape[: len(shape) - num_in])
     return y if bias is None else y + bias[...].astype(y.dtype)
+
+
+def project_later(x: Rows, weight: Weight, bias: nnx.Param | None) -> Rows:
+    """`project`, whose scales may be left to who reads the result."""
+    if isinstance(weight, ChannelScaled) and bias is None and weight.leaves_scales(x):
+        return Product(weight.scaled_product(_merged(x), x.dtype), x.dtype)
+    return project(x, weight, bias)
+
+
+def _merged(x: Rows) -> Rows:
+    return x if isinstance(x, Operand) else x.reshape(x.shape[0], -1)
 
 
 def _shape(weight: Weight | jax.Array) -> tuple[int, ...]:
@@ -78,7 +88,7 @@ class Projections(nnx.Module):
         self.ways = 1  # in which fused weights are split
         self.is_alone = False  # on one device, fused
 
-    def __call__(self, hidden_TD: jax.Array | Operand) -> list[jax.Array]:
+    def __call__(self, hidden_TD: Rows) -> list[jax.Array]:
         """One [T, *out] a weight."""
         if not self.fused:
             biases = self.biases or [None] * len(self.weights)
@@ -86,24 +96,34 @@ class Projections(nnx.Module):
         parts = self.columns(hidden_TD)
         return [part.value_TC.reshape(-1, *shape) for part, shape in zip(parts, self.out_shapes)]
 
-    def columns(self, hidden_TD: jax.Array | Operand) -> list[Columns]:
+    def columns(self, hidden_TD: Rows) -> list[Columns]:
         """As a call, but joined products stay where they are."""
         if not self.fused:
             return [Columns.whole(out_TX) for out_TX in self(hidden_TD)]
-        joined_TC = project(hidden_TD, self.weights[0], self.biases[0] if self.biases else None)
+        joined_TC = wide(self._joined(hidden_TD))
         sizes = [math.prod(shape) for shape in self.out_shapes]
         return [
             Columns(joined_TC, end - size, size, self.ways) for size, end in zip(sizes, accumulate(sizes))
         ]
 
-    def heads(self, hidden_TD: jax.Array | Operand) -> list[Heads]:
+    def _joined(self, hidden_TD: Rows) -> Rows:
+        return project_later(hidden_TD, self.weights[0], self.biases[0] if self.biases else None)
+
+    def heads(self, hidden_TD: Rows) -> list[Heads]:
         """As `columns`, for products that all are heads of one width."""
         if not self.fused:
             return [Heads.whole(out_THK) for out_THK in self(hidden_TD)]
         (width,) = {shape[-1] for shape in self.out_shapes}
-        parts = self.columns(hidden_TD)
-        joined_TXK = parts[0].array_TC.reshape(hidden_TD.shape[0], -1, width)
-        return [Heads(joined_TXK, part.first // width, part.count // width, self.ways) for part in parts]
+        joined_TC, scales = self._joined(hidden_TD), None
+        if isinstance(joined_TC, Product):
+            joined_TC, row_T1, column_C = joined_TC.scaled
+            scales = row_T1, column_C.reshape(-1, width)
+        joined_TXK = wide(joined_TC).reshape(hidden_TD.shape[0], -1, width)
+        counts = [math.prod(shape[:-1]) for shape in self.out_shapes]
+        return [
+            Heads(joined_TXK, end - count, count, self.ways, scales)
+            for count, end in zip(counts, accumulate(counts))
+        ]
 
     def fuse(self, mesh: Mesh | None = None) -> None:
         """Join weights that are loaded; the separate ones are freed.

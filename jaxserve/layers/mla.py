@@ -28,7 +28,7 @@ from jaxserve.layers.attention import (
 )
 from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.norm import RMSNorm
-from jaxserve.layers.operand import Operand
+from jaxserve.layers.operand import Rows
 from jaxserve.layers.quant import BlockFP8, linear_weight
 from jaxserve.layers.rope import Rope
 from jaxserve.layers.weight import weight
@@ -106,7 +106,7 @@ class LatentAttention(nnx.Module):
         self.out = matrix((D, H, V), ("embed", "q_heads", None), f"{name}.o_proj.weight", num_out=1)
         self.out_bias = declare((D,), ("embed",), f"{name}.o_proj.bias") if bias else None
 
-    def __call__(self, hidden_TD: jax.Array | Operand, step: StepContext) -> jax.Array:
+    def __call__(self, hidden_TD: Rows, step: StepContext) -> Rows:
         query, down = self.from_hidden.columns(hidden_TD)
         if self.query is not None and self.query_norm is not None:
             query = Columns.whole(project(self.query_norm.operand(query.value_TC), self.query))

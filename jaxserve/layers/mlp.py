@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxserve.layers.attention import StepContext, project_split
 from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.linear import Projections
-from jaxserve.layers.operand import Operand, wide
+from jaxserve.layers.operand import Operand, Rows, wide
 from jaxserve.layers.quant import BlockFP8, linear_weight
 from jaxserve.layers.weight import weight
 from jaxserve.ops import gated_product
@@ -46,7 +46,7 @@ class GatedMLP(nnx.Module):
         self.down = matrix((hidden, ffn), ("embed", "ffn"), f"{name}.down_proj.weight")
         self.down_bias = declare((hidden,), ("embed",), f"{name}.down_proj.bias") if bias else None
 
-    def __call__(self, hidden_TD: jax.Array | Operand, step: StepContext | None = None) -> jax.Array:
+    def __call__(self, hidden_TD: Rows, step: StepContext | None = None) -> Rows:
         inner_TF = Gated(hidden_TD, self.gate_up, self.activation)
         return project_split(inner_TF, self.down, self.down_bias, step)
 
@@ -54,7 +54,7 @@ class GatedMLP(nnx.Module):
 class Gated(Operand):
     """act(gate(x)) * up(x)."""
 
-    def __init__(self, hidden_TD: jax.Array | Operand, gate_up: Projections, activation: str):
+    def __init__(self, hidden_TD: Rows, gate_up: Projections, activation: str):
         super().__init__((hidden_TD.shape[0], *gate_up.out_shapes[0]), hidden_TD.dtype)
         self.hidden_TD, self.gate_up, self.activation = hidden_TD, gate_up, ACTIVATIONS[activation]
 

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxserve.layers.attention import StepContext
 from jaxserve.layers.linear import project
 from jaxserve.layers.mlp import GatedMLP
-from jaxserve.layers.operand import Operand, wide
+from jaxserve.layers.operand import Rows, wide
 from jaxserve.layers.quant import BlockFP8, stacked_weight
 from jaxserve.layers.weight import weight
 from jaxserve.ops.grouped_gemm import Activation, ExpertWeights
@@ -127,7 +127,7 @@ class MoE(nnx.Module):
             None if shared_gate is None else weight((1, D), (None, "embed"), shared_gate, dtype=dtype)
         )
 
-    def __call__(self, hidden_TD: jax.Array | Operand, step: StepContext) -> jax.Array:
+    def __call__(self, hidden_TD: Rows, step: StepContext) -> jax.Array:
         wide_TD = wide(hidden_TD)
         with jax.named_scope("route"):
             logits_TE = project(wide_TD, self.router, self.router_bias, out_dtype=jnp.float32)
@@ -141,7 +141,7 @@ class MoE(nnx.Module):
         if self.shared is None:
             return out_TD.astype(hidden_TD.dtype)
         with jax.named_scope("shared_expert"):
-            shared_TD = self.shared(hidden_TD, step)
+            shared_TD = wide(self.shared(hidden_TD, step))
             if self.shared_gate is not None:
                 gate_T1 = project(wide_TD, self.shared_gate, out_dtype=jnp.float32)
                 shared_TD = shared_TD * jax.nn.sigmoid(gate_T1).astype(shared_TD.dtype)

@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxserve.layers.operand import Operand
+from jaxserve.layers.operand import Operand, Rows, Sum, wide
 from jaxserve.layers.weight import weight
 from jaxserve.ops import float8_rows
 from jaxserve.ops.float8_rows import Float8Rows
@@ -31,10 +31,10 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.offset = offset
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.weight[...], eps=self.eps, offset=self.offset)
+    def __call__(self, x: Rows) -> jax.Array:
+        return rms_norm(wide(x), self.weight[...], eps=self.eps, offset=self.offset)
 
-    def operand(self, x_TD: jax.Array) -> "Normalised":
+    def operand(self, x_TD: Rows) -> "Normalised":
         """The same for products alone, in the form that they want."""
         return Normalised(x_TD, self)
 
@@ -42,7 +42,7 @@ class RMSNorm(nnx.Module):
 class Normalised(Operand):
     """Rows behind a norm."""
 
-    def __init__(self, x_TD: jax.Array, norm: RMSNorm):
+    def __init__(self, x_TD: Rows, norm: RMSNorm):
         super().__init__(x_TD.shape, x_TD.dtype)
         self.x_TD, self.norm = x_TD, norm
 
@@ -50,5 +50,7 @@ class Normalised(Operand):
         return self.norm(self.x_TD)
 
     def make_float8(self) -> Float8Rows:
-        norm = self.norm
-        return float8_rows.normalise(self.x_TD, norm.weight[...], eps=norm.eps, offset=norm.offset)
+        gain_D, options = self.norm.weight[...], {"eps": self.norm.eps, "offset": self.norm.offset}
+        if isinstance(self.x_TD, Sum) and not self.x_TD.is_made:
+            return self.x_TD.normalised(gain_D, **options)
+        return float8_rows.normalise(wide(self.x_TD), gain_D, **options)

@@ -9,23 +9,26 @@ micro-batches).
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxserve.layers.attention import QueryBlocks, StepContext
+from jaxserve.layers.operand import Rows, wide
 
-Block = Callable[[jax.Array, StepContext], jax.Array]
+Block = Callable[[Any, StepContext], Rows]
 
 
 def run_blocks(blocks: Iterable[Block], hidden_TD: jax.Array, step: StepContext) -> jax.Array:
     """Every block in its order, on the halves in turn where the step has two."""
     cut = Cut.of(step)
     if cut is None:
+        rows_TD: Rows = hidden_TD
         for block in blocks:
-            hidden_TD = block(hidden_TD, step)
-        return hidden_TD
-    halves, hidden = cut.halve(step), list(cut.split(step, hidden_TD))
+            rows_TD = block(rows_TD, step)
+        return wide(rows_TD)
+    halves, hidden = cut.halve(step), list[Rows](cut.split(step, hidden_TD))
     pools = step.key_pages, step.value_pages
     for number, block in enumerate(blocks):
         for i, half in enumerate(halves):
@@ -36,7 +39,7 @@ def run_blocks(blocks: Iterable[Block], hidden_TD: jax.Array, step: StepContext)
     step.key_pages, step.value_pages = pools
     for layer in halves[0].chosen:
         step.chosen[layer] = cut.join(step, halves[0].chosen[layer], halves[1].chosen[layer])
-    return cut.join(step, *hidden)
+    return cut.join(step, *map(wide, hidden))
 
 
 @dataclass(frozen=True)

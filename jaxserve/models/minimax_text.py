@@ -20,6 +20,7 @@ from jaxserve.layers.kv import KVSpec, StateSpec
 from jaxserve.layers.lightning import LightningAttention, slopes
 from jaxserve.layers.moe import Experts, ExpertSpec, MoE, Routing
 from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.operand import wide
 from jaxserve.models.hf_config import Dimensions, need, num_experts, one_of, rope_and_reach
 
 ARCHITECTURES = ("MiniMaxText01ForCausalLM", "MiniMaxM1ForCausalLM", "MiniMaxForCausalLM")
@@ -61,7 +62,7 @@ class ScaledBlock(nnx.Module):
         ):
             normed_TD = norm(hidden_TD)
             residual_TD = normed_TD if self.postnorm else hidden_TD
-            hidden_TD = residual_TD * alpha + sublayer(normed_TD, step) * beta
+            hidden_TD = residual_TD * alpha + wide(sublayer(normed_TD, step)) * beta
         return hidden_TD
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxserve.ops.float8_rows import Float8Rows
+from jaxserve.ops.float8_rows import Float8Rows, Scaled
 
 W8A8_MIN_ROWS = 16
 """Rows of a step, all dp ranks together, from which float8 weights meet float8 activations.
@@ -28,13 +28,13 @@ and weight-only is the more accurate of the two.
 
 def multiply_float8(
     rows: Float8Rows, numbers_OI: jax.Array, scale_O: jax.Array, out_dtype: DTypeLike
-) -> jax.Array:
+) -> Scaled:
     """W8A8. XLA:GPU makes one cuBLASLt call of it, `__cublas$lt$matmul$f8`, and no transposition (read in
     the program compiled for an H100); it joins the scales with what is elementwise behind them."""
     # bfloat16 holds any sum of float8 products and halves what is written, and summed over devices.
     sums = jnp.bfloat16 if out_dtype == jnp.bfloat16 else jnp.float32
     sums_TO = lax.dot_general(rows.numbers_TI, numbers_OI, _LAST_AXES, preferred_element_type=sums)
-    return (sums_TO.astype(jnp.float32) * rows.scale_T1 * scale_O).astype(out_dtype)
+    return Scaled(sums_TO, rows.scale_T1, scale_O)
 
 
 def multiply_wide(

@@ -1,5 +1,6 @@
 """Rows in float8: what they stand for, then the kernels against the reference on the same cases."""
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxserve.ops import backend, float8_rows
-from jaxserve.ops.float8_rows import reference
+from jaxserve.ops.float8_rows import Scaled, reference
 from jaxserve.ops.norm import rms_norm
 from tests.ops.cases import H100
 
@@ -18,7 +19,7 @@ from tests.ops.cases import H100
 class Case:
     """`T` rows of `width` numbers, of sizes from a thousandth to a thousand."""
 
-    made_by: Literal["quantise", "normalise"]
+    made_by: Literal["quantise", "normalise", "add_and_normalise"]
     T: int = 5
     width: int = 64
     dtype: str = "bfloat16"
@@ -28,29 +29,35 @@ class Case:
         rng = np.random.default_rng(self.width)
         size_T1 = np.geomspace(1e-3, 1e3, self.T)[:, None]
         x = jnp.asarray(rng.normal(size=(self.T, self.width)) * size_T1, self.dtype)
-        gain = (jnp.asarray(rng.uniform(0.5, 2, self.width), self.dtype),)
-        return (x, *(gain if self.made_by == "normalise" else ()))
+        if self.made_by == "quantise":
+            return (x,)
+        gain = jnp.asarray(rng.uniform(0.5, 2, self.width), self.dtype)
+        if self.made_by == "normalise":
+            return x, gain
+        sums = jnp.asarray(rng.normal(size=x.shape), self.dtype)
+        scales = size_T1 * rng.uniform(0.5, 2, size_T1.shape), rng.uniform(0.5, 2, self.width)
+        return x, Scaled(sums, *(jnp.asarray(scale, jnp.float32) for scale in scales)), gain
 
     def traced(self):
         """The operation of arrays alone."""
 
-        def function(*arrays):
-            if self.made_by == "normalise":
-                return float8_rows.normalise(*arrays, eps=1e-5, offset=self.offset)
-            return float8_rows.quantise(*arrays)
-
-        return jax.jit(function)
+        function, options = getattr(float8_rows, self.made_by), {"eps": 1e-5, "offset": self.offset}
+        return jax.jit(function if self.made_by == "quantise" else functools.partial(function, **options))
 
     def run(self, where):
         with backend.use(where):
             return self.traced()(*self.arguments())
 
     def expected(self):
-        """The reference. A norm is computed on its own, or XLA on a GPU would not round it before it is
-        quantised."""
-        if self.made_by == "normalise":
-            return reference.quantise(rms_norm(*self.arguments(), eps=1e-5, offset=self.offset))
-        return self.run("reference")
+        """The reference. A sum and a norm are computed on their own, or XLA on a GPU would not round them
+        before they are quantised."""
+        if self.made_by == "quantise":
+            return self.run("reference")
+        x, *product, gain = self.arguments()
+        if product:
+            x = x + product[0].value(x.dtype)
+        rows = reference.quantise(rms_norm(x, gain, eps=1e-5, offset=self.offset))
+        return (x, rows) if product else rows
 
 
 CASES = (
@@ -61,6 +68,9 @@ CASES = (
     Case("normalise", width=576, offset=1.0),
     Case("normalise", width=4096),
     Case("quantise", T=3, width=14336),
+    Case("add_and_normalise"),
+    Case("add_and_normalise", width=576, offset=1.0),
+    Case("add_and_normalise", width=4096),
 )
 
 
@@ -70,6 +80,9 @@ def check(got, want, case):
     A sum or an exponential in another order changes a float32's last bits, which rarely changes the
     bfloat16 they are rounded to (2**-8 relative), and that a float8 (2**-3).
     """
+    if case.made_by == "add_and_normalise":
+        (sum_, got), (want_sum, want) = got, want
+        np.testing.assert_array_equal(sum_, want_sum)
     (numbers, scale), (want_numbers, want_scale) = got, want
     assert numbers.shape == want_numbers.shape and numbers.dtype == jnp.float8_e4m3fn
     assert scale.shape == (case.T, 1) and scale.dtype == jnp.float32

@@ -12,9 +12,9 @@ import jax
 
 from jaxserve.ops import backend
 from jaxserve.ops.float8_rows import fast, reference
-from jaxserve.ops.float8_rows.rows import FLOAT8_MAX, Float8Rows
+from jaxserve.ops.float8_rows.rows import FLOAT8_MAX, Float8Rows, Scaled
 
-__all__ = ["FLOAT8_MAX", "Float8Rows", "normalise", "quantise"]
+__all__ = ["FLOAT8_MAX", "Float8Rows", "Scaled", "add_and_normalise", "normalise", "quantise"]
 
 
 def quantise(x_TI: jax.Array) -> Float8Rows:
@@ -29,3 +29,14 @@ def normalise(x_TD: jax.Array, gain_D: jax.Array, *, eps: float, offset: float =
     if (chosen := backend.chosen()) == "reference":
         return reference.normalise(x_TD, gain_D, eps=eps, offset=offset)
     return fast.normalise(x_TD, gain_D, eps=eps, offset=offset, interpret=chosen == "interpret")
+
+
+def add_and_normalise(
+    x_TD: jax.Array, product: Scaled, gain_D: jax.Array, *, eps: float, offset: float = 0.0
+) -> tuple[jax.Array, Float8Rows]:
+    """The sum of x and a product, in the dtype of `x_TD`, and `normalise` of that sum."""
+    if (chosen := backend.chosen()) == "reference":
+        return reference.add_and_normalise(x_TD, product, gain_D, eps=eps, offset=offset)
+    return fast.add_and_normalise(
+        x_TD, product, gain_D, eps=eps, offset=offset, interpret=chosen == "interpret"
+    )

@@ -17,3 +17,9 @@ def quantise(x_TI):
 def normalise(x_TD, gain_D, *, eps: float, offset: float = 0.0):
     """See `float8_rows.normalise`."""
     return quantise(rms_norm(x_TD, gain_D, eps=eps, offset=offset))
+
+
+def add_and_normalise(x_TD, product, gain_D, *, eps: float, offset: float = 0.0):
+    """See `float8_rows.add_and_normalise`."""
+    sum_TD = x_TD + product.value(x_TD.dtype)
+    return sum_TD, normalise(sum_TD, gain_D, eps=eps, offset=offset)

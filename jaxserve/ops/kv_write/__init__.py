@@ -8,6 +8,7 @@ copied out of it first.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxserve.ops import backend
 from jaxserve.ops.joined import columns_of
@@ -15,15 +16,17 @@ from jaxserve.ops.kv_write import fast, reference
 
 
 class Heads(NamedTuple):
-    """Heads [first, first + count) of an array [T, heads, K]; all but the array is static.
+    """Heads [first, first + count) of an array [T, heads, K]; all but the arrays is static.
 
-    Of an array that is split in `ways`, each part has its share of them, in the same places.
+    Of an array that is split in `ways`, each part has its share of them, in the same places. With `scales`,
+    float32 [T, 1] and [heads, K], it holds sums that are still to be multiplied by them.
     """
 
     array_TXK: jax.Array
     first: int
     count: int
     ways: int = 1
+    scales: tuple[jax.Array, jax.Array] | None = None
 
     @classmethod
     def whole(cls, array_THK: jax.Array) -> "Heads":
@@ -31,7 +34,12 @@ class Heads(NamedTuple):
 
     @property
     def value_THK(self) -> jax.Array:
-        return columns_of(self.array_TXK, self.first, self.count, self.ways)
+        sums_THK = columns_of(self.array_TXK, self.first, self.count, self.ways)
+        if self.scales is None:
+            return sums_THK
+        row_T1, column_XK = self.scales
+        column_HK = column_XK[self.first : self.first + self.count]
+        return (sums_THK.astype(jnp.float32) * row_T1[..., None] * column_HK).astype(sums_THK.dtype)
 
 
 def rotate_and_write(

@@ -46,44 +46,33 @@ def rotate_and_write(
     turn = (jnp.zeros((T, 1), jnp.float32),) * 2 if rotation is None else rotation
     # As an operand: a constant of each layer would make every layer a kernel of its own.
     page_offset_1 = jnp.full((1,), page_offset, jnp.int32)
-    heads_TXK = (query.array_TXK, key.array_TXK, value.array_TXK)
-    inputs = (*heads_TXK, *turn, page_T, offset_T, page_offset_1, key_pages, value_pages)
-    pools = len(inputs) - 2
+    inputs = (
+        [(part.array_TXK, *(part.scales or ())) for part in (query, key, value)],
+        turn,
+        (page_T, offset_T, page_offset_1),
+        (key_pages, value_pages),
+    )
+    flat, tree = jax.tree.flatten(inputs)
     return pl.pallas_call(
-        kernel,
+        functools.partial(kernel, inputs=tree),
         grid=(T, pl.cdiv(H, heads)),
         out_shape=(
             jax.ShapeDtypeStruct((T, H, K), query.array_TXK.dtype),
             *(jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in (key_pages, value_pages)),
         ),
-        input_output_aliases={pools: 1, pools + 1: 2},
+        input_output_aliases={len(flat) - 2: 1, len(flat) - 1: 2},
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="rotate_and_write",
-    )(*inputs)
+    )(*flat)
 
 
-def _kernel(
-    query_ref,
-    key_ref,
-    value_ref,
-    cos_ref,
-    sin_ref,
-    page_ref,
-    offset_ref,
-    page_offset_ref,
-    old_keys_ref,
-    old_values_ref,
-    out_ref,
-    key_pages_ref,
-    value_pages_ref,
-    *,
-    first,
-    H,
-    heads,
-    half,
-):
-    del old_keys_ref, old_values_ref  # the same memory as key_pages_ref and value_pages_ref
+def _kernel(*refs, inputs, first, H, heads, half):
+    *in_refs, out_ref, key_pages_ref, value_pages_ref = refs
+    # The pools that are read are the same memory as those that are written.
+    parts, (cos_ref, sin_ref), (page_ref, offset_ref, page_offset_ref), _ = jax.tree.unflatten(
+        inputs, in_refs
+    )
     t, part = pl.program_id(0), pl.program_id(1)
     G = key_pages_ref.shape[2]
 
@@ -91,7 +80,7 @@ def _kernel(
 
     head = part * heads + jnp.arange(heads)
     is_head = head < H
-    query = _load(query_ref, t, first[0] + head, is_head, rotation, half)
+    query = _load(parts[0], t, first[0] + head, is_head, rotation, half)
     _store(out_ref, (t,), head, is_head, query)
 
     head = jnp.arange(pl.next_power_of_2(G))
@@ -99,8 +88,8 @@ def _kernel(
     is_head = (head < G) & is_written
     # Lanes that store nothing point past the end: in interpret mode they write back what they read.
     at = jnp.where(is_written, page_ref[t] + page_offset_ref[0], key_pages_ref.shape[0]), offset_ref[t]
-    key = _load(key_ref, t, first[1] + head, is_head, rotation, half)
-    value = _load(value_ref, t, first[2] + head, is_head, None, 0)
+    key = _load(parts[1], t, first[1] + head, is_head, rotation, half)
+    value = _load(parts[2], t, first[2] + head, is_head, None, 0)
     _store(key_pages_ref, at, head, is_head, key)
     _store(value_pages_ref, at, head, is_head, value)
 
@@ -113,14 +102,19 @@ def _load_rotation(cos_ref, sin_ref, t, half):
     )
 
 
-def _load(ref, t, head, is_head, rotation, half):
+def _load(refs, t, head, is_head, rotation, half):
     """Some heads of token t, rotated, as runs of columns: [(first column, columns, values)]."""
+    ref, *scale_refs = refs
 
     def run(begin, count):
         column = jnp.arange(pl.next_power_of_2(count))[None, :]
-        mask = is_head[:, None] & (column < count)
-        at = ref.at[t, head[:, None], begin + column]
-        return plt.load(at, mask=mask, other=jnp.asarray(0, ref.dtype))
+        at, mask = (head[:, None], begin + column), is_head[:, None] & (column < count)
+        loaded = plt.load(ref.at[t, *at], mask=mask, other=jnp.asarray(0, ref.dtype))
+        if not scale_refs:
+            return loaded
+        row_ref, column_ref = scale_refs
+        scale = plt.load(column_ref.at[*at], mask=mask, other=jnp.float32(0)) * row_ref[t, 0]
+        return (loaded.astype(jnp.float32) * scale).astype(ref.dtype)
 
     runs, K = [], ref.shape[-1]
     if rotation is not None:
