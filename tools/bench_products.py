@@ -85,7 +85,7 @@ def gated(x: jax.Array, weight: Any, F: int, by_kernel: bool | None = None) -> j
         matrix, (rows, x_scale_T1) = weight[0], float8_rows.quantise(x)
         scales = x_scale_T1, weight[1]
     if gated_product.fits(x.shape[0], matrix) if by_kernel is None else by_kernel:
-        return gated_product.multiply(rows, matrix, jax.nn.silu, x.dtype, scales)
+        return gated_product.multiply(rows, matrix, scales, jax.nn.silu, x.dtype)
     gate_up = product_of("bf16" if scales is None else "fp8 W8A8")(x, weight)
     return jax.nn.silu(gate_up[:, :F]) * gate_up[:, F:]
 

@@ -1,6 +1,8 @@
 """Norm, feed-forward, vocabulary and products against plain numpy."""
 
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,10 @@ from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxserve.layers.channel_quant import ChannelQuant, quantise_model
 from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.linear import Projections, project
-from jaxserve.layers.mlp import GatedMLP
+from jaxserve.layers.mlp import Gated, GatedMLP
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.mesh import GROUP, Layout, make_mesh
 from jaxserve.ops import backend, gated_product
@@ -154,6 +157,41 @@ def test_gate_and_up_go_through_one_kernel_where_they_are_joined_and_rows_fill_i
         got = np.asarray(mlp(x), np.float32)
     assert bool(calls) == (fused and by_kernel)
     np.testing.assert_allclose(got, want, rtol=2**-6, atol=2**-7 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("short", [False, True], ids=["bfloat16", "float8"])
+@pytest.mark.parametrize("dp, split", [(1, True), (2, True), (2, False)])
+def test_each_device_of_a_mesh_gates_what_it_has_joined(monkeypatch, dp, split, short):
+    """By a kernel that sees a device's rows, and its part of gate above its part of up."""
+    mesh = make_mesh(Layout(4, dp=dp), jax.devices())
+    step: Any = SimpleNamespace(mesh=mesh, num_ranks=dp, links=None, once=lambda key, make: jax.jit(make()))
+    mlp = GatedMLP("m", 16, 48, activation="silu", dtype=jnp.bfloat16)
+    if short:
+        quantise_model(mlp, ChannelQuant("fp8"))
+    for path, param in nnx.to_flat_state(nnx.state(mlp, nnx.Param)):
+        spec = PartitionSpec(GROUP) if split and "down" not in path else PartitionSpec()
+        value = jnp.asarray(rng.uniform(-1, 1, param.get_value().shape), param.get_value().dtype)
+        param.set_raw_value(jax.device_put(value, NamedSharding(mesh, spec)))
+    x = jax.device_put(
+        jnp.asarray(rng.normal(size=(32, 16)), jnp.bfloat16), NamedSharding(mesh, PartitionSpec("dp"))
+    )
+    mlp.gate_up.fuse(mesh)
+    want, seen = np.asarray(Gated(x, mlp.gate_up, "silu", step).wide, np.float32), []
+
+    def kernel(x_TK, weight_WK, scales, activation, dtype):
+        seen.append((x_TK.shape, weight_WK.shape))
+        x, weight = x_TK.astype(jnp.float32), weight_WK.astype(jnp.float32)
+        if scales is not None:
+            x, weight = x * scales[0], weight * scales[1][:, None]
+        gate, up = jnp.split(x @ weight.T, 2, axis=1)
+        return (activation(gate) * up).astype(dtype)
+
+    monkeypatch.setattr(gated_product, "fits", lambda rows, weight: (rows, weight.shape) == seen_by_a_device)
+    monkeypatch.setattr(gated_product, "multiply", kernel)
+    seen_by_a_device = (32 // dp, (96 // mlp.gate_up.ways, 16))
+    got = np.asarray(Gated(x, mlp.gate_up, "silu", step).wide, np.float32)
+    assert seen == [((32 // dp, 16), (96 // mlp.gate_up.ways, 16))]
+    np.testing.assert_allclose(got, want, rtol=2**-5, atol=2**-7 * np.abs(want).max())
 
 
 def test_tied_vocabulary_declares_one_matrix_and_uses_it_at_both_ends():

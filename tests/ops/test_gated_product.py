@@ -53,7 +53,7 @@ class Case:
         function = functools.partial(
             hopper.multiply, activation=ACTIVATIONS[self.activation], dtype=self.out_dtype, **options
         )
-        return np.asarray(jax.jit(function)(x, weight, scales=scales), np.float64)
+        return np.asarray(jax.jit(function)(x, weight, scales), np.float64)
 
     def check(self, **options) -> None:
         """Results are of size 1 to 10, of which 2**-8 are lost in rounding. Tensor cores add up float8
@@ -93,13 +93,9 @@ def test_the_kernel_lowers_to_cuda_without_a_gpu(case):
     )
     if case.dtype == "float8_e4m3fn":
         scales = tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((case.T, 1), (2 * case.F,)))
-    multiply = functools.partial(
-        gated_product.multiply, activation=jax.nn.silu, dtype=jnp.bfloat16, scales=scales
-    )
+    multiply = functools.partial(gated_product.multiply, activation=jax.nn.silu, dtype=jnp.bfloat16)
     with jax.sharding.use_abstract_mesh(H100):
-        traced = jax.jit(lambda x, weight, scales: multiply(x, weight, scales=scales)).trace(
-            x, weight, scales
-        )
+        traced = jax.jit(multiply).trace(x, weight, scales)
         assert "hopper_gated_product" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 

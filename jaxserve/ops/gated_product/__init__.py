@@ -28,9 +28,9 @@ def fits(num_rows: int, weight_WK: jax.Array | jax.ShapeDtypeStruct) -> bool:
 def multiply(
     x_TK: jax.Array,
     weight_WK: jax.Array,
+    scales: Scales | None,
     activation: Activation,
     dtype: DTypeLike,
-    scales: Scales | None = None,
 ) -> jax.Array:
     """[T, W / 2] in `dtype`, for arrays that fit.
 
@@ -39,4 +39,4 @@ def multiply(
         weight_WK: gate's rows, then as many of up's.
     """
     columns = hopper.choose_columns(x_TK.shape[0], weight_WK.shape[0] // 2)
-    return hopper.multiply(x_TK, weight_WK, activation, dtype, scales, columns=columns)
+    return hopper.multiply(x_TK, weight_WK, scales, activation, dtype, columns=columns)

@@ -66,9 +66,9 @@ def _waves(T: int, F: int, columns: int) -> tuple[int, float]:
 def multiply(
     x_TK: jax.Array,
     weight_WK: jax.Array,
+    scales: tuple[jax.Array, jax.Array] | None,
     activation,
     dtype: DTypeLike,
-    scales: tuple[jax.Array, jax.Array] | None = None,
     *,
     columns: int,
     programs: int = NUM_SMS,
