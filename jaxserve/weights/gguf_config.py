@@ -95,6 +95,15 @@ class _Getter:
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
+# Values of YaRN that mean what its paper says, the default first; -1 leaves it to the reader.
+_YARN_SERVED: dict[str, tuple[float, ...]] = {
+    "attn_factor": (1.0,),
+    "yarn_attn_factor": (1.0,),
+    "yarn_ext_factor": (1.0, -1.0),
+    "yarn_log_multiplier": (0.0,),
+}
+
+
 def _vocab_size(file: GGUFFile) -> int:
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(f"{file.path}: tensor token_embd.weight is missing")
@@ -128,11 +137,19 @@ def _rope_scaling(file: GGUFFile, get: _Getter, default_dim: int) -> dict[str, A
     if kind == "linear":
         return {"rope_type": "linear", "factor": get("rope.scaling.factor")}
     if kind == "yarn":
-        original = get("rope.scaling.original_context_length", get("context_length"))
+        for name, served in _YARN_SERVED.items():
+            if (given := get(f"rope.scaling.{name}", served[0])) not in served:
+                raise CheckpointError(
+                    f"{file.path}: metadata key {get.arch}.rope.scaling.{name} is {given}; {served[0]} is served"
+                )
+        betas = {beta: get(f"rope.scaling.yarn_{beta}", None) for beta in ("beta_fast", "beta_slow")}
         return {
             "rope_type": "yarn",
             "factor": get("rope.scaling.factor"),
-            "original_max_position_embeddings": original,
+            "original_max_position_embeddings": get(
+                "rope.scaling.original_context_length", get("context_length")
+            ),
+            **{beta: value for beta, value in betas.items() if value is not None},
         }
     raise CheckpointError(f"{file.path}: rope scaling {kind!r} is not known; known are none, linear, yarn")
 

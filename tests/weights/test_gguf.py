@@ -130,11 +130,38 @@ def test_the_dtype_is_that_of_the_matrices(tmp_path):
             },
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
         ),
+        (
+            {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 4.0,
+                "rope.scaling.original_context_length": 32,
+                "rope.scaling.yarn_beta_fast": 16.0,
+                "rope.scaling.yarn_beta_slow": 2.0,
+                "rope.scaling.yarn_ext_factor": -1.0,
+                "rope.scaling.attn_factor": 1.0,
+            },
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+            },
+        ),
         ({"rope.scaling.type": "none"}, None),
     ],
 )
 def test_rope_scaling_is_named_as_hugging_face_does(tmp_path, values, expected):
     assert open_checkpoint(write_llama(tmp_path, **values)).config["rope_scaling"] == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier"]
+)
+def test_what_would_change_yarn_unread_is_refused(tmp_path, name):
+    scaling = {"type": "yarn", "factor": 4.0, name: 0.5}
+    with pytest.raises(CheckpointError, match=rf"rope\.scaling\.{name} is 0\.5; (0|1)\.0 is served"):
+        open_checkpoint(write_llama(tmp_path, **{f"rope.scaling.{key}": v for key, v in scaling.items()}))
 
 
 def llama3_divisors(base, dim, factor):
