@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from router.upstream import Address
+from router.upstream import KEY_PATTERN, Address
 
 POLICIES = (
     "cache_aware",
@@ -241,7 +241,7 @@ class RouterConfig:
             if url.rstrip("/") in urls:
                 raise ConfigError(f"worker_urls={url!r} is given twice; each worker may be listed once")
             urls.add(url.rstrip("/"))
-        if self.worker_api_key is not None and not re.fullmatch("[!-~]*", self.worker_api_key):
+        if self.worker_api_key is not None and not re.search(KEY_PATTERN, self.worker_api_key):
             raise ConfigError("worker_api_key must be visible ASCII characters: it is sent in a header")
         if self.service_discovery and not self.selector:
             raise ConfigError("selector is missing; --service-discovery needs labels such as app=llm-worker")

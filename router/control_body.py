@@ -1,5 +1,7 @@
 """The body of a request to the gateway itself."""
 
+import asyncio
+
 from router.body import next_part
 from router.errors import RequestError
 
@@ -8,9 +10,9 @@ MAX_CONTROL_BYTES = 1 << 20
 
 async def control_body(receive) -> bytes:
     """All of it. Raises RequestError, also to end the request of a client that left."""
-    body = bytearray()
+    body, since_s = bytearray(), asyncio.get_running_loop().time()
     while True:
-        message = await next_part(receive)
+        message = await next_part(receive, len(body), since_s)
         if message["type"] == "http.disconnect":
             raise RequestError(499, "client_left", "the client left before its request was complete")
         body += message.get("body", b"")

@@ -178,12 +178,13 @@ class Proxy:
         limit = self.config.max_payload_size
         if client.content_length > limit:
             raise _too_large(limit)
-        message = await next_part(receive)
+        since_s = self.loop.time()
+        message = await next_part(receive, 0, since_s)
         body = message.get("body", b"")
         if message.get("more_body"):
             parts, size = [body], len(body)
             while message.get("more_body"):
-                message = await next_part(receive)
+                message = await next_part(receive, size, since_s)
                 part = message.get("body", b"")
                 size += len(part)
                 if size > limit:

@@ -74,7 +74,12 @@ class Replicas:
         pause_s, early_deaths = RESTART_PAUSE_S[0], 0
         while not self._ending.is_set():
             started_s = time.monotonic()
-            code = await self._run(spec)
+            try:
+                code = await self._run(spec)
+                end = _exit(code)
+            except Exception as error:  # no process could be started, or our bug: a death like others
+                log.exception("%s", spec.name)
+                code, end = None, repr(error)
             if self._ending.is_set():
                 return
             lived_s = time.monotonic() - started_s
@@ -82,18 +87,13 @@ class Replicas:
             if early_deaths and (code == USAGE_EXIT or early_deaths >= MAX_EARLY_DEATHS):
                 if not self.failed.done():
                     self.failed.set_exception(
-                        ReplicasFailed(f"{spec.name} ended with {_exit(code)} before it was ready")
+                        ReplicasFailed(f"{spec.name} ended with {end} before it was ready")
                     )
                 return
             if lived_s > STABLE_S:
                 pause_s = RESTART_PAUSE_S[0]
-            log.error(
-                "%s ended with %s after %.0f s; restarting in %.0f s",
-                spec.name,
-                _exit(code),
-                lived_s,
-                pause_s,
-            )
+            text = "%s ended with %s after %.0f s; restarting in %.0f s"
+            log.error(text, spec.name, end, lived_s, pause_s)
             await self._pause(pause_s)
             pause_s = min(pause_s * 2, RESTART_PAUSE_S[1])
             self.restarts[spec.name] += 1
@@ -120,12 +120,9 @@ class Replicas:
                 _signal(process, signal.SIGTERM)
             assert process.stdout is not None
             await _pass_on(process.stdout, spec.name)
-            code = await process.wait()
-        except asyncio.CancelledError:
-            _signal(process, signal.SIGKILL)
-            raise
-        _signal(process, signal.SIGKILL)  # what it left of its group
-        return code
+            return await process.wait()
+        finally:
+            _signal(process, signal.SIGKILL)  # it, or what it left of its group
 
 
 async def _pass_on(stream: asyncio.StreamReader, name: str) -> None:

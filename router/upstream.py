@@ -29,6 +29,8 @@ HIGH_WATER_BYTES = 256 * 1024
 # uvicorn closes a connection after 5 idle seconds; reusing it just then costs a failed attempt.
 IDLE_LIMIT_S = 4.0
 MAX_IDLE = 1024
+# Of a worker's key. It goes into a header as it is: a line break in it would begin another header.
+KEY_PATTERN = r"\A[!-~]*\Z"
 MOVING_S = 2.0  # an answer of which nothing came for longer has stopped
 
 

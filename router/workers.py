@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 
 from router.breaker import PROBE, STATE_NUMBER, Admission, Breaker
-from router.upstream import Pool
+from router.upstream import KEY_PATTERN, Pool
 
 if TYPE_CHECKING:
     from router.kv_events import KvImage
@@ -23,8 +23,7 @@ REPORT_HOLDS_S = 5.0  # what others have at a worker is believed for so long aft
 Status = Literal["pending", "ready", "unhealthy", "draining", "failed"]
 # Bounded, because processes tell each other of it in MessagePack, which has no integers beyond 64 bits.
 Priority = Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
-# It goes into a header as it is: a line break in it would begin another header.
-ApiKey = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]*\Z")]
+ApiKey = Annotated[str, msgspec.Meta(pattern=KEY_PATTERN)]
 
 
 class WorkerSpec(msgspec.Struct, kw_only=True, omit_defaults=True):

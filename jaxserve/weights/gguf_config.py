@@ -138,9 +138,10 @@ def _rope_scaling(file: GGUFFile, get: _Getter, default_dim: int) -> dict[str, A
         return {"rope_type": "linear", "factor": get("rope.scaling.factor")}
     if kind == "yarn":
         for name, served in _YARN_SERVED.items():
-            if (given := get(f"rope.scaling.{name}", served[0])) not in served:
+            key = f"rope.scaling.{name}"
+            if (given := get(key, served[0])) not in served:
                 raise CheckpointError(
-                    f"{file.path}: metadata key {get.arch}.rope.scaling.{name} is {given}; {served[0]} is served"
+                    f"{file.path}: metadata key {get.arch}.{key} is {given}; {served[0]} is served"
                 )
         betas = {beta: get(f"rope.scaling.yarn_{beta}", None) for beta in ("beta_fast", "beta_slow")}
         return {

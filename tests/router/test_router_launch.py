@@ -24,7 +24,7 @@ from router.config import ConfigError, RouterConfig
 from router.http_server import GatewayServer
 from router.launch_router import uvicorn_config
 from router.launch_server import make_parser, make_plan
-from router.replicas import Replicas, ReplicaSpec, free_ports
+from router.replicas import Replicas, ReplicasFailed, ReplicaSpec, free_ports
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -230,6 +230,29 @@ async def test_replica_that_keeps_dying_is_restarted_less_and_less_often(monkeyp
         await until(lambda: len(pauses_s) == 8)
         assert pauses_s == [1, 2, 4, 8, 16, 30, 30, 30]
         assert replicas.restarts["replica 0"] == 7 and not replicas.failed.done()
+    finally:
+        await replicas.end()
+
+
+@asynchronous
+async def test_replica_that_cannot_be_started_is_tried_again_and_then_told_of(monkeypatch, caplog):
+    async def refuse(*command, **how):
+        raise BlockingIOError(11, "no more processes")
+
+    async def unpaused(self, seconds: float) -> None:
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse)
+    monkeypatch.setattr(Replicas, "_pause", unpaused)
+    served = True
+    replicas = Replicas([ReplicaSpec("replica 0", ("engine",), 1)], lambda spec: served, 1)
+    replicas.start()
+    try:
+        await until(lambda: replicas.restarts["replica 0"] > 5)
+        assert not replicas.failed.done() and "no more processes" in caplog.text
+        served = False  # one that never served gives up, aloud
+        with pytest.raises(ReplicasFailed, match=r"replica 0 .*no more processes.* before it was ready"):
+            await replicas.failed
     finally:
         await replicas.end()
 

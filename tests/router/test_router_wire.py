@@ -9,7 +9,9 @@ from gateway_harness import RawClient, asynchronous, running, until
 from mock_worker import HANG_UP, MockWorker
 
 from router import http_server
+from router.body import next_part
 from router.breaker import PROBE
+from router.errors import RequestError
 from router.http_server import MAX_HEAD_BYTES, ClientConnection
 from router.upstream import HIGH_WATER_BYTES, json_of
 
@@ -532,6 +534,7 @@ async def test_body_over_the_limit_is_413_however_well_its_head_is_known():
 @asynchronous
 async def test_body_of_which_nothing_more_comes_is_408_and_a_slow_one_is_read(monkeypatch, path):
     monkeypatch.setattr("router.body.SILENT_S", 0.6)
+    monkeypatch.setattr("router.body.LEAST_BYTES_S", 1)
     async with running(1) as r:
         head = b"POST %b HTTP/1.1\r\nhost: g\r\ncontent-length: 400000000\r\n\r\n" % path.encode()
         client = await RawClient.connect(r.port)
@@ -544,3 +547,37 @@ async def test_body_of_which_nothing_more_comes_is_408_and_a_slow_one_is_read(mo
         answer = await reading
         assert answer.startswith(b"HTTP/1.1 408") and b"body_timeout" in answer
         assert r.gateway.proxy.concurrency.running == 0 and not r.workers[0].seen
+
+
+@pytest.mark.parametrize("path", ["/generate", "/workers"])
+@asynchronous
+async def test_body_that_drips_is_408_though_it_never_stands_still(monkeypatch, path):
+    monkeypatch.setattr("router.body.SILENT_S", 1.0)
+    async with running(1) as r:
+        client = await RawClient.connect(r.port)
+        head = b"POST %b HTTP/1.1\r\nhost: g\r\ncontent-length: 400000000\r\n\r\n" % path.encode()
+        client.writer.write(head)
+        reading = asyncio.create_task(client.read_until(b"\r\n\r\n"))  # a drip behind it meets a closed door
+
+        async def drip() -> None:
+            while not reading.done():
+                client.writer.write(b"{")
+                await asyncio.sleep(0.1)
+
+        await asyncio.wait_for(drip(), 20)
+        answer = await reading
+        assert answer.startswith(b"HTTP/1.1 408") and b"body_timeout" in answer
+        assert r.gateway.proxy.concurrency.running == 0 and not r.workers[0].seen
+
+
+@asynchronous
+async def test_large_body_over_a_slow_link_has_time():
+    async def receive():
+        return await asyncio.sleep(0.05, {"type": "http.request"})
+
+    now_s = asyncio.get_running_loop().time()
+    for link_bytes_s in (1_000_000, 10_000, 1_000):
+        assert await next_part(receive, 3600 * link_bytes_s, now_s - 3600)  # the body of an hour
+    with pytest.raises(RequestError, match="1000 bytes a second") as caught:
+        await next_part(receive, 3600 * 900, now_s - 3600)
+    assert caught.value.status == 408

@@ -3,6 +3,7 @@
 import asyncio
 import uuid
 
+import msgspec
 import pytest
 from gateway_harness import CHAT, asynchronous, running, until
 from mock_worker import MockWorker
@@ -156,9 +157,12 @@ def test_worker_urls_that_cannot_be_used_are_a_configuration_error(worker_urls, 
         RouterConfig.from_keywords(worker_urls=worker_urls)
 
 
-def test_worker_key_that_is_no_header_is_a_configuration_error():
+@pytest.mark.parametrize("key", ["a\nb", "a\n", "a b", "\u00e9", "\x7f"])
+def test_worker_key_that_is_no_header_is_refused_wherever_it_enters(key):
     with pytest.raises(ConfigError, match="worker_api_key"):
-        RouterConfig.from_keywords(worker_api_key="a\nb")
+        RouterConfig.from_keywords(worker_api_key=key)
+    with pytest.raises(msgspec.ValidationError, match="api_key"):
+        msgspec.convert({"url": "http://a:1", "api_key": key}, WorkerSpec)
 
 
 @asynchronous
