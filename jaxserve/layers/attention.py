@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.kv import HeadSplit, KVSpec, LatentSpec, StateBlocks, pool_layout, pool_layouts
-from jaxserve.layers.linear import Projections, project, project_later
+from jaxserve.layers.linear import Projections, project, project_leaving_scales
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.operand import Rows, wide
 from jaxserve.layers.quant import BlockFP8, BlockScaled, Weight, linear_weight
@@ -182,6 +182,7 @@ class StepContext:
             f"pool has {self.key_pages.shape[2]} heads, the layout {group} x {split.num_kv}; see pool_layout"
         )
         parts = query, key, value
+        assert self.mesh is None or all(heads.scales is None for heads in parts), "a mesh splits no scales"
         firsts = tuple(heads.first // heads.ways for heads in parts)  # on a device
         assert all(x.ways == group or x.count == x.array_TXK.shape[1] for x in parts), (
             "heads are joined otherwise than the mesh splits them"
@@ -338,13 +339,13 @@ def project_split(x_TX: Rows, weight: Weight, bias: nnx.Param | None, step: Step
     """
     links = None if step is None else step.links
     if step is None or links is None:
-        return project_later(x_TX, weight, bias)
+        return project_leaving_scales(x_TX, weight, bias)
     array_TX = wide(x_TX)
     parts = _split_parts(weight, array_TX)
     shape = x_TX.shape[0] // step.num_ranks, parts[0].shape[0]
     count = links.count(jax.ShapeDtypeStruct(shape, x_TX.dtype), GROUP)
     if not count:
-        return project_later(x_TX, weight, bias)
+        return project_leaving_scales(x_TX, weight, bias)
     key = "project_split", array_TX.ndim, len(parts)
     product = step.once(key, lambda: _project_split(step.mesh, links.plan, len(parts)))
     ahead = links.claim(GROUP, count)

@@ -55,15 +55,15 @@ def project(
     return y if bias is None else y + bias[...].astype(y.dtype)
 
 
-def project_later(x: Rows, weight: Weight, bias: nnx.Param | None) -> Rows:
-    """`project`, whose scales may be left to who reads the result."""
+def project_leaving_scales(x: Rows, weight: Weight, bias: nnx.Param | None) -> Rows:
+    """`project` to one dimension, [T, out], whose scales may be left to who reads the result."""
     if isinstance(weight, ChannelScaled) and bias is None and weight.leaves_scales(x):
         return Product(weight.scaled_product(_merged(x), x.dtype), x.dtype)
     return project(x, weight, bias)
 
 
 def _merged(x: Rows) -> Rows:
-    return x if isinstance(x, Operand) else x.reshape(x.shape[0], -1)
+    return x if isinstance(x, Operand) else x.reshape(-1, math.prod(x.shape[1:]))
 
 
 def _shape(weight: Weight | jax.Array) -> tuple[int, ...]:
@@ -107,7 +107,7 @@ class Projections(nnx.Module):
         ]
 
     def _joined(self, hidden_TD: Rows) -> Rows:
-        return project_later(hidden_TD, self.weights[0], self.biases[0] if self.biases else None)
+        return project_leaving_scales(hidden_TD, self.weights[0], self.biases[0] if self.biases else None)
 
     def heads(self, hidden_TD: Rows) -> list[Heads]:
         """As `columns`, for products that all are heads of one width."""

@@ -64,7 +64,8 @@ class Sum(Operand):
         return self.x_TD + self.product.wide
 
     def normalised(self, gain_D: jax.Array, *, eps: float, offset: float) -> Float8Rows:
-        """Makes the sum on the way."""
+        """Rows of the norm of the sum, which is made on the way, once."""
+        assert not self.is_made
         self.wide, rows = float8_rows.add_and_normalise(
             self.x_TD, self.product.scaled, gain_D, eps=eps, offset=offset
         )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxserve.layers.attention import QueryBlocks, StepContext
 from jaxserve.layers.operand import Rows, wide
 
-Block = Callable[[Any, StepContext], Rows]
+Block = Callable[[Any, StepContext], Rows]  # takes what its like gives: arrays, or Rows
 
 
 def run_blocks(blocks: Iterable[Block], hidden_TD: jax.Array, step: StepContext) -> jax.Array:

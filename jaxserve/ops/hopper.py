@@ -1,5 +1,6 @@
 """What the kernels for Hopper GPUs share: where they run, and parts of a warpgroup's program."""
 
+import math
 import re
 
 import jax
@@ -9,27 +10,33 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 NUM_SMS = 132  # multiprocessors of an H100 and an H200
-ROWS = 64  # query rows of a warpgroup: a tensor core instruction has 64
+ROWS = 64  # of a warpgroup: a tensor core instruction has 64
 TILE_ROWS = 8  # of swizzled shared memory
 
 
 def swizzled(shape: tuple[int, ...], dtype: DTypeLike):
     """Shared memory as tensor cores and fast copies want it: rows lie in pieces of 128 bytes at most."""
     size = jnp.dtype(dtype).itemsize
-    piece = next(bytes for bytes in (128, 64, 32) if shape[-1] * size % bytes == 0)
+    piece = math.gcd(shape[-1] * size, 128)
+    assert piece >= 32, f"rows of {shape[-1]} numbers are no multiple of 32 bytes"
     tiling = plgpu.TilingTransform((TILE_ROWS, piece // size))  # pyright: ignore[reportAbstractUsage]
     swizzle = plgpu.SwizzleTransform(piece)  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
 
-def is_supported() -> bool:
-    """Whether jax's devices can run these kernels.
+def is_supported(min_sms: int = 0) -> bool:
+    """Whether jax's devices can run these kernels, and have so many multiprocessors.
 
     Only from CUDA 13 on: jax's own causal kernel refuses 12.8 to 12.9, whose assembler compiles it wrongly.
     """
     device = jax.devices()[0]
     cuda = re.search(r"cuda (\d+)", device.client.platform_version)
-    return getattr(device, "compute_capability", None) == "9.0" and cuda is not None and int(cuda[1]) >= 13000
+    return (
+        getattr(device, "compute_capability", None) == "9.0"
+        and cuda is not None
+        and int(cuda[1]) >= 13000
+        and getattr(device, "core_count", 0) >= min_sms
+    )
 
 
 def clear_rows(value_ref, count):

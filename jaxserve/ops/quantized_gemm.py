@@ -29,8 +29,9 @@ and weight-only is the more accurate of the two.
 def multiply_float8(
     rows: Float8Rows, numbers_OI: jax.Array, scale_O: jax.Array, out_dtype: DTypeLike
 ) -> Scaled:
-    """W8A8. XLA:GPU makes one cuBLASLt call of it, `__cublas$lt$matmul$f8`, and no transposition (read in
-    the program compiled for an H100); it joins the scales with what is elementwise behind them."""
+    """W8A8, before its scales. XLA:GPU makes one cuBLASLt call of it, `__cublas$lt$matmul$f8`, and no
+    transposition (read in the program compiled for an H100); it joins scales with what is elementwise
+    behind them."""
     # bfloat16 holds any sum of float8 products and halves what is written, and summed over devices.
     sums = jnp.bfloat16 if out_dtype == jnp.bfloat16 else jnp.float32
     sums_TO = lax.dot_general(rows.numbers_TI, numbers_OI, _LAST_AXES, preferred_element_type=sums)

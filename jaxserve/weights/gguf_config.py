@@ -20,6 +20,14 @@ _END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
 _CONTROL = 3
 _GEMMA3_27B_LAYERS = 62
 
+# Values of YaRN that mean what its paper says, the default first; -1 leaves it to the reader.
+_YARN_SERVED: dict[str, tuple[float, ...]] = {
+    "attn_factor": (1.0,),
+    "yarn_attn_factor": (1.0,),
+    "yarn_ext_factor": (1.0, -1.0),
+    "yarn_log_multiplier": (0.0,),
+}
+
 
 def config_of(file: GGUFFile) -> dict[str, Any]:
     """The model's configuration. Raises CheckpointError for an unknown architecture or a missing key."""
@@ -95,15 +103,6 @@ class _Getter:
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-# Values of YaRN that mean what its paper says, the default first; -1 leaves it to the reader.
-_YARN_SERVED: dict[str, tuple[float, ...]] = {
-    "attn_factor": (1.0,),
-    "yarn_attn_factor": (1.0,),
-    "yarn_ext_factor": (1.0, -1.0),
-    "yarn_log_multiplier": (0.0,),
-}
-
-
 def _vocab_size(file: GGUFFile) -> int:
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(f"{file.path}: tensor token_embd.weight is missing")
@@ -141,7 +140,8 @@ def _rope_scaling(file: GGUFFile, get: _Getter, default_dim: int) -> dict[str, A
             key = f"rope.scaling.{name}"
             if (given := get(key, served[0])) not in served:
                 raise CheckpointError(
-                    f"{file.path}: metadata key {get.arch}.{key} is {given}; {served[0]} is served"
+                    f"{file.path}: metadata key {get.arch}.{key} is {given}; "
+                    f"{' or '.join(map(str, served))} is served"
                 )
         betas = {beta: get(f"rope.scaling.yarn_{beta}", None) for beta in ("beta_fast", "beta_slow")}
         return {

@@ -1,12 +1,21 @@
 """Layouts on several GPUs give one GPU's answers: greedy tokens and their logprobs, over real links."""
 
 import functools
+from types import SimpleNamespace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxserve
+from jaxserve.layers.channel_quant import ChannelQuant, quantise_model
+from jaxserve.layers.mlp import Gated, GatedMLP
+from jaxserve.mesh import GROUP, Layout, make_mesh
+from jaxserve.ops import backend
 from tests.engine.asking import check_greedy
 from tests.models.tiny import GOLDEN, Golden
 
@@ -31,9 +40,9 @@ def cells(count):
     for family in (DENSE, *SPARSE):
         yield family, dpa(count)
     for family in SPARSE:
-        for backend in BACKENDS:
-            yield family, {"tp": count, "ep": count, "moe_a2a_backend": backend}
-            yield family, dpa(count) | {"ep": count, "moe_a2a_backend": backend}
+        for exchange in BACKENDS:
+            yield family, {"tp": count, "ep": count, "moe_a2a_backend": exchange}
+            yield family, dpa(count) | {"ep": count, "moe_a2a_backend": exchange}
 
 
 def answers(family, rounds=1, **layout):
@@ -80,3 +89,31 @@ def test_answers_are_those_of_one_gpu(family, layout):
                 got, want = (r["meta_info"]["output_token_logprobs"] for r in (reply, alone))
                 values = [[entry[0] for entry in entries] for entries in (got, want)]
                 np.testing.assert_allclose(*values, rtol=0, atol=LOGPROB_ATOL)
+
+
+@pytest.mark.parametrize("in_float8", [False, True], ids=["bfloat16", "float8"])
+def test_gate_and_up_that_two_gpus_share_go_through_the_kernel(in_float8):
+    if len(jax.devices()) < 2:
+        pytest.skip("needs 2 GPUs")
+    mesh = make_mesh(Layout(2), jax.devices()[:2])
+    step: Any = SimpleNamespace(mesh=mesh, num_ranks=1, links=None, once=lambda key, make: jax.jit(make()))
+    mlp = GatedMLP("m", 1024, 28672, activation="silu", dtype=jnp.bfloat16)
+    if in_float8:
+        quantise_model(mlp, ChannelQuant("fp8"))
+    rng = np.random.default_rng(0)
+    for _, param in nnx.to_flat_state(nnx.state(mlp.gate_up, nnx.Param)):
+        value = jnp.asarray(rng.uniform(-1, 1, param.get_value().shape) / 16, param.get_value().dtype)
+        param.set_raw_value(jax.device_put(value, NamedSharding(mesh, PartitionSpec(GROUP))))
+    mlp.gate_up.fuse(mesh)
+    x = jax.device_put(
+        jnp.asarray(rng.normal(size=(128, 1024)), jnp.bfloat16), NamedSharding(mesh, PartitionSpec())
+    )
+
+    def run(where):
+        with backend.use(where):
+            lowered = jax.jit(lambda x: Gated(x, mlp.gate_up, "silu", step).wide).lower(x)
+        return lowered.as_text(), np.asarray(lowered.compile()(x), np.float32)
+
+    (text, got), (_, want) = run("fast"), run("reference")
+    assert "hopper_gated_product" in text
+    np.testing.assert_allclose(got, want, rtol=2**-5, atol=2**-6 * np.abs(want).max())

@@ -149,7 +149,7 @@ def test_gate_and_up_go_through_one_kernel_where_they_are_joined_and_rows_fill_i
         calls.append(options)
         return kernel(*args, **options, programs=2, interpret=plgpu.InterpretGPUParams())
 
-    monkeypatch.setattr(gated_product, "is_supported", lambda: True)
+    monkeypatch.setattr(gated_product, "is_supported", lambda min_sms: True)
     monkeypatch.setattr(gated_product.hopper, "multiply", interpreted)
     if fused:
         mlp.gate_up.fuse()
@@ -159,14 +159,14 @@ def test_gate_and_up_go_through_one_kernel_where_they_are_joined_and_rows_fill_i
     np.testing.assert_allclose(got, want, rtol=2**-6, atol=2**-7 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("short", [False, True], ids=["bfloat16", "float8"])
+@pytest.mark.parametrize("in_float8", [False, True], ids=["bfloat16", "float8"])
 @pytest.mark.parametrize("dp, split", [(1, True), (2, True), (2, False)])
-def test_each_device_of_a_mesh_gates_what_it_has_joined(monkeypatch, dp, split, short):
+def test_each_device_of_a_mesh_gates_what_it_has_joined(monkeypatch, dp, split, in_float8):
     """By a kernel that sees a device's rows, and its part of gate above its part of up."""
     mesh = make_mesh(Layout(4, dp=dp), jax.devices())
     step: Any = SimpleNamespace(mesh=mesh, num_ranks=dp, links=None, once=lambda key, make: jax.jit(make()))
     mlp = GatedMLP("m", 16, 48, activation="silu", dtype=jnp.bfloat16)
-    if short:
+    if in_float8:
         quantise_model(mlp, ChannelQuant("fp8"))
     for path, param in nnx.to_flat_state(nnx.state(mlp, nnx.Param)):
         spec = PartitionSpec(GROUP) if split and "down" not in path else PartitionSpec()

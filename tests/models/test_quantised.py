@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.blueprint import draw_on_paper
+from jaxserve.layers.attention import Attention, QueryBlocks, StepContext
 from jaxserve.layers.block import PreNormBlock
 from jaxserve.layers.channel_quant import (
     ChannelQuant,
@@ -22,8 +23,11 @@ from jaxserve.layers.channel_quant import (
     read_stored,
 )
 from jaxserve.layers.mlp import GatedMLP
-from jaxserve.layers.operand import wide
+from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.operand import Product, add, wide
+from jaxserve.layers.rope import Rope
 from jaxserve.ops import backend
+from jaxserve.ops.float8_rows import Scaled
 from jaxserve.ops.quantized_gemm import W8A8_MIN_ROWS
 from jaxserve.weights import CheckpointError, load, open_checkpoint
 from tests.models.tiny import GOLDEN, Golden, read_config, read_tensors
@@ -211,9 +215,84 @@ def test_each_product_has_one_kernel_before_it_and_none_where_a_mesh_spreads_row
     function, x = blocks(is_alone)
     with backend.use("fast"), jax.sharding.use_abstract_mesh(H100):
         text = function.trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("xla.gpu.triton" in text) == is_alone
     calls = re.findall(r"call @(add_and_normalise|normalise|quantise)\w*\(", text)
     assert len(calls) == kernels
     assert calls.count("add_and_normalise") == (3 if is_alone else 0), "the last sum is XLA's"
+
+
+def attention(is_alone, normed):
+    """Attention in float8 over a prompt of 16 tokens: (what it gives before scales, output, pools)."""
+    layer = Attention(
+        "attention",
+        0,
+        hidden=64,
+        num_q_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        rope=Rope.from_parameters({"rope_type": "default", "rope_theta": 1e4}, 16, 64),
+        dtype=jnp.bfloat16,
+        qk_norm_eps=1e-5 if normed else None,
+    )
+    quantise_model(layer, ChannelQuant("fp8"))
+    for seed, weight in enumerate((*layer.qkv.weights, layer.o)):
+        normal = jnp.asarray(np.random.default_rng(seed).normal(size=weight.shape)) / 8
+        numbers, scale = quantise(normal, "fp8", 1 if weight is layer.o else 2)
+        weight.numbers.set_raw_value(numbers)
+        weight.scale.set_raw_value(scale)
+    for norm in (layer.q_norm, layer.k_norm):
+        if norm is not None:
+            norm.weight.set_raw_value(jnp.linspace(0.5, 2, 16, dtype=jnp.bfloat16))
+    if is_alone:
+        layer.qkv.fuse()
+        layer.o.is_alone = True
+    pool, number = jnp.zeros((8, 4, 2, 16), jnp.bfloat16), jnp.arange(16, dtype=jnp.int32)
+    step = StepContext(
+        key_pages=pool,
+        value_pages=pool,
+        page_table_SN=jnp.arange(8, dtype=jnp.int32)[None],
+        position_T=number,
+        slot_T=jnp.zeros(16, jnp.int32),
+        context_len_R=None,
+        blocks=QueryBlocks(*(jnp.asarray([n], jnp.int32) for n in (0, 0, 16, 0))),
+        block_size=16,
+        num_pages=8,
+        page_size=4,
+    )
+    x = jnp.asarray(np.random.default_rng(9).normal(size=(16, 64)), jnp.bfloat16)
+    out = layer(x, step)
+    arrays = wide(out), step.key_pages, step.value_pages
+    return isinstance(out, Product), [np.asarray(array, np.float32) for array in arrays]
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("where, rtol", [("reference", 0), ("interpret", 2**-5)])
+def test_attention_gives_the_same_whoever_applies_its_scales(where, rtol, normed):
+    with backend.use("reference"):
+        is_unscaled, want = attention(is_alone=False, normed=normed)
+    assert not is_unscaled
+    with backend.use(where):
+        is_unscaled, got = attention(is_alone=True, normed=normed)
+    assert is_unscaled
+    for a, b in zip(got, want):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
+
+
+@pytest.mark.parametrize("first", ["wide", "float8"])
+def test_norm_of_a_sum_is_the_same_whichever_form_is_asked_for_first(first):
+    norm = RMSNorm("norm", 64, eps=1e-5, dtype=jnp.bfloat16)
+    norm.weight.set_raw_value(jnp.linspace(0.5, 2, 64, dtype=jnp.bfloat16))
+    rng = np.random.default_rng(3)
+    x, sums = (jnp.asarray(rng.normal(size=(16, 64)), jnp.bfloat16) for _ in range(2))
+    product = Product(Scaled(sums, jnp.full((16, 1), 0.5), jnp.linspace(1, 2, 64)), jnp.bfloat16)
+    total = add(x, product)
+    operand = norm.operand(total)
+    getattr(operand, first)
+    want = x + product.wide
+    np.testing.assert_array_equal(wide(total), want)
+    np.testing.assert_array_equal(operand.wide, norm(want))
+    for got, expected in zip(operand.float8, norm.operand(want).float8):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(expected, np.float32))
 
 
 # ---- what is declared ----

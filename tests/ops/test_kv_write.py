@@ -26,7 +26,7 @@ class Case:
     K: int = 16
     turned: int = 16
     joined: bool = True
-    scaled: bool = False
+    scaled: tuple[bool, bool, bool] = (False, False, False)  # queries, keys, values
     dtype: str = "float32"
     pool_dtype: str = "float32"
 
@@ -35,10 +35,12 @@ class Case:
         everything = jnp.asarray(rng.normal(size=(self.T, self.H + 2 * self.G, self.K)), self.dtype)
         H, G = self.H, self.G
         heads = Heads(everything, 0, H), Heads(everything, H, G), Heads(everything, H + G, G)
-        if self.scaled:
+        if any(self.scaled):
             row, column = rng.uniform(0.25, 1, (self.T, 1)), rng.uniform(0.25, 1, everything.shape[1:])
             scales = jnp.asarray(row, jnp.float32), jnp.asarray(column, jnp.float32)
-            heads = tuple(part._replace(scales=scales) for part in heads)
+            heads = tuple(
+                part._replace(scales=scales if scaled else None) for part, scaled in zip(heads, self.scaled)
+            )
         if not self.joined:
             heads = tuple(Heads.whole(part.value_THK) for part in heads)
         angle = rng.uniform(0, 6, (self.T, self.turned // 2)).astype(np.float32)
@@ -73,8 +75,9 @@ CASES = (
     Case(H=3, G=3, K=24, turned=12),  # a part of the head turns, nothing is a power of two
     Case(H=20, G=1, dtype="bfloat16", pool_dtype="bfloat16"),
     Case(H=16, G=8, K=128, turned=128, dtype="bfloat16", pool_dtype="bfloat16"),
-    Case(H=3, G=3, K=24, turned=12, scaled=True),
-    Case(H=16, G=8, K=128, turned=128, dtype="bfloat16", pool_dtype="bfloat16", scaled=True),
+    Case(H=3, G=3, K=24, turned=12, scaled=(True, True, True)),
+    Case(H=16, G=8, K=128, turned=128, dtype="bfloat16", pool_dtype="bfloat16", scaled=(True, True, True)),
+    Case(scaled=(False, False, True)),  # queries and keys went through a norm
     Case(dtype="bfloat16", pool_dtype="float8_e4m3fn", joined=False),
 )
 

@@ -1,8 +1,8 @@
 """Rows of a float8 product: a token's activations in float8 with a float32 scale of its own.
 
 The norm in front of a product is part of it: it needs the same pass over the row. A feed-forward layer's
-gate is not: XLA makes it of the product before in one kernel, and a program a row of 14,336 that did both
-took longer than that kernel and `quantise` (2,048 rows on an H200: 87 us against 66).
+gate is not: `gated_product` makes it, or XLA of the product before in one kernel, and a program a row of
+14,336 that did both took longer than XLA's kernel and `quantise` (2,048 rows on an H200: 87 us against 66).
 
 Every function is for rows that lie whole on one device: a row over which a mesh is spread is
 `reference.quantise`'s, which XLA partitions.

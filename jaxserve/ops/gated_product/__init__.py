@@ -11,9 +11,9 @@ from jax.typing import DTypeLike
 
 from jaxserve.ops import backend
 from jaxserve.ops.gated_product import hopper
-from jaxserve.ops.hopper import is_supported
+from jaxserve.ops.hopper import NUM_SMS, is_supported
 
-Activation = Callable[[jax.Array], jax.Array]
+GateActivation = Callable[[jax.Array], jax.Array]
 """Of the gate, elementwise, in float32; written in jax.numpy so that a kernel can fuse it."""
 
 Scales = tuple[jax.Array, jax.Array]
@@ -22,14 +22,14 @@ Scales = tuple[jax.Array, jax.Array]
 
 def fits(num_rows: int, weight_WK: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Whether `multiply` takes so many rows of the weight's dtype, and is the faster for them."""
-    return backend.chosen() == "fast" and is_supported() and hopper.fits(num_rows, weight_WK)
+    return backend.chosen() == "fast" and is_supported(NUM_SMS) and hopper.fits(num_rows, weight_WK)
 
 
 def multiply(
     x_TK: jax.Array,
     weight_WK: jax.Array,
     scales: Scales | None,
-    activation: Activation,
+    activation: GateActivation,
     dtype: DTypeLike,
 ) -> jax.Array:
     """[T, W / 2] in `dtype`, for arrays that fit.
