@@ -78,16 +78,23 @@ def product_of(way: Way) -> Product:
             return lambda x, w: quantized_gemm.multiply_wide(x, w[0], w[1], jnp.bfloat16)
 
 
-def gated(x: jax.Array, weight: Any, F: int, by_kernel: bool | None = None) -> jax.Array:
-    """silu(gate) * up, by the kernel or by XLA: [T, F]. By default as the engine would."""
-    rows, matrix, scales = x, weight, None
-    if isinstance(weight, tuple):
-        matrix, (rows, x_scale_T1) = weight[0], float8_rows.quantise(x)
-        scales = x_scale_T1, weight[1]
-    if gated_product.fits(x.shape[0], matrix) if by_kernel is None else by_kernel:
-        return gated_product.multiply(rows, matrix, scales, jax.nn.silu, x.dtype)
-    gate_up = product_of("bf16" if scales is None else "fp8 W8A8")(x, weight)
-    return jax.nn.silu(gate_up[:, :F]) * gate_up[:, F:]
+def gated(way: Way, x: jax.Array, weight: Any, by_kernel: bool) -> jax.Array:
+    """silu(gate) * up, by the kernel or by XLA: [T, F]."""
+    if not by_kernel:
+        gate, up = jnp.split(product_of(way)(x, weight), 2, axis=1)
+        return jax.nn.silu(gate) * up
+    if way == "bf16":
+        return gated_product.multiply(x, weight, None, jax.nn.silu, x.dtype)
+    (matrix, scale_W), (rows, scale_T1) = weight, float8_rows.quantise(x)
+    return gated_product.multiply(rows, matrix, (scale_T1, scale_W), jax.nn.silu, x.dtype)
+
+
+def has_kernel(way: Way, rows: int, sizes: LayerSizes) -> bool:
+    """Whether the engine would gate so many rows by the kernel."""
+    if way not in ("bf16", "fp8 W8A8"):
+        return False
+    dtype = jnp.bfloat16 if way == "bf16" else jnp.float8_e4m3fn
+    return gated_product.fits(rows, jax.ShapeDtypeStruct((2 * sizes.F, sizes.D), dtype))
 
 
 def bench_gated(card: Card, way: Way, rows: int, sizes: LayerSizes, by_kernel: bool) -> Row:
@@ -98,7 +105,7 @@ def bench_gated(card: Card, way: Way, rows: int, sizes: LayerSizes, by_kernel: b
     options = gemm_options(False) if jax.default_backend() == "gpu" else None
     x = random(9, (rows, sizes.D))
     s = seconds(
-        lambda x, i, weight: gated(x, weight, sizes.F, by_kernel),
+        lambda x, i, weight: gated(way, x, weight, by_kernel),
         x,
         weight,
         iterations=50 if rows < 2048 else 10,
@@ -116,12 +123,11 @@ def gated_rows(
 ) -> list[Row]:
     ways: tuple[Way, ...] = ("bf16", "fp8 W8A8")
     sizes = sizes or LayerSizes()
-    has_kernel = gated_product.fits(rows[-1], jax.ShapeDtypeStruct((2 * sizes.F, sizes.D), jnp.bfloat16))
     return [
         bench_gated(card, way, count, sizes, by_kernel)
         for count in rows
         for way in ways
-        for by_kernel in ((True, False) if has_kernel else (False,))
+        for by_kernel in ((True, False) if has_kernel(way, count, sizes) else (False,))
     ]
 
 
@@ -135,11 +141,7 @@ def bench_layer(card: Card, way: Way, rows: int, sizes: LayerSizes, triton: bool
 
     def layer(x: jax.Array, i: jax.Array, weights: dict[str, Any]) -> jax.Array:
         x = x + product(product(x, weights["qkv"])[:, : sizes.D], weights["out"])
-        if way in ("bf16", "fp8 W8A8"):
-            inner = gated(x, weights["gate_up"], sizes.F)
-        else:
-            gate_up = product(x, weights["gate_up"])
-            inner = jax.nn.silu(gate_up[:, : sizes.F]) * gate_up[:, sizes.F :]
+        inner = gated(way, x, weights["gate_up"], has_kernel(way, rows, sizes))
         x = x + product(inner, weights["down"])
         return x / (1 + jnp.abs(x).max())  # stays finite however often
 

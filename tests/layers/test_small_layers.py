@@ -19,6 +19,7 @@ from jaxserve.layers.mlp import Gated, GatedMLP
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.mesh import GROUP, Layout, make_mesh
 from jaxserve.ops import backend, gated_product
+from tests.ops.test_gated_product import by_definition
 
 rng = np.random.default_rng(0)
 EXACT = 2e-6  # float32 rounding of sums of a few terms of size one
@@ -180,11 +181,7 @@ def test_each_device_of_a_mesh_gates_what_it_has_joined(monkeypatch, dp, split, 
 
     def kernel(x_TK, weight_WK, scales, activation, dtype):
         seen.append((x_TK.shape, weight_WK.shape))
-        x, weight = x_TK.astype(jnp.float32), weight_WK.astype(jnp.float32)
-        if scales is not None:
-            x, weight = x * scales[0], weight * scales[1][:, None]
-        gate, up = jnp.split(x @ weight.T, 2, axis=1)
-        return (activation(gate) * up).astype(dtype)
+        return by_definition(x_TK, weight_WK, scales, activation, dtype)
 
     monkeypatch.setattr(gated_product, "fits", lambda rows, weight: (rows, weight.shape) == seen_by_a_device)
     monkeypatch.setattr(gated_product, "multiply", kernel)

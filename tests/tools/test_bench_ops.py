@@ -7,6 +7,7 @@ import pytest
 
 from jaxserve.mesh import AXES
 from jaxserve.parallel.links import LinkPlan
+from tests.ops.test_gated_product import by_definition
 from tools import bench_exchange, bench_ops, bench_products
 from tools.bench_products import ExpertSizes, LayerSizes
 from tools.bench_timing import Card
@@ -49,6 +50,17 @@ def test_gated_products_count_what_is_read_and_written():
     wide, float8 = 96 * 32 * 2 + 2 * 4 * (32 + 48), 96 * 32 + 96 * 4 + 2 * 4 * (32 + 48)
     assert [row.floor_us for row in rows] == pytest.approx([wide / 1e3, float8 / 1e3])
     assert [row.shape for row in rows] == ["T4 bf16, XLA", "T4 fp8 W8A8, XLA"]
+
+
+@pytest.mark.parametrize("way", ["bf16", "fp8 W8A8"])
+def test_a_gated_product_is_given_to_the_kernel_as_to_xla(monkeypatch, way):
+    monkeypatch.setattr(bench_products.gated_product, "multiply", by_definition)
+    x, weight = bench_products.random(1, (16, 32)), bench_products.random(0, (96, 32))
+    if way != "bf16":
+        weight = bench_products.in_8_bits(weight, "fp8", 1)
+    got, want = (bench_products.gated(way, x, weight, by_kernel) for by_kernel in (True, False))
+    got, want = (np.asarray(y, np.float32) for y in (got, want))
+    np.testing.assert_allclose(got, want, rtol=2**-5, atol=2**-7 * np.abs(want).max())
 
 
 def test_experts_count_the_bytes_of_those_that_tokens_choose():
