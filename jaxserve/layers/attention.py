@@ -6,6 +6,7 @@ blocks and the mesh.
 
 import math
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -182,17 +183,15 @@ class StepContext:
             f"pool has {self.key_pages.shape[2]} heads, the layout {group} x {split.num_kv}; see pool_layout"
         )
         parts = query, key, value
-        assert self.mesh is None or all(heads.scales is None for heads in parts), "a mesh splits no scales"
-        firsts = tuple(heads.first // heads.ways for heads in parts)  # on a device
         assert all(x.ways == group or x.count == x.array_TXK.shape[1] for x in parts), (
             "heads are joined otherwise than the mesh splits them"
         )
-        cut = (split, firsts, scale, window, softcap)
+        cut = (split, scale, window, softcap)
         attend = self.once(cut, lambda: self._attention(*cut))
         out_THK, (self.key_pages, self.value_pages) = attend(
             jnp.int32(layer * self.num_pages),
             (self.key_pages, self.value_pages),
-            *((heads.array_TXK, heads.scales) for heads in parts),
+            parts,
             None if rotation is None else (rotation.cos_TK, rotation.sin_TK),
             sinks_H,
             self.page_table_SN,
@@ -206,7 +205,6 @@ class StepContext:
     def _attention(
         self,
         split: HeadSplit,
-        firsts: tuple[int, ...],
         scale: float,
         window: int | None,
         softcap: float | None,
@@ -216,9 +214,7 @@ class StepContext:
         def on_device(
             page_offset,
             pools,
-            query,
-            key,
-            value,
+            parts,
             rotation,
             sinks_h,
             table_SN,
@@ -227,15 +223,18 @@ class StepContext:
             context_len_R,
             blocks,
         ):
+            query, *keys_values = parts
             if not split.divides:
                 mine = split.heads_of(jax.lax.axis_index(GROUP))
-                key, value = ((jnp.take(array_TXK, mine, axis=1), None) for array_TXK, _ in (key, value))
+                keys_values = [
+                    replace(heads, array_TXK=jnp.take(heads.array_TXK, mine, axis=1)) for heads in keys_values
+                ]
             key_pages, value_pages = pools
             at_T = write_address(table_SN, position_T, slot_T, self.page_size)
             counts = split.num_q, split.num_kv, split.num_kv
             query, key, value = (
-                Heads(array_TxK, first, count, scales=scales)
-                for (array_TxK, scales), first, count in zip((query, key, value), firsts, counts)
+                replace(heads, first=heads.first // heads.ways, count=count, ways=1)
+                for heads, count in zip((query, *keys_values), counts)
             )
             query_ThK, key_pages, value_pages = kv_write.rotate_and_write(
                 query,
@@ -264,19 +263,23 @@ class StepContext:
                 out_ThK = paged_attention.prefill(out_ThK, *arrays, *blocks, **options)
             return read_first(out_ThK, (key_pages, value_pages))
 
-        attend = on_device
-        if self.mesh is not None:
-            P = PartitionSpec
-            rank, heads, pool = P("dp"), P("dp", GROUP), P("dp", None, GROUP)
-            kv = heads if split.divides else rank
-            attend = jax.shard_map(
+        if self.mesh is None:
+            return on_device
+        P = PartitionSpec
+        rank, heads, pool = P("dp"), P("dp", GROUP), P("dp", None, GROUP)
+        kv = heads if split.divides else rank
+
+        def on_mesh(page_offset, pools, parts, *arrays):
+            of_parts = tuple(part.specs(spec) for part, spec in zip(parts, (heads, kv, kv)))
+            return jax.shard_map(
                 on_device,
                 mesh=self.mesh,
-                in_specs=(P(), pool, heads, kv, kv, rank, P(GROUP), rank, rank, rank, rank, rank),
+                in_specs=(P(), pool, of_parts, rank, P(GROUP), rank, rank, rank, rank, rank),
                 out_specs=(heads, pool),
                 check_vma=False,  # the kernels' outputs carry no replication types
-            )
-        return attend
+            )(page_offset, pools, parts, *arrays)
+
+        return on_mesh
 
     def once(self, key: Hashable, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
         """`make()` jitted, made once for all layers with an equal `key`: jax traces it once.
@@ -487,7 +490,7 @@ class Attention(nnx.Module):
         return project_split(out_THK, self.o, self.o_bias, step)
 
     def _norm(self, norm: RMSNorm, heads: Heads) -> Heads:
-        x_THK = heads.value_THK
         if self.norm_over == "head":
-            return Heads.whole(norm(x_THK))
+            return replace(heads, norm=norm.of_heads())
+        x_THK = heads.value_THK
         return Heads.whole(norm(x_THK.reshape(x_THK.shape[0], -1)).reshape(x_THK.shape))

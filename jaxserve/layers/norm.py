@@ -8,6 +8,7 @@ from jaxserve.layers.operand import Operand, Rows, Sum, wide
 from jaxserve.layers.weight import weight
 from jaxserve.ops import float8_rows
 from jaxserve.ops.float8_rows import Float8Rows
+from jaxserve.ops.kv_write import HeadNorm
 from jaxserve.ops.norm import rms_norm
 
 
@@ -33,6 +34,10 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Rows) -> jax.Array:
         return rms_norm(wide(x), self.weight[...], eps=self.eps, offset=self.offset)
+
+    def of_heads(self) -> HeadNorm:
+        """The same, to be applied by who rotates and writes heads."""
+        return HeadNorm(self.weight[...], self.eps, self.offset)
 
     def operand(self, x_TD: Rows) -> "Normalised":
         """The same for products alone, in the form that they want."""

@@ -1,6 +1,6 @@
 """Rotation and KV write: the formula, then the kernel against the reference on the same cases."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxserve.ops import backend, kv_write
-from jaxserve.ops.kv_write import Heads
+from jaxserve.ops.kv_write import HeadNorm, Heads
 from tests.ops.cases import H100
 
 PAGES, PAGE_SIZE, OFFSET = 5, 4, 2
@@ -27,6 +27,7 @@ class Case:
     turned: int = 16
     joined: bool = True
     scaled: tuple[bool, bool, bool] = (False, False, False)  # queries, keys, values
+    normed: bool = False  # queries and keys
     dtype: str = "float32"
     pool_dtype: str = "float32"
 
@@ -39,10 +40,14 @@ class Case:
             row, column = rng.uniform(0.25, 1, (self.T, 1)), rng.uniform(0.25, 1, everything.shape[1:])
             scales = jnp.asarray(row, jnp.float32), jnp.asarray(column, jnp.float32)
             heads = tuple(
-                part._replace(scales=scales if scaled else None) for part, scaled in zip(heads, self.scaled)
+                replace(part, scales=scales if scaled else None) for part, scaled in zip(heads, self.scaled)
             )
         if not self.joined:
             heads = tuple(Heads.whole(part.value_THK) for part in heads)
+        if self.normed:
+            gains = jnp.asarray(rng.uniform(-0.9, -0.1, size=(2, self.K)), self.dtype)
+            norms = HeadNorm(gains[0], eps=1e-6), HeadNorm(gains[1], eps=1e-3, offset=1.0), None
+            heads = tuple(replace(part, norm=norm) for part, norm in zip(heads, norms))
         angle = rng.uniform(0, 6, (self.T, self.turned // 2)).astype(np.float32)
         rotation = (jnp.cos(angle), jnp.sin(angle)) if self.turned else None
         shape = (OFFSET + PAGES, PAGE_SIZE, self.G, self.K)
@@ -54,14 +59,12 @@ class Case:
 
     def traced(self):
         """`rotate_and_write` of arrays alone, and its arguments."""
+
+        def function(heads, *arrays):
+            return kv_write.rotate_and_write(*heads, *arrays, page_offset=OFFSET)
+
         heads, *arrays = self.arguments()
-        places = [(part.first, part.count) for part in heads]
-
-        def function(parts, *arrays):
-            parts = [Heads(array, *place, scales=scales) for (array, scales), place in zip(parts, places)]
-            return kv_write.rotate_and_write(*parts, *arrays, page_offset=OFFSET)
-
-        return jax.jit(function), ([(part.array_TXK, part.scales) for part in heads], *arrays)
+        return jax.jit(function), (heads, *arrays)
 
     def run(self, where):
         function, arguments = self.traced()
@@ -77,7 +80,11 @@ CASES = (
     Case(H=16, G=8, K=128, turned=128, dtype="bfloat16", pool_dtype="bfloat16"),
     Case(H=3, G=3, K=24, turned=12, scaled=(True, True, True)),
     Case(H=16, G=8, K=128, turned=128, dtype="bfloat16", pool_dtype="bfloat16", scaled=(True, True, True)),
-    Case(scaled=(False, False, True)),  # queries and keys went through a norm
+    Case(scaled=(False, False, True)),
+    Case(normed=True),
+    Case(H=3, G=3, K=24, turned=12, scaled=(True, True, True), normed=True),
+    Case(H=16, G=8, K=128, turned=128, dtype="bfloat16", pool_dtype="bfloat16", normed=True),
+    Case(joined=False, turned=0, normed=True),
     Case(dtype="bfloat16", pool_dtype="float8_e4m3fn", joined=False),
 )
 

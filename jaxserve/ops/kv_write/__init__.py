@@ -1,32 +1,50 @@
-"""What happens to the heads of new tokens before they are attended: queries and keys are rotated, and
-keys and values written into the paged KV pool.
+"""What happens to the heads of new tokens before they are attended: queries and keys are normed, where a
+family does that to each head, and rotated, and keys and values written into the paged KV pool.
 
 Heads may lie side by side in one array, as a joined projection leaves them, so that nothing has to be
 copied out of it first.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxserve.ops import backend
 from jaxserve.ops.joined import columns_of
 from jaxserve.ops.kv_write import fast, reference
+from jaxserve.ops.norm import rms_norm
+
+STATIC = {"static": True}
 
 
-class Heads(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HeadNorm:
+    """`rms_norm` of each head alone, all with one gain [K]."""
+
+    gain_K: jax.Array
+    eps: float = field(metadata=STATIC)
+    offset: float = field(default=0.0, metadata=STATIC)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Heads:
     """Heads [first, first + count) of an array [T, heads, K]; all but the arrays is static.
 
     Of an array that is split in `ways`, each part has its share of them, in the same places. With `scales`,
-    float32 [T, 1] and [heads, K], it holds sums that are still to be multiplied by them.
+    float32 [T, 1] and [heads, K], it holds sums that are still to be multiplied by them; with `norm`, heads
+    that are still to go through it.
     """
 
     array_TXK: jax.Array
-    first: int
-    count: int
-    ways: int = 1
+    first: int = field(metadata=STATIC)
+    count: int = field(metadata=STATIC)
+    ways: int = field(default=1, metadata=STATIC)
     scales: tuple[jax.Array, jax.Array] | None = None
+    norm: HeadNorm | None = None
 
     @classmethod
     def whole(cls, array_THK: jax.Array) -> "Heads":
@@ -34,12 +52,22 @@ class Heads(NamedTuple):
 
     @property
     def value_THK(self) -> jax.Array:
-        sums_THK = columns_of(self.array_TXK, self.first, self.count, self.ways)
-        if self.scales is None:
-            return sums_THK
-        row_T1, column_XK = self.scales
-        column_HK = column_XK[self.first : self.first + self.count]
-        return (sums_THK.astype(jnp.float32) * row_T1[..., None] * column_HK).astype(sums_THK.dtype)
+        value_THK = columns_of(self.array_TXK, self.first, self.count, self.ways)
+        if self.scales is not None:
+            row_T1, column_XK = self.scales
+            column_HK = column_XK[self.first : self.first + self.count]
+            scaled_THK = value_THK.astype(jnp.float32) * row_T1[..., None] * column_HK
+            value_THK = scaled_THK.astype(value_THK.dtype)
+        if self.norm is not None:
+            norm = self.norm
+            value_THK = rms_norm(value_THK, norm.gain_K, eps=norm.eps, offset=norm.offset)
+        return value_THK
+
+    def specs(self, spec: PartitionSpec) -> "Heads":
+        """How a mesh splits it: the array by `spec`. A gain is everywhere; scales are of one device."""
+        assert self.scales is None, "a mesh splits no scales"
+        norm = None if self.norm is None else replace(self.norm, gain_K=PartitionSpec())
+        return replace(self, array_TXK=spec, norm=norm)
 
 
 def rotate_and_write(
