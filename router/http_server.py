@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 MAX_HEAD_BYTES = 1 << 19  # of a request that comes in pieces; more than is read at once
 MAX_PIPELINED = 8  # requests that wait for the one before; while so many do, nothing is read
-LAST_REQUEST_S = 0.25  # for the request of a client that connected just before the port closed
+LAST_REQUEST_S = 2.0  # at most, for the requests of clients that connected just before the port closed
 LAST_WORDS_S = 1  # for clients to take the end of what the gateway cut off, out of grace
 STALLED_S = 60.0  # for so long a client may take nothing of its answer; half of what a worker allows
 DATA_TARGETS = {path.encode(): path for path in ROUTES}
@@ -407,8 +407,7 @@ class GatewayServer(uvicorn.Server):
         if not self.force_exit:
             for server in self.servers:
                 await self._accept_last(server)
-            if any(getattr(c, "cycle", None) is None for c in self.server_state.connections):
-                await asyncio.sleep(LAST_REQUEST_S)
+            await self._await_first_requests()
         loop = asyncio.get_running_loop()
         deadline_s = self._deadline_s if self._deadline_s is not None else loop.time() + self.grace_s
         left_s = max(0.0, deadline_s - loop.time())
@@ -440,6 +439,14 @@ class GatewayServer(uvicorn.Server):
             client.setblocking(False)
             with contextlib.suppress(OSError):
                 await loop.connect_accepted_socket(protocol, client, ssl=config.ssl)
+
+    async def _await_first_requests(self) -> None:
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + LAST_REQUEST_S
+        while loop.time() < deadline_s:
+            if all(getattr(c, "cycle", None) is not None for c in self.server_state.connections):
+                break
+            await asyncio.sleep(0.01)
 
     def _start_drain(self) -> None:
         self.server_state.draining = True  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -99,8 +100,6 @@ def test_several_hosts_are_refused_with_the_way_to_do_it():
 
 
 def test_free_ports_skip_the_taken_ones():
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -281,6 +280,29 @@ def test_router_drains_on_sigterm_and_ends_with_zero(tmp_path):
         assert all(json.loads(line)["level"] for line in text.splitlines())
     finally:
         process.kill()
+
+
+def test_client_that_connected_before_the_port_closed_may_ask_after_it():
+    process = launch("router.launch_router", "--host", "127.0.0.1", "--port", "0")
+    try:
+        address = "127.0.0.1", listening(process)
+        with socket.create_connection(address, 20) as client:
+            process.send_signal(signal.SIGINT)
+            wait_for(lambda: refuses(address))
+            time.sleep(0.5)  # as one on a slow host, or far away
+            client.sendall(b"GET /health HTTP/1.1\r\nhost: gateway\r\n\r\n")
+            assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+
+
+def refuses(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, 1).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 @asynchronous
