@@ -41,6 +41,9 @@ class ServerConfig:
     served_model_name: str | None = key(None, "name in the OpenAI API; default: the model path")
     revision: str | None = key(None, "branch, tag or commit on the hub")
     chat_template: str | None = key(None, "file with a Jinja chat template; default: the tokenizer's")
+    reasoning_parser: (
+        Literal["deepseek-r1", "deepseek-v3", "glm45", "kimi", "qwen3", "qwen3-thinking", "step3"] | None
+    ) = key(None, "whose tags take thoughts out of chat answers, as reasoning_content; default: they stay")
     skip_tokenizer_init: bool = key(False, "token ids in, token ids out: load no tokenizer")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = key(
         "auto", "auto: the checkpoint's on GPU, float32 on CPU"

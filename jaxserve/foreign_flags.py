@@ -40,7 +40,6 @@ WITHOUT_EFFECT = {
 _LORA = "LoRA is not served yet"
 _ONE_ENGINE = "prefill and decode are not split over engines; see --dp-size and --tp"
 _PIPELINE = "layers are not split over devices; see --tp and --ep"
-_TEXT = "answers are not taken apart: what a model thinks or calls stays in its text"
 _CACHE = "KV stays on the devices; see --mem-fraction-static and --kv-cache-dtype"
 _STREAM = "events of /generate have all of the text so far; the OpenAI routes send what is new"
 _TRACES = "the gateway writes traces"
@@ -62,8 +61,7 @@ REFUSED = {
     "otlp_traces_endpoint": _TRACES,
     "pipeline_parallel_size": _PIPELINE,
     "pp_size": _PIPELINE,
-    "reasoning_parser": _TEXT,
     "stream_output": _STREAM,
-    "tool_call_parser": _TEXT,
+    "tool_call_parser": "tools are not served yet",
 }
 """Why it cannot be had, and what to do instead."""

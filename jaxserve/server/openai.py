@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -55,9 +56,11 @@ from jaxserve.server.stream import (
 )
 from jaxserve.server.worker_headers import SEQUENCES, token_comment, wants_tracking
 from jaxserve.text.chat_template import ChatTemplateError
+from jaxserve.text.reasoning import STYLES, Thoughts
 
 ANY_MODEL = ("", "default")  # names by which clients ask for whatever is served
 ID_PREFIXES = {"text_completion": "cmpl", "chat.completion": "chatcmpl"}
+MAX_TAG_TOKENS = 16  # of a prompt's end: a tag that its template closes or opens, and white space
 STARTED_S = int(time.time())
 
 Chunks = Callable[[Sequence], list[dict[str, Any]]]
@@ -174,13 +177,22 @@ async def chat_completions(request: Request) -> Response:
     logprobs = {"return_logprob": True, "top_logprobs_num": body.top_logprobs} if body.logprobs else {}
     params = sampling_params(body, chat_max_tokens(body), sampling_defaults(service))
     answer = _answer(
-        "chat.completion", request, arrived_s, body, include_usage, [prompt], params, logprobs, param
-    )
+        "chat.completion", request, arrived_s, body, include_usage, [prompt], params, logprobs, param,
+        _new_thoughts(service, body, prompt),
+    )  # fmt: skip
     if body.stream:
         chunks: Chunks = lambda s: chat_chunks(answer, s, service.tokenizer)  # noqa: E731
         return EventStream(_events(service, answer, chunks), answer.sequences[0].tracked)
     await unless_gone(request, service.complete(answer.sequences))
     return json_response(answer.whole([chat_choice(answer, s, service.tokenizer) for s in answer.sequences]))
+
+
+def _new_thoughts(service: Service, body: ChatBody, prompt: list[int]) -> Callable[[], Thoughts] | None:
+    if service.config.reasoning_parser is None or not body.separate_reasoning:
+        return None
+    assert service.tokenizer is not None
+    end = service.tokenizer.decode(prompt[-MAX_TAG_TOKENS:], skip_special_tokens=False)
+    return partial(Thoughts, STYLES[service.config.reasoning_parser], end, not body.stream_reasoning)
 
 
 async def _chat_prompt(request: Request, body: ChatBody) -> tuple[list[int], str]:
@@ -237,6 +249,7 @@ def _answer(
     params: SamplingParams,
     logprobs: dict[str, Any],
     param: str,
+    new_thoughts: Callable[[], Thoughts] | None = None,
 ) -> Answer:
     """The checked sequences of a body. Raises RequestError."""
     service: Service = request.app.state.service
@@ -269,6 +282,7 @@ def _answer(
         include_usage,
         body.return_token_ids,
         as_meta_info if body.return_meta_info else None,
+        new_thoughts,
     )
     if resume is not None:
         answer.resume(resume)

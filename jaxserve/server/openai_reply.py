@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxserve.server.schema import Resume
 from jaxserve.server.sequence import Entry, Sequence
+from jaxserve.text.reasoning import Thoughts
 from jaxserve.text.tokenizer import Tokenizer
 
 
@@ -22,6 +23,7 @@ class Answer:
     include_usage: bool = False
     token_ids: bool = False
     meta_info: Callable[[Sequence], dict[str, Any]] | None = None
+    new_thoughts: Callable[[], Thoughts] | None = None  # of each sequence, where they are told from the text
     created: int = field(default_factory=lambda: int(time.time()))
     sent: dict[int, "Sent"] = field(default_factory=dict)  # by sequence index
 
@@ -30,7 +32,12 @@ class Answer:
         if resume.created is not None:
             self.created = resume.created
         if resume.id is not None or resume.token_ids:
-            self.sent[0] = Sent(tokens=len(resume.token_ids))
+            sent = self.sent[0] = self.new_sent(len(resume.token_ids))
+            if sent.thoughts is not None:
+                sent.thoughts.feed(self.sequences[0].resumed_text)
+
+    def new_sent(self, tokens: int = 0) -> "Sent":
+        return Sent(tokens, thoughts=self.new_thoughts() if self.new_thoughts is not None else None)
 
     def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -83,6 +90,14 @@ class Sent:
 
     tokens: int = 0
     offset: int = 0  # characters of all tokens reported in logprobs
+    thoughts: Thoughts | None = None
+
+    def delta(self, text: str, is_last: bool) -> dict[str, Any]:
+        """What a chat's chunk says of new text: nothing, while all of it is held back."""
+        if self.thoughts is None:
+            return {"content": text} if text else {}
+        parts = zip(("reasoning_content", "content"), self.thoughts.feed(text, is_last))
+        return {name: part for name, part in parts if part}
 
 
 def finish_fields(sequence: Sequence) -> dict[str, Any]:
@@ -94,9 +109,13 @@ def finish_fields(sequence: Sequence) -> dict[str, Any]:
 
 
 def chat_choice(answer: Answer, sequence: Sequence, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": sequence.text, "refusal": None}
+    if answer.new_thoughts is not None:
+        thoughts, message["content"] = answer.new_thoughts().feed(sequence.text, is_last=True)
+        message["reasoning_content"] = thoughts or None
     return {
         "index": sequence.index,
-        "message": {"role": "assistant", "content": sequence.text, "refusal": None},
+        "message": message,
         "logprobs": chat_logprobs(sequence, tokenizer, 0),
         **finish_fields(sequence),
         **answer.extras(sequence, 0),
@@ -104,23 +123,23 @@ def chat_choice(answer: Answer, sequence: Sequence, tokenizer: Tokenizer | None)
 
 
 def chat_chunks(answer: Answer, sequence: Sequence, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
-    """The chunks due for a sequence that has moved on: role, text, finish.
+    """The chunks due for a sequence that has moved on: role, thoughts and text, finish.
 
     Of a tracked sequence the last text and the finish are one chunk: who has all tokens has the finish.
     """
     chunks: list[dict[str, Any]] = []
     sent = answer.sent.get(sequence.index)
     if sent is None:
-        sent = answer.sent[sequence.index] = Sent()
+        sent = answer.sent[sequence.index] = answer.new_sent()
         chunks.append(_delta(answer, sequence, {"role": "assistant", "content": ""}))
-    text = sequence.take_text()
+    delta = sent.delta(sequence.take_text(), sequence.finish is not None)
     if sequence.finish is not None and sequence.tracked:
         extras = {**finish_fields(sequence), **answer.extras(sequence, sent.tokens)}
-        return [*chunks, _delta(answer, sequence, {"content": text} if text else {}, None, **extras)]
-    if text or (sequence.finish is not None and sent.tokens < len(sequence.output_logprobs)):
+        return [*chunks, _delta(answer, sequence, delta, None, **extras)]
+    if delta or (sequence.finish is not None and sent.tokens < len(sequence.output_logprobs)):
         logprobs = chat_logprobs(sequence, tokenizer, sent.tokens)
         extras = {"token_ids": sequence.token_ids[sent.tokens :]} if answer.token_ids else {}
-        chunks.append(_delta(answer, sequence, {"content": text}, logprobs, **extras))
+        chunks.append(_delta(answer, sequence, delta or {"content": ""}, logprobs, **extras))
         sent.tokens = len(sequence.token_ids)
     if sequence.finish is not None:
         extras = {**finish_fields(sequence), **answer.extras(sequence, sent.tokens)}

@@ -15,7 +15,7 @@ LATER = words("""
 """)
 HINTS = words("""
     user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention
-    parallel_tool_calls separate_reasoning stream_reasoning routing_key conversation_id
+    parallel_tool_calls routing_key conversation_id
 """)
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 PASSED_ON = words("""
@@ -72,6 +72,7 @@ class CompletionBody(OpenAIBody, kw_only=True):
     best_of: int | None = None
 
     unsupported = LATER | {"suffix"}
+    no_effect = HINTS | {"separate_reasoning", "stream_reasoning"}
 
 
 class ChatBody(OpenAIBody):
@@ -88,6 +89,8 @@ class ChatBody(OpenAIBody):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    separate_reasoning: bool = True  # with --reasoning-parser
+    stream_reasoning: bool = True  # false: thoughts are sent in one piece
 
 
 MESSAGE_FIELDS = words("""

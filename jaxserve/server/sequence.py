@@ -94,6 +94,7 @@ class Sequence:
         self._fed_chars = 0  # of text from the detokenizer
         self._skip_chars = 0  # that `take_text` leaves out: they were sent elsewhere
         self._ids_taken = 0
+        self.resumed_text = ""  # of the tokens shown elsewhere
         if request.output_ids:
             self._resume(request.output_ids)
 
@@ -233,6 +234,8 @@ class Sequence:
         self._unfinished.clear()
         self._fresh.clear()
         self._skip_chars = self._fed_chars - self._shown_chars
+        held = self._stop.held if self._stop is not None else ""
+        self.resumed_text = self.text + self._unshown_text + held
         self._ids_taken = len(self.token_ids)
 
     def _flush(self) -> None:

@@ -19,6 +19,11 @@ class StopMatcher:
         self._keep = keep
         self._held = ""
 
+    @property
+    def held(self) -> str:
+        """The text held back: it may be the beginning of a stop string."""
+        return self._held
+
     def feed(self, text: str, may_stop: bool = True) -> tuple[str, str | None]:
         """(text that is final, the stop string completed by this piece or None).
 
