@@ -62,6 +62,5 @@ REFUSED = {
     "pipeline_parallel_size": _PIPELINE,
     "pp_size": _PIPELINE,
     "stream_output": _STREAM,
-    "tool_call_parser": "tools are not served yet",
 }
 """Why it cannot be had, and what to do instead."""

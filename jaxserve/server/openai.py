@@ -3,12 +3,12 @@
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from jaxserve.server.chat_parts import ChatParts
 from jaxserve.server.errors import RequestError
 from jaxserve.server.generate import (
     as_meta_info,
@@ -38,6 +38,7 @@ from jaxserve.server.openai_schema import (
     check_chat,
     check_common,
     check_messages,
+    check_tools,
     completion_prompts,
     sampling_params,
 )
@@ -56,7 +57,10 @@ from jaxserve.server.stream import (
 )
 from jaxserve.server.worker_headers import SEQUENCES, token_comment, wants_tracking
 from jaxserve.text.chat_template import ChatTemplateError
-from jaxserve.text.reasoning import STYLES, Thoughts
+from jaxserve.text.reasoning import STYLES as REASONING_STYLES
+from jaxserve.text.reasoning import Thoughts
+from jaxserve.text.tool_calls import STYLES as TOOL_STYLES
+from jaxserve.text.tool_calls import ToolCalls, Tools, ToolStyle
 
 ANY_MODEL = ("", "default")  # names by which clients ask for whatever is served
 ID_PREFIXES = {"text_completion": "cmpl", "chat.completion": "chatcmpl"}
@@ -173,12 +177,15 @@ async def chat_completions(request: Request) -> Response:
         raise out_of_range("top_logprobs", body.top_logprobs, 0, MAX_TOP_LOGPROBS)
     if service.tokenizer is None:
         raise RequestError("this route needs a tokenizer; the server runs with --skip-tokenizer-init")
+    tools = _tools(service, body)
     prompt, param = await _chat_prompt(request, body)
     logprobs = {"return_logprob": True, "top_logprobs_num": body.top_logprobs} if body.logprobs else {}
     params = sampling_params(body, chat_max_tokens(body), sampling_defaults(service))
+    if tools is not None and tools[0].special:
+        params.skip_special_tokens = False
     answer = _answer(
         "chat.completion", request, arrived_s, body, include_usage, [prompt], params, logprobs, param,
-        _new_thoughts(service, body, prompt),
+        _new_parts(service, body, prompt, tools),
     )  # fmt: skip
     if body.stream:
         chunks: Chunks = lambda s: chat_chunks(answer, s, service.tokenizer)  # noqa: E731
@@ -187,12 +194,36 @@ async def chat_completions(request: Request) -> Response:
     return json_response(answer.whole([chat_choice(answer, s, service.tokenizer) for s in answer.sequences]))
 
 
-def _new_thoughts(service: Service, body: ChatBody, prompt: list[int]) -> Callable[[], Thoughts] | None:
-    if service.config.reasoning_parser is None or not body.separate_reasoning:
+def _tools(service: Service, body: ChatBody) -> tuple[ToolStyle, Tools] | None:
+    """The tools that may be called, and in which format. Raises RequestError."""
+    tools = check_tools(body)
+    if not tools or body.tool_choice == "none":
         return None
-    assert service.tokenizer is not None
-    end = service.tokenizer.decode(prompt[-MAX_TAG_TOKENS:], skip_special_tokens=False)
-    return partial(Thoughts, STYLES[service.config.reasoning_parser], end, not body.stream_reasoning)
+    if service.config.tool_call_parser is None:
+        raise RequestError(
+            "tools are not supported by this server, which was started without --tool-call-parser",
+            param="tools",
+            code="unsupported_parameter",
+        )
+    return TOOL_STYLES[service.config.tool_call_parser], tools
+
+
+def _new_parts(
+    service: Service, body: ChatBody, prompt: list[int], tools: tuple[ToolStyle, Tools] | None
+) -> Callable[[str, int], ChatParts] | None:
+    """None where an answer is its text."""
+    parser, tokenizer = service.config.reasoning_parser, service.tokenizer
+    assert tokenizer is not None
+    thinks = None if parser is None or not body.separate_reasoning else REASONING_STYLES[parser]
+    if thinks is None and tools is None:
+        return None
+    end = tokenizer.decode(prompt[-MAX_TAG_TOKENS:], skip_special_tokens=False)
+
+    def new_parts(answer_id: str, index: int) -> ChatParts:
+        thoughts = None if thinks is None else Thoughts(thinks, end, at_once=not body.stream_reasoning)
+        return ChatParts(answer_id, index, thoughts, None if tools is None else ToolCalls(*tools))
+
+    return new_parts
 
 
 async def _chat_prompt(request: Request, body: ChatBody) -> tuple[list[int], str]:
@@ -225,6 +256,7 @@ def _chat_text(service: Service, body: ChatBody) -> str | None:
             messages,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
+            tools=None if body.tool_choice == "none" else body.tools or None,
             variables=variables,
         )
     except ChatTemplateError as error:
@@ -249,7 +281,7 @@ def _answer(
     params: SamplingParams,
     logprobs: dict[str, Any],
     param: str,
-    new_thoughts: Callable[[], Thoughts] | None = None,
+    new_parts: Callable[[str, int], ChatParts] | None = None,
 ) -> Answer:
     """The checked sequences of a body. Raises RequestError."""
     service: Service = request.app.state.service
@@ -282,7 +314,7 @@ def _answer(
         include_usage,
         body.return_token_ids,
         as_meta_info if body.return_meta_info else None,
-        new_thoughts,
+        new_parts,
     )
     if resume is not None:
         answer.resume(resume)

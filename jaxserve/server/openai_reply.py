@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxserve.server.chat_parts import ChatParts
 from jaxserve.server.schema import Resume
 from jaxserve.server.sequence import Entry, Sequence
-from jaxserve.text.reasoning import Thoughts
 from jaxserve.text.tokenizer import Tokenizer
 
 
@@ -23,7 +23,7 @@ class Answer:
     include_usage: bool = False
     token_ids: bool = False
     meta_info: Callable[[Sequence], dict[str, Any]] | None = None
-    new_thoughts: Callable[[], Thoughts] | None = None  # of each sequence, where they are told from the text
+    new_parts: Callable[[str, int], ChatParts] | None = None  # of a sequence: the answer's id, its own index
     created: int = field(default_factory=lambda: int(time.time()))
     sent: dict[int, "Sent"] = field(default_factory=dict)  # by sequence index
 
@@ -32,12 +32,15 @@ class Answer:
         if resume.created is not None:
             self.created = resume.created
         if resume.id is not None or resume.token_ids:
-            sent = self.sent[0] = self.new_sent(len(resume.token_ids))
-            if sent.thoughts is not None:
-                sent.thoughts.feed(self.sequences[0].resumed_text)
+            sent = self.sent[0] = self.new_sent(0, len(resume.token_ids))
+            if sent.parts is not None:
+                sent.parts.feed(self.sequences[0].resumed_text)
 
-    def new_sent(self, tokens: int = 0) -> "Sent":
-        return Sent(tokens, thoughts=self.new_thoughts() if self.new_thoughts is not None else None)
+    def parts(self, index: int) -> ChatParts | None:
+        return None if self.new_parts is None else self.new_parts(self.id, index)
+
+    def new_sent(self, index: int, tokens: int = 0) -> "Sent":
+        return Sent(tokens, parts=self.parts(index))
 
     def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -90,51 +93,51 @@ class Sent:
 
     tokens: int = 0
     offset: int = 0  # characters of all tokens reported in logprobs
-    thoughts: Thoughts | None = None
+    parts: ChatParts | None = None
 
     def delta(self, text: str, is_last: bool) -> dict[str, Any]:
         """What a chat's chunk says of new text: nothing, while all of it is held back."""
-        if self.thoughts is None:
-            return {"content": text} if text else {}
-        parts = zip(("reasoning_content", "content"), self.thoughts.feed(text, is_last))
-        return {name: part for name, part in parts if part}
+        if self.parts is not None:
+            return self.parts.feed(text, is_last)
+        return {"content": text} if text else {}
 
 
-def finish_fields(sequence: Sequence) -> dict[str, Any]:
+def finish_fields(sequence: Sequence, parts: ChatParts | None = None) -> dict[str, Any]:
     finish = sequence.finish or {}
-    return {"finish_reason": finish.get("type"), "matched_stop": finish.get("matched")}
+    reason = finish.get("type")
+    if reason == "stop" and parts is not None and parts.num_calls:
+        reason = "tool_calls"
+    return {"finish_reason": reason, "matched_stop": finish.get("matched")}
 
 
 # ---- chat ----
 
 
 def chat_choice(answer: Answer, sequence: Sequence, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": sequence.text, "refusal": None}
-    if answer.new_thoughts is not None:
-        thoughts, message["content"] = answer.new_thoughts().feed(sequence.text, is_last=True)
-        message["reasoning_content"] = thoughts or None
+    parts = answer.parts(sequence.index)
+    fields = {"content": sequence.text} if parts is None else parts.message(sequence.text)
     return {
         "index": sequence.index,
-        "message": message,
+        "message": {"role": "assistant", "refusal": None, **fields},
         "logprobs": chat_logprobs(sequence, tokenizer, 0),
-        **finish_fields(sequence),
+        **finish_fields(sequence, parts),
         **answer.extras(sequence, 0),
     }
 
 
 def chat_chunks(answer: Answer, sequence: Sequence, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
-    """The chunks due for a sequence that has moved on: role, thoughts and text, finish.
+    """The chunks due for a sequence that has moved on: role, parts, finish.
 
     Of a tracked sequence the last text and the finish are one chunk: who has all tokens has the finish.
     """
     chunks: list[dict[str, Any]] = []
     sent = answer.sent.get(sequence.index)
     if sent is None:
-        sent = answer.sent[sequence.index] = answer.new_sent()
+        sent = answer.sent[sequence.index] = answer.new_sent(sequence.index)
         chunks.append(_delta(answer, sequence, {"role": "assistant", "content": ""}))
     delta = sent.delta(sequence.take_text(), sequence.finish is not None)
     if sequence.finish is not None and sequence.tracked:
-        extras = {**finish_fields(sequence), **answer.extras(sequence, sent.tokens)}
+        extras = {**finish_fields(sequence, sent.parts), **answer.extras(sequence, sent.tokens)}
         return [*chunks, _delta(answer, sequence, delta, None, **extras)]
     if delta or (sequence.finish is not None and sent.tokens < len(sequence.output_logprobs)):
         logprobs = chat_logprobs(sequence, tokenizer, sent.tokens)
@@ -142,7 +145,7 @@ def chat_chunks(answer: Answer, sequence: Sequence, tokenizer: Tokenizer | None)
         chunks.append(_delta(answer, sequence, delta or {"content": ""}, logprobs, **extras))
         sent.tokens = len(sequence.token_ids)
     if sequence.finish is not None:
-        extras = {**finish_fields(sequence), **answer.extras(sequence, sent.tokens)}
+        extras = {**finish_fields(sequence, sent.parts), **answer.extras(sequence, sent.tokens)}
         chunks.append(_delta(answer, sequence, {}, None, **extras))
     return chunks
 

@@ -5,13 +5,14 @@ from typing import Any
 
 from jaxserve.server.errors import RequestError
 from jaxserve.server.schema import Body, SamplingParams, either, show, words
+from jaxserve.text.tool_calls import Tools
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 MAX_COMPLETION_LOGPROBS = 20
 LATER = words("""
     regex ebnf stop_regex json_schema structural_tag lora_path session_params return_hidden_states
     return_routed_experts custom_logit_processor custom_params custom_labels functions function_call audio
-    prediction web_search_options verbosity tools bootstrap_host bootstrap_port bootstrap_room use_beam_search
+    prediction web_search_options verbosity bootstrap_host bootstrap_port bootstrap_room use_beam_search
 """)
 HINTS = words("""
     user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention
@@ -71,7 +72,7 @@ class CompletionBody(OpenAIBody, kw_only=True):
     logprobs: int | None = None
     best_of: int | None = None
 
-    unsupported = LATER | {"suffix"}
+    unsupported = LATER | {"suffix", "tools"}
     no_effect = HINTS | {"separate_reasoning", "stream_reasoning"}
 
 
@@ -83,6 +84,7 @@ class ChatBody(OpenAIBody):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int = 0
+    tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     modalities: list[str] | None = None
     add_generation_prompt: bool = True
@@ -201,7 +203,9 @@ def check_chat(body: ChatBody) -> None:
     """Raises RequestError for parameters whose values ask for later work."""
     if body.tool_choice not in (None, "none", "auto"):
         raise RequestError(
-            "tool_choice is not supported; tools are not", param="tool_choice", code="unsupported_parameter"
+            f"tool_choice {show(body.tool_choice)} is not supported; auto and none are",
+            param="tool_choice",
+            code="unsupported_parameter",
         )
     if body.modalities not in (None, [], ["text"]):
         raise RequestError(
@@ -218,6 +222,35 @@ def check_chat(body: ChatBody) -> None:
         raise RequestError(
             "continue_final_message needs a last message of role assistant", param="continue_final_message"
         )
+
+
+def check_tools(body: ChatBody) -> Tools:
+    """The schema of each tool's parameters. Raises RequestError for what is no function with a name."""
+    tools = {}
+    for i, tool in enumerate(body.tools or ()):
+        where = f"tools[{i}]"
+        if tool.get("type") != "function":
+            raise RequestError(
+                f"{where}.type must be 'function', got {show(tool.get('type'))}", param=f"{where}.type"
+            )
+        function = tool.get("function")
+        if (
+            not isinstance(function, dict)
+            or not isinstance(function.get("name"), str)
+            or not function["name"]
+        ):
+            raise RequestError(
+                f"{where}.function must be an object with a name, got {show(function)}",
+                param=f"{where}.function",
+            )
+        parameters = function.get("parameters")
+        if parameters is not None and not isinstance(parameters, dict):
+            raise RequestError(
+                f"{where}.function.parameters must be a JSON schema, got {show(parameters)}",
+                param=f"{where}.function.parameters",
+            )
+        tools[function["name"]] = parameters or {}
+    return tools
 
 
 def chat_max_tokens(body: ChatBody) -> int | None:

@@ -74,6 +74,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt. `continue_final_message` leaves the last message open for the model to go on;
@@ -85,7 +86,7 @@ class ChatTemplate:
         names = {
             **self._special_tokens,
             **(variables or {}),
-            "tools": None,
+            "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }

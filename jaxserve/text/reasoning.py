@@ -6,6 +6,8 @@ Such models write their thoughts between two tags. `Thoughts` takes one answer a
 from dataclasses import dataclass
 from enum import Enum
 
+from jaxserve.text.tags import num_uncertain
+
 
 @dataclass(frozen=True)
 class ReasoningStyle:
@@ -72,18 +74,14 @@ class Thoughts:
     def _think(self, is_last: bool) -> str:
         end = self._held.find(self._style.closing)
         if end < 0 and not is_last:
-            return "" if self._at_once else self._take(len(self._held) - self._num_uncertain())
+            if self._at_once:
+                return ""
+            return self._take(len(self._held) - num_uncertain(self._held, self._style.closing))
         thoughts = self._take(len(self._held) if end < 0 else end).rstrip()
         if end >= 0:
             self._state, self._trims = State.ANSWERING, True
             self._held = self._held[len(self._style.closing) :]
         return thoughts
-
-    def _num_uncertain(self) -> int:
-        """Characters at the end that may be the white space before a closing tag, and its beginning."""
-        text, closing = self._held, self._style.closing
-        part = next(n for n in range(min(len(closing) - 1, len(text)), -1, -1) if text.endswith(closing[:n]))
-        return len(text) - len(text[: len(text) - part].rstrip())
 
     def _take(self, count: int) -> str:
         taken, self._held = self._held[:count], self._held[count:]

@@ -1,7 +1,9 @@
 """A real server over a fake engine, on a free port in a thread."""
 
 import asyncio
+import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import httpx
@@ -75,3 +77,16 @@ def make_app(
         generation_config={"temperature": 0.6, "top_p": 0.9, "top_k": 0, "bos_token_id": 0},
         health_timeout_s=1.0,
     )
+
+
+@contextlib.contextmanager
+def serving(tokenizer: Tokenizer, **config: object) -> Iterator[Server]:
+    """A server with its own configuration."""
+    engine = FakeEngine(lambda request: [])
+    app = make_app(engine, tokenizer, **config)
+    running = Running(app)
+    url = f"http://127.0.0.1:{running.port}"
+    with httpx.Client(base_url=url, timeout=10) as http:
+        yield Server(engine, app, url, http, tokenizer)
+    running.stop()
+    running.thread.join(10)

@@ -154,6 +154,7 @@ def test_fields_of_later_work_may_be_off(server):
     assert server.generate(text="x", **off, sampling_params={"regex": None}).status_code == 200
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 OPENAI_CASES = [
     ("/v1/completions", {}, "prompt", "prompt is required", 400),
     ("/v1/completions", {"prompt": []}, "prompt", "it is empty", 400),
@@ -203,8 +204,24 @@ OPENAI_CASES = [
         "of type 'image_url' is not supported",
         LATER,
     ),
-    ("/v1/chat/completions", {**CHAT, "tools": [{"type": "function"}]}, "tools", "not supported", LATER),
-    ("/v1/chat/completions", {**CHAT, "tool_choice": "required"}, "tool_choice", "not supported", LATER),
+    ("/v1/chat/completions", {**CHAT, "tools": [TOOL]}, "tools", "without --tool-call-parser", LATER),
+    ("/v1/chat/completions", {**CHAT, "tools": [{"type": "x"}]}, "tools[0].type", "must be 'function'", 400),
+    (
+        "/v1/chat/completions",
+        {**CHAT, "tools": [TOOL, {"type": "function", "function": {"name": ""}}]},
+        "tools[1].function",
+        "must be an object with a name",
+        400,
+    ),
+    (
+        "/v1/chat/completions",
+        {**CHAT, "tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
+        "tools[0].function.parameters",
+        "must be a JSON schema, got a list of 0 items",
+        400,
+    ),
+    ("/v1/completions", {"prompt": "hi", "tools": [TOOL]}, "tools", "not supported", LATER),
+    ("/v1/chat/completions", {**CHAT, "tool_choice": "required"}, "tool_choice", "auto and none are", LATER),
     (
         "/v1/chat/completions",
         {**CHAT, "response_format": {"type": "json_object"}},

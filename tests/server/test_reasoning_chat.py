@@ -3,11 +3,9 @@
 import typing
 from collections.abc import Iterator
 
-import httpx
 import openai
 import pytest
-from fake_engine import FakeEngine
-from live_server import Running, Server, make_app
+from live_server import Server, serving
 from test_resumed_streams import resume_of, stable, stream
 
 from jaxserve.config import ServerConfig
@@ -20,14 +18,8 @@ THOUGHTS, ANSWER = "the wörld </thunder>", "hello 漢字"
 
 @pytest.fixture(scope="module")
 def thinker(tokenizer) -> Iterator[Server]:
-    engine = FakeEngine(lambda request: [])
-    app = make_app(engine, tokenizer, reasoning_parser="qwen3")
-    running = Running(app)
-    url = f"http://127.0.0.1:{running.port}"
-    with httpx.Client(base_url=url, timeout=10) as http:
-        yield Server(engine, app, url, http, tokenizer)
-    running.stop()
-    running.thread.join(10)
+    with serving(tokenizer, reasoning_parser="qwen3") as server:
+        yield server
 
 
 def chat(server, text=TEXT, **how):

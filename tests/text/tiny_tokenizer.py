@@ -10,6 +10,7 @@ from jaxserve.text import tokenizer as text_tokenizer
 WORDS = ("hello", "world", "stop", "the", "and", "ing")
 SPECIALS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )

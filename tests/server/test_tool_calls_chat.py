@@ -1,0 +1,131 @@
+"""Chat answers of a server with --tool-call-parser: calls apart from the text, streamed or not."""
+
+import json
+import typing
+from collections.abc import Iterator
+
+import openai
+import pytest
+from live_server import Server, serving
+from test_resumed_streams import resume_of, stable, stream
+
+from jaxserve.config import ServerConfig
+from jaxserve.text.tool_calls import STYLES
+
+HELLO = [{"role": "user", "content": "hello"}]
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+TEXT = f"<think>the world</think>hello\n{CALL}\n{CALL}"
+ARGUMENTS = {"city": "Köln"}
+
+
+@pytest.fixture(scope="module")
+def caller(tokenizer) -> Iterator[Server]:
+    with serving(tokenizer, reasoning_parser="qwen3", tool_call_parser="qwen25") as server:
+        yield server
+
+
+def chat(server, text=TEXT, **how):
+    server.say(text)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    how = {"messages": HELLO, "max_tokens": 300, "tools": [WEATHER], **how}
+    return client.chat.completions.create(model="tiny/model", **how)
+
+
+def test_calls_are_a_field_of_the_message(caller):
+    choice = chat(caller).choices[0]
+    assert (choice.message.reasoning_content, choice.message.content) == ("the world", "hello")
+    assert choice.finish_reason == "tool_calls"
+    first, second = choice.message.tool_calls
+    for call in (first, second):
+        assert (call.type, call.function.name, json.loads(call.function.arguments)) == (
+            "function", "weather", ARGUMENTS,
+        )  # fmt: skip
+    assert first.id.startswith("call_") and first.id != second.id
+
+
+def test_answer_that_is_calls_alone_has_no_content(caller):
+    message = chat(caller, CALL).choices[0].message
+    assert message.content is None and len(message.tool_calls) == 1
+
+
+def test_samples_have_calls_of_their_own(caller):
+    ids = [call.id for choice in chat(caller, n=2).choices for call in choice.message.tool_calls]
+    assert len(set(ids)) == 4
+
+
+def test_answer_without_a_call_is_text_and_stops(caller):
+    choice = chat(caller, "hello <tool_call> world").choices[0]
+    assert (choice.message.content, choice.message.tool_calls) == ("hello <tool_call> world", None)
+    assert choice.finish_reason == "stop"
+
+
+def test_call_that_is_cut_off_is_text_and_the_reason_the_length(caller):
+    choice = chat(caller, CALL, max_tokens=30).choices[0]
+    assert CALL.startswith(choice.message.content) and len(choice.message.content) > 20
+    assert (choice.message.tool_calls, choice.finish_reason) == (None, "length")
+
+
+def test_stream_brings_each_call_whole(caller):
+    choices = [chunk.choices[0] for chunk in chat(caller, stream=True)]
+    calls = [call for choice in choices for call in choice.delta.tool_calls or ()]
+    assert [(c.index, c.function.name, json.loads(c.function.arguments)) for c in calls] == [
+        (0, "weather", ARGUMENTS), (1, "weather", ARGUMENTS),
+    ]  # fmt: skip
+    assert "".join(choice.delta.content or "" for choice in choices) == "hello"
+    assert [c.finish_reason for c in choices if c.finish_reason] == ["tool_calls"]
+    assert len({c.id for c in calls}) == 2
+
+
+def test_template_is_given_the_tools_unless_none_may_be_called(caller):
+    chat(caller)
+    shown = caller.tokenizer.decode(caller.engine.requests[-1].input_ids)
+    assert json.dumps([WEATHER]) in shown
+    choice = chat(caller, tool_choice="none").choices[0]
+    assert json.dumps([WEATHER]) not in caller.tokenizer.decode(caller.engine.requests[-1].input_ids)
+    assert choice.message.content == TEXT.partition("</think>")[2]
+    assert "tool_calls" not in choice.message.model_fields_set and choice.finish_reason == "stop"
+
+
+def test_what_a_tool_returned_is_a_message(caller):
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    messages = [
+        *HELLO,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+    ]
+    assert chat(caller, "hello", messages=messages).choices[0].message.content == "hello"
+    assert "tool\nsunny" in caller.tokenizer.decode(caller.engine.requests[-1].input_ids)
+
+
+def test_special_tokens_are_shown_where_the_format_is_made_of_them(tokenizer):
+    with serving(tokenizer, tool_call_parser="llama3") as server:
+        assert chat(server, "<|im_start|>hello").choices[0].message.content == "<|im_start|>hello"
+        assert chat(server, "<|im_start|>hello", tools=[]).choices[0].message.content == "hello"
+        bare = '{"name": "weather", "parameters": {"city": "Köln"}}'
+        assert len(chat(server, bare).choices[0].message.tool_calls) == 1
+
+
+CASES = {"to the end": {}, "to a stop string": {"stop": ["</tool"]}, "to a length": {"max_tokens": 60}}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_stream_cut_anywhere_and_resumed_is_the_unbroken_stream(caller, case):
+    caller.say(TEXT)
+    body = {"messages": HELLO, "tools": [WEATHER], "stream": True, "temperature": 0, "rid": "r"}
+    body |= {"max_tokens": 300, **case}
+    path, track = "/v1/chat/completions", {"x-resume": "track"}
+    whole = stream(caller, path, body, **track)
+    assert len(whole) > 4
+    for cut in range(len(whole)):
+        rest = stream(caller, path, {**body, "resume": resume_of(whole[:cut])}, **track)
+        if cut == 0:
+            assert [d for _, d in stable(rest)][-1] == "[DONE]" and len(rest) == len(whole)
+        else:
+            assert whole[:cut] + rest == whole, f"cut before event {cut}"
+
+
+def test_flag_takes_the_names_that_there_are():
+    hint = typing.get_type_hints(ServerConfig)["tool_call_parser"]
+    literal = next(part for part in typing.get_args(hint) if part is not type(None))
+    assert set(typing.get_args(literal)) == set(STYLES)
