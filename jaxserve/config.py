@@ -42,10 +42,21 @@ class ServerConfig:
     revision: str | None = key(None, "branch, tag or commit on the hub")
     chat_template: str | None = key(None, "file with a Jinja chat template; default: the tokenizer's")
     reasoning_parser: (
-        Literal["deepseek-r1", "deepseek-v3", "glm45", "kimi", "qwen3", "qwen3-thinking", "step3"] | None
+        Literal["deepseek-r1", "deepseek-v3", "glm45", "gpt-oss", "kimi", "qwen3", "qwen3-thinking", "step3"]
+        | None
     ) = key(None, "whose tags take thoughts out of chat answers, as reasoning_content; default: they stay")
     tool_call_parser: (
-        Literal["deepseekv3", "deepseekv31", "glm45", "kimi_k2", "llama3", "mistral", "qwen25", "qwen3_coder"]
+        Literal[
+            "deepseekv3",
+            "deepseekv31",
+            "glm45",
+            "gpt-oss",
+            "kimi_k2",
+            "llama3",
+            "mistral",
+            "qwen25",
+            "qwen3_coder",
+        ]
         | None
     ) = key(None, "whose format of calls is read from chat answers, as tool_calls; default: no tools")
     skip_tokenizer_init: bool = key(False, "token ids in, token ids out: load no tokenizer")

@@ -1,10 +1,47 @@
 """A chat answer's parts: what the model thought, what it says, which tools it calls."""
 
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
+from jaxserve.text import reasoning, tool_calls
+from jaxserve.text.channels import Channels
 from jaxserve.text.reasoning import Thoughts
-from jaxserve.text.tool_calls import ToolCall, ToolCalls
+from jaxserve.text.tool_calls import ToolCall, ToolCalls, Tools
+
+CHANNELS = "gpt-oss"  # of both parsers: the format that has no tags
+
+
+class Parsers(NamedTuple):
+    """How the answers to one request are to be taken apart.
+
+    Args:
+        reasoning, tool_calls: names of `--reasoning-parser` and `--tool-call-parser`; None: what it reads
+            stays in the text.
+        at_once: thoughts are given out in one piece.
+    """
+
+    reasoning: str | None
+    tool_calls: str | None
+    tools: Tools
+    at_once: bool
+
+    @property
+    def are_none(self) -> bool:
+        return self.reasoning is None and self.tool_calls is None
+
+    @property
+    def have_channels(self) -> bool:
+        return CHANNELS in (self.reasoning, self.tool_calls)
+
+    @property
+    def read_special_tokens(self) -> bool:
+        if self.have_channels or self.tool_calls is None:
+            return self.have_channels
+        return tool_calls.STYLES[self.tool_calls].special
+
+    def parts(self, answer_id: str, index: int, prompt: str) -> "ChatParts":
+        """Of one sequence; `prompt` is its prompt's end."""
+        return ChatParts(self, answer_id, index, prompt)
 
 
 class ChatParts:
@@ -13,31 +50,44 @@ class ChatParts:
     Args:
         answer_id, index: of the answer and of this sequence in it. Calls' ids follow from them, so that
             another worker that goes on with the stream gives the same.
-        thoughts, calls: None where they stay in the text.
     """
 
-    def __init__(self, answer_id: str, index: int, thoughts: Thoughts | None, calls: ToolCalls | None):
-        self._answer_id, self._index = answer_id, index
-        self._thoughts, self._calls = thoughts, calls
+    def __init__(self, parsers: Parsers, answer_id: str, index: int, prompt: str):
+        self._parsers, self._answer_id, self._index = parsers, answer_id, index
+        self._channels = self._thoughts = self._calls = None
         self.num_calls = 0
+        if parsers.have_channels:
+            self._channels = Channels(parsers.tools, parsers.at_once)
+            return
+        if parsers.reasoning is not None:
+            self._thoughts = Thoughts(reasoning.STYLES[parsers.reasoning], prompt, parsers.at_once)
+        if parsers.tool_calls is not None:
+            self._calls = ToolCalls(tool_calls.STYLES[parsers.tool_calls], parsers.tools)
 
     def feed(self, text: str, is_last: bool = False) -> dict[str, Any]:
         """reasoning_content, content and tool_calls, as far as there is more of each."""
-        fields: dict[str, Any] = {}
+        thoughts, calls = "", []
+        if self._channels is not None:
+            thoughts, text, calls = self._channels.feed(text, is_last)
         if self._thoughts is not None:
-            fields["reasoning_content"], text = self._thoughts.feed(text, is_last)
+            thoughts, text = self._thoughts.feed(text, is_last)
         if self._calls is not None:
             text, calls = self._calls.feed(text, is_last)
-            fields["tool_calls"] = [self._call(call) for call in calls]
-        fields["content"] = text
+        if self._parsers.reasoning is None:
+            thoughts, text = "", thoughts + text
+        fields = {
+            "reasoning_content": thoughts,
+            "content": text,
+            "tool_calls": [self._call(call) for call in calls],
+        }
         return {name: part for name, part in fields.items() if part}
 
     def message(self, text: str) -> dict[str, Any]:
-        """The fields of a whole message. Nothing that a model may do is left out."""
+        """The fields of a whole message, also those that there might have been."""
         fields = self.feed(text, is_last=True)
-        if self._thoughts is not None:
+        if self._parsers.reasoning is not None:
             fields.setdefault("reasoning_content", None)
-        if self._calls is not None:
+        if self._parsers.tool_calls is not None:
             fields.setdefault("tool_calls", None)
         return {"content": None if self.num_calls else ""} | fields
 

@@ -3,12 +3,13 @@
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jaxserve.server.chat_parts import ChatParts
+from jaxserve.server.chat_parts import ChatParts, Parsers
 from jaxserve.server.errors import RequestError
 from jaxserve.server.generate import (
     as_meta_info,
@@ -57,10 +58,6 @@ from jaxserve.server.stream import (
 )
 from jaxserve.server.worker_headers import SEQUENCES, token_comment, wants_tracking
 from jaxserve.text.chat_template import ChatTemplateError
-from jaxserve.text.reasoning import STYLES as REASONING_STYLES
-from jaxserve.text.reasoning import Thoughts
-from jaxserve.text.tool_calls import STYLES as TOOL_STYLES
-from jaxserve.text.tool_calls import ToolCalls, Tools, ToolStyle
 
 ANY_MODEL = ("", "default")  # names by which clients ask for whatever is served
 ID_PREFIXES = {"text_completion": "cmpl", "chat.completion": "chatcmpl"}
@@ -177,15 +174,15 @@ async def chat_completions(request: Request) -> Response:
         raise out_of_range("top_logprobs", body.top_logprobs, 0, MAX_TOP_LOGPROBS)
     if service.tokenizer is None:
         raise RequestError("this route needs a tokenizer; the server runs with --skip-tokenizer-init")
-    tools = _tools(service, body)
+    parsers = _parsers(service, body)
     prompt, param = await _chat_prompt(request, body)
     logprobs = {"return_logprob": True, "top_logprobs_num": body.top_logprobs} if body.logprobs else {}
     params = sampling_params(body, chat_max_tokens(body), sampling_defaults(service))
-    if tools is not None and tools[0].special:
+    if parsers.read_special_tokens:
         params.skip_special_tokens = False
     answer = _answer(
         "chat.completion", request, arrived_s, body, include_usage, [prompt], params, logprobs, param,
-        _new_parts(service, body, prompt, tools),
+        _new_parts(service, parsers, prompt),
     )  # fmt: skip
     if body.stream:
         chunks: Chunks = lambda s: chat_chunks(answer, s, service.tokenizer)  # noqa: E731
@@ -194,36 +191,34 @@ async def chat_completions(request: Request) -> Response:
     return json_response(answer.whole([chat_choice(answer, s, service.tokenizer) for s in answer.sequences]))
 
 
-def _tools(service: Service, body: ChatBody) -> tuple[ToolStyle, Tools] | None:
-    """The tools that may be called, and in which format. Raises RequestError."""
-    tools = check_tools(body)
-    if not tools or body.tool_choice == "none":
-        return None
-    if service.config.tool_call_parser is None:
+def _parsers(service: Service, body: ChatBody) -> Parsers:
+    """Raises RequestError for tools that cannot be called."""
+    config, tools = service.config, check_tools(body)
+    if body.tool_choice == "none":
+        tools = {}
+    if tools and config.tool_call_parser is None:
         raise RequestError(
             "tools are not supported by this server, which was started without --tool-call-parser",
             param="tools",
             code="unsupported_parameter",
         )
-    return TOOL_STYLES[service.config.tool_call_parser], tools
+    return Parsers(
+        config.reasoning_parser if body.separate_reasoning else None,
+        config.tool_call_parser if tools else None,
+        tools,
+        at_once=not body.stream_reasoning,
+    )
 
 
 def _new_parts(
-    service: Service, body: ChatBody, prompt: list[int], tools: tuple[ToolStyle, Tools] | None
+    service: Service, parsers: Parsers, prompt: list[int]
 ) -> Callable[[str, int], ChatParts] | None:
     """None where an answer is its text."""
-    parser, tokenizer = service.config.reasoning_parser, service.tokenizer
-    assert tokenizer is not None
-    thinks = None if parser is None or not body.separate_reasoning else REASONING_STYLES[parser]
-    if thinks is None and tools is None:
+    if parsers.are_none:
         return None
-    end = tokenizer.decode(prompt[-MAX_TAG_TOKENS:], skip_special_tokens=False)
-
-    def new_parts(answer_id: str, index: int) -> ChatParts:
-        thoughts = None if thinks is None else Thoughts(thinks, end, at_once=not body.stream_reasoning)
-        return ChatParts(answer_id, index, thoughts, None if tools is None else ToolCalls(*tools))
-
-    return new_parts
+    assert service.tokenizer is not None
+    end = service.tokenizer.decode(prompt[-MAX_TAG_TOKENS:], skip_special_tokens=False)
+    return partial(parsers.parts, prompt=end)
 
 
 async def _chat_prompt(request: Request, body: ChatBody) -> tuple[list[int], str]:

@@ -93,6 +93,14 @@ def read_qwen_coder(text: str, tools: Tools) -> list[ToolCall]:
     return [_call_with_texts(found[1], found[2], pattern, tools)]
 
 
+def read_arguments(name: str, text: str) -> ToolCall | None:
+    """None where the text is no JSON object."""
+    try:
+        return _call(name, json.loads(text))
+    except (ValueError, RecursionError):
+        return None
+
+
 def _call_of(value: Any) -> ToolCall:
     if not isinstance(value, dict):
         raise NoCallError(value)

@@ -10,6 +10,7 @@ from live_server import Server, serving
 from test_resumed_streams import resume_of, stable, stream
 
 from jaxserve.config import ServerConfig
+from jaxserve.server.chat_parts import CHANNELS
 from jaxserve.text.tool_calls import STYLES
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -106,6 +107,31 @@ def test_special_tokens_are_shown_where_the_format_is_made_of_them(tokenizer):
         assert len(chat(server, bare).choices[0].message.tool_calls) == 1
 
 
+HARMONY = "<|channel|>analysis<|message|>the world<|end|><|start|>assistant"
+SAID = HARMONY + "<|channel|>final<|message|>hello"
+CALLED = HARMONY + '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Köln"}'
+
+
+def test_channels_are_thoughts_text_and_calls(tokenizer):
+    with serving(tokenizer, reasoning_parser="gpt-oss", tool_call_parser="gpt-oss") as server:
+        message = chat(server, SAID).choices[0].message
+        assert (message.reasoning_content, message.content, message.tool_calls) == (
+            "the world",
+            "hello",
+            None,
+        )
+        message = chat(server, CALLED).choices[0].message
+        assert (message.reasoning_content, message.content) == ("the world", None)
+        assert json.loads(message.tool_calls[0].function.arguments) == ARGUMENTS
+        message = chat(server, CALLED, extra_body={"separate_reasoning": False}).choices[0].message
+        assert message.content == "the world" and len(message.tool_calls) == 1
+        message = chat(server, SAID, tools=[], extra_body={"separate_reasoning": False}).choices[0].message
+        assert message.content == SAID  # in this tokenizer, which has no such special tokens
+        deltas = [chunk.choices[0] for chunk in chat(server, CALLED, stream=True)]
+        assert "".join(d.delta.model_extra.get("reasoning_content", "") for d in deltas) == "the world"
+        assert deltas[-1].finish_reason == "tool_calls"
+
+
 CASES = {"to the end": {}, "to a stop string": {"stop": ["</tool"]}, "to a length": {"max_tokens": 60}}
 
 
@@ -128,4 +154,4 @@ def test_stream_cut_anywhere_and_resumed_is_the_unbroken_stream(caller, case):
 def test_flag_takes_the_names_that_there_are():
     hint = typing.get_type_hints(ServerConfig)["tool_call_parser"]
     literal = next(part for part in typing.get_args(hint) if part is not type(None))
-    assert set(typing.get_args(literal)) == set(STYLES)
+    assert set(typing.get_args(literal)) == {*STYLES, CHANNELS}
