@@ -199,11 +199,16 @@ def load_text(config: ServerConfig, checkpoint_dir: str) -> Text:
     directory = config.tokenizer_path or checkpoint_dir
     try:
         tokenizer = Tokenizer.from_dir(directory)
-        return tokenizer, ChatTemplate.from_dir(directory, config.chat_template, tokenizer.special_tokens)
+        template = ChatTemplate.from_dir(directory, config.chat_template, tokenizer.special_tokens)
     except TokenizerError as error:
         raise ConfigError(f"{error}; --skip-tokenizer-init serves token ids without one") from error
     except ChatTemplateError as error:
         raise ConfigError(f"{error}; --chat-template names another") from error
+    if config.tool_call_parser is not None and template is not None and not template.names_tools:
+        logger.warning(
+            "--tool-call-parser: the chat template never names tools, so the model is told of none"
+        )
+    return tokenizer, template
 
 
 def _try_port(host: str, port: int) -> None:

@@ -39,6 +39,11 @@ class ChatTemplate:
         self._takes_parts = bool(LOOPS_OVER_CONTENT.search(source))
         self._takes_strings = not self._takes_parts or bool(TESTS_FOR_STRING.search(source))
 
+    @property
+    def names_tools(self) -> bool:
+        """Whether the tools of a request can make a difference to its prompt."""
+        return "tools" in self.source
+
     @classmethod
     def from_dir(
         cls,

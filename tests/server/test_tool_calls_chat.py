@@ -3,13 +3,16 @@
 import json
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
+import tiny_tokenizer
 from live_server import Server, serving
 from test_resumed_streams import resume_of, stable, stream
 
 from jaxserve.config import ServerConfig
+from jaxserve.launch import load_text
 from jaxserve.server.chat_parts import CHANNELS
 from jaxserve.text.tool_calls import STYLES
 
@@ -149,6 +152,18 @@ def test_stream_cut_anywhere_and_resumed_is_the_unbroken_stream(caller, case):
             assert [d for _, d in stable(rest)][-1] == "[DONE]" and len(rest) == len(whole)
         else:
             assert whole[:cut] + rest == whole, f"cut before event {cut}"
+
+
+def test_template_that_never_names_tools_is_told_of_at_the_start(tmp_path, caplog):
+    directory = tiny_tokenizer.write(tmp_path)
+    template = Path(directory) / "chat_template.jinja"
+    config = ServerConfig(model_path="m", tool_call_parser="qwen25")
+    template.write_text(tiny_tokenizer.CHAT_TEMPLATE)
+    load_text(config, str(directory))
+    assert not caplog.messages
+    template.write_text("{{ messages[0].content }}")
+    load_text(config, str(directory))
+    assert ["the model is told of none" in message for message in caplog.messages] == [True]
 
 
 def test_flag_takes_the_names_that_there_are():
