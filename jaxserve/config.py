@@ -31,6 +31,16 @@ def key(default: Any, help: str, *, aliases: tuple[str, ...] = (), least: float 
     return field(default=default, metadata={"help": help, "aliases": aliases, "least": least})
 
 
+ReasoningParser = Literal[
+    "deepseek-r1", "deepseek-v3", "glm45", "gpt-oss", "kimi", "kimi_k2", "minimax", "qwen3",
+    "qwen3-thinking", "step3",
+]  # fmt: skip
+ToolCallParser = Literal[
+    "deepseekv3", "deepseekv31", "glm45", "gpt-oss", "hermes", "kimi_k2", "llama3", "minimax-m2",
+    "mistral", "qwen", "qwen25", "qwen3_coder",
+]  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     # What is served
@@ -41,24 +51,12 @@ class ServerConfig:
     served_model_name: str | None = key(None, "name in the OpenAI API; default: the model path")
     revision: str | None = key(None, "branch, tag or commit on the hub")
     chat_template: str | None = key(None, "file with a Jinja chat template; default: the tokenizer's")
-    reasoning_parser: (
-        Literal["deepseek-r1", "deepseek-v3", "glm45", "gpt-oss", "kimi", "qwen3", "qwen3-thinking", "step3"]
-        | None
-    ) = key(None, "whose tags take thoughts out of chat answers, as reasoning_content; default: they stay")
-    tool_call_parser: (
-        Literal[
-            "deepseekv3",
-            "deepseekv31",
-            "glm45",
-            "gpt-oss",
-            "kimi_k2",
-            "llama3",
-            "mistral",
-            "qwen25",
-            "qwen3_coder",
-        ]
-        | None
-    ) = key(None, "whose format of calls is read from chat answers, as tool_calls; default: no tools")
+    reasoning_parser: ReasoningParser | None = key(  # noqa: RUF009 (as all others)
+        None, "whose tags take thoughts out of chat answers, as reasoning_content; default: they stay"
+    )
+    tool_call_parser: ToolCallParser | None = key(  # noqa: RUF009
+        None, "whose format of calls is read from chat answers, as tool_calls; default: no tools"
+    )
     skip_tokenizer_init: bool = key(False, "token ids in, token ids out: load no tokenizer")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = key(
         "auto", "auto: the checkpoint's on GPU, float32 on CPU"

@@ -404,12 +404,12 @@ class GatewayServer(uvicorn.Server):
 
         Closing at once would reset what waits to be accepted, and clients that connect for one request.
         """
+        loop = asyncio.get_running_loop()
+        deadline_s = self._deadline_s if self._deadline_s is not None else loop.time() + self.grace_s
         if not self.force_exit:
             for server in self.servers:
                 await self._accept_last(server)
-            await self._await_first_requests()
-        loop = asyncio.get_running_loop()
-        deadline_s = self._deadline_s if self._deadline_s is not None else loop.time() + self.grace_s
+            await self._await_first_requests(deadline_s)
         left_s = max(0.0, deadline_s - loop.time())
         self.config.timeout_graceful_shutdown = math.ceil(left_s) + LAST_WORDS_S
         cut_off = loop.call_later(left_s, self.gateway.cut_off)
@@ -440,10 +440,10 @@ class GatewayServer(uvicorn.Server):
             with contextlib.suppress(OSError):
                 await loop.connect_accepted_socket(protocol, client, ssl=config.ssl)
 
-    async def _await_first_requests(self) -> None:
+    async def _await_first_requests(self, deadline_s: float) -> None:
         loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + LAST_REQUEST_S
-        while loop.time() < deadline_s:
+        deadline_s = min(deadline_s, loop.time() + LAST_REQUEST_S)
+        while loop.time() < deadline_s and not self.force_exit:
             if all(getattr(c, "cycle", None) is not None for c in self.server_state.connections):
                 break
             await asyncio.sleep(0.01)

@@ -92,6 +92,11 @@ class PromptTokens:
                 return None
             if message.get("tool_calls"):
                 return None
+        # As the worker does: templates ask whether a message has a field.
+        messages = [
+            {name: value for name, value in message.items() if value is not None and value != []}
+            for message in messages
+        ]
         try:
             text = self.template.render(
                 **self.special, **variables, messages=messages, tools=None, documents=None,

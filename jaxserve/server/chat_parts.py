@@ -17,12 +17,14 @@ class Parsers(NamedTuple):
     Args:
         reasoning, tool_calls: names of `--reasoning-parser` and `--tool-call-parser`; None: what it reads
             stays in the text.
+        continued: the final message, which the answer goes on with.
         at_once: thoughts are given out in one piece.
     """
 
     reasoning: str | None
     tool_calls: str | None
     tools: Tools
+    continued: str
     at_once: bool
 
     @property
@@ -35,9 +37,8 @@ class Parsers(NamedTuple):
 
     @property
     def read_special_tokens(self) -> bool:
-        if self.have_channels or self.tool_calls is None:
-            return self.have_channels
-        return tool_calls.STYLES[self.tool_calls].special
+        """The tags of some tokenizers are special tokens, which texts leave out."""
+        return self.have_channels or self.tool_calls is not None
 
     def parts(self, answer_id: str, index: int, prompt: str) -> "ChatParts":
         """Of one sequence; `prompt` is its prompt's end."""
@@ -55,14 +56,28 @@ class ChatParts:
     def __init__(self, parsers: Parsers, answer_id: str, index: int, prompt: str):
         self._parsers, self._answer_id, self._index = parsers, answer_id, index
         self._channels = self._thoughts = self._calls = None
-        self.num_calls = 0
+        self._short_ids = False
+        self._ids: set[str] = set()
         if parsers.have_channels:
             self._channels = Channels(parsers.tools, parsers.at_once)
             return
-        if parsers.reasoning is not None:
-            self._thoughts = Thoughts(reasoning.STYLES[parsers.reasoning], prompt, parsers.at_once)
+        call = None
         if parsers.tool_calls is not None:
-            self._calls = ToolCalls(tool_calls.STYLES[parsers.tool_calls], parsers.tools)
+            style = tool_calls.STYLES[parsers.tool_calls]
+            call, self._short_ids = style.opening, style.short_ids
+            self._calls = ToolCalls(style, parsers.tools)
+        if parsers.reasoning is not None:
+            self._thoughts = Thoughts(
+                reasoning.STYLES[parsers.reasoning],
+                prompt,
+                continued=parsers.continued,
+                call=call,
+                at_once=parsers.at_once,
+            )
+
+    @property
+    def num_calls(self) -> int:
+        return len(self._ids)
 
     def feed(self, text: str, is_last: bool = False) -> dict[str, Any]:
         """reasoning_content, content and tool_calls, as far as there is more of each."""
@@ -83,20 +98,22 @@ class ChatParts:
         return {name: part for name, part in fields.items() if part}
 
     def message(self, text: str) -> dict[str, Any]:
-        """The fields of a whole message, also those that there might have been."""
+        """The fields of a whole message."""
         fields = self.feed(text, is_last=True)
         if self._parsers.reasoning is not None:
             fields.setdefault("reasoning_content", None)
-        if self._parsers.tool_calls is not None:
-            fields.setdefault("tool_calls", None)
         return {"content": None if self.num_calls else ""} | fields
 
     def _call(self, call: ToolCall) -> dict[str, Any]:
-        number, self.num_calls = self.num_calls, self.num_calls + 1
-        place = f"{self._answer_id} {self._index} {number}".encode()
+        number, id = self.num_calls, call.id
+        if id is None or id in self._ids:
+            place = f"{self._answer_id} {self._index} {number}".encode()
+            name = hashlib.blake2b(place, digest_size=12).hexdigest()
+            id = name[:9] if self._short_ids else f"call_{name}"
+        self._ids.add(id)
         return {
             "index": number,
-            "id": call.id or f"call_{hashlib.blake2b(place, digest_size=12).hexdigest()}",
+            "id": id,
             "type": "function",
             "function": {"name": call.name, "arguments": call.arguments},
         }

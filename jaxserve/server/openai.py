@@ -57,7 +57,7 @@ from jaxserve.server.stream import (
     unless_gone,
 )
 from jaxserve.server.worker_headers import SEQUENCES, token_comment, wants_tracking
-from jaxserve.text.chat_template import ChatTemplateError
+from jaxserve.text.chat_template import ChatTemplateError, text_of
 
 ANY_MODEL = ("", "default")  # names by which clients ask for whatever is served
 ID_PREFIXES = {"text_completion": "cmpl", "chat.completion": "chatcmpl"}
@@ -206,6 +206,9 @@ def _parsers(service: Service, body: ChatBody) -> Parsers:
         config.reasoning_parser if body.separate_reasoning else None,
         config.tool_call_parser if tools else None,
         tools,
+        continued=text_of(body.messages[-1].get("content"))
+        if body.continue_final_message and body.messages
+        else "",
         at_once=not body.stream_reasoning,
     )
 
@@ -226,7 +229,9 @@ async def _chat_prompt(request: Request, body: ChatBody) -> tuple[list[int], str
     service: Service = request.app.state.service
     text = await beside_loop(request.scope[BODY_BYTES], _chat_text, service, body)
     if text is None:
-        return body.input_ids or [], "input_ids"
+        ids = body.input_ids or []
+        check_prompt(ids, service.client.info, "input_ids")
+        return ids, "input_ids"
     ids = await encode(service, [text], "messages", add_special_tokens=False)
     return ids[0], "messages"
 

@@ -243,13 +243,13 @@ def check_tools(body: ChatBody) -> Tools:
                 f"{where}.function must be an object with a name, got {show(function)}",
                 param=f"{where}.function",
             )
-        parameters = function.get("parameters")
-        if parameters is not None and not isinstance(parameters, dict):
+        parameters = function.get("parameters") or {}
+        if not isinstance(parameters, dict) or not isinstance(parameters.get("properties", {}), dict):
             raise RequestError(
                 f"{where}.function.parameters must be a JSON schema, got {show(parameters)}",
                 param=f"{where}.function.parameters",
             )
-        tools[function["name"]] = parameters or {}
+        tools[function["name"]] = parameters
     return tools
 
 

@@ -87,7 +87,6 @@ class ChatTemplate:
 
         Raises ChatTemplateError.
         """
-        prepared = [self._prepare(m) for m in messages]
         names = {
             **self._special_tokens,
             **(variables or {}),
@@ -96,12 +95,11 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
         try:
-            text = self._template.render({**names, "messages": prepared})
-            if not continue_final_message:
-                return text
-            mark = uuid.uuid4().hex
-            marked = [*prepared[:-1], _with_mark(prepared[-1], mark)]
-            return _open_end(text, self._template.render({**names, "messages": marked}), mark)
+            try:
+                return self._fill(names, [self._prepare(m) for m in messages], continue_final_message)
+            except TypeError:  # a template that joins calls' arguments to its text wants them as text
+                prepared = [self._prepare(m, arguments_as_text=True) for m in messages]
+                return self._fill(names, prepared, continue_final_message)
         except ChatTemplateError:
             raise
         except jinja2.TemplateError as error:
@@ -111,15 +109,26 @@ class ChatTemplate:
         ) as error:  # templates run into TypeError, KeyError, ... on messages they do not expect
             raise ChatTemplateError(f"the chat template cannot render these messages: {error}") from error
 
-    def _prepare(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Content in the form the template takes; tool-call arguments as objects, not JSON text."""
-        out = dict(message)
+    def _fill(self, names: dict[str, Any], messages: list[dict[str, Any]], continues: bool) -> str:
+        text = self._template.render({**names, "messages": messages})
+        if not continues:
+            return text
+        mark = uuid.uuid4().hex
+        marked = [*messages[:-1], _with_mark(messages[-1], mark)]
+        return _open_end(text, self._template.render({**names, "messages": marked}), mark)
+
+    def _prepare(self, message: Mapping[str, Any], arguments_as_text: bool = False) -> dict[str, Any]:
+        """Content in the form the template takes; tool-call arguments as objects, not JSON text. Templates
+        ask whether a message has this or that, so what is null is left out, as is an empty list of calls."""
+        out = {name: value for name, value in message.items() if name == "content" or value is not None}
         content = out.get("content")
         if isinstance(content, list) and not self._takes_parts:
             out["content"] = text_of(content)
         elif isinstance(content, str) and not self._takes_strings:
             out["content"] = [{"type": "text", "text": content}]
-        if isinstance(out.get("tool_calls"), list):
+        if out.get("tool_calls") == []:
+            del out["tool_calls"]
+        elif isinstance(out.get("tool_calls"), list) and not arguments_as_text:
             out["tool_calls"] = [_parsed_arguments(call) for call in out["tool_calls"]]
         return out
 

@@ -6,7 +6,7 @@ Such models write their thoughts between two tags. `Thoughts` takes one answer a
 from dataclasses import dataclass
 from enum import Enum
 
-from jaxserve.text.tags import num_uncertain
+from jaxserve.text.tags import find_first, num_uncertain
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ STYLES = {
     "deepseek-v3": ReasoningStyle(),
     "glm45": ReasoningStyle(),
     "kimi": ReasoningStyle("◁think▷", "◁/think▷"),
+    "kimi_k2": ReasoningStyle(),
+    "minimax": ReasoningStyle(),
     "qwen3": ReasoningStyle(),
     "qwen3-thinking": ReasoningStyle(always=True),
     "step3": ReasoningStyle(always=True),
@@ -41,16 +43,26 @@ class Thoughts:
 
     Args:
         prompt: its end. A template may open the thoughts there, or close them.
+        continued: what the answer has said already, which it goes on with.
+        call: the tag that begins a call of a tool: models call in the midst of their thoughts too.
     """
 
-    def __init__(self, style: ReasoningStyle, prompt: str, at_once: bool = False):
+    def __init__(
+        self,
+        style: ReasoningStyle,
+        prompt: str,
+        *,
+        continued: str = "",
+        call: str | None = None,
+        at_once: bool = False,
+    ):
         self._style, self._at_once = style, at_once
-        prompt = prompt.rstrip()
-        self._state = State.ANSWERING if prompt.endswith(style.closing) else State.BEFORE
-        thinks = style.always or prompt.endswith(style.opening)
-        self._untagged = State.THINKING if thinks else State.ANSWERING  # what begins without a tag
+        self._ends = [style.closing, *([call] if call else [])]
+        self._state, self._untagged = _first_state(style, prompt.rstrip(), continued)
         self._held = ""
-        self._trims = False  # white space where thoughts or the answer behind them begin
+        self._trims = (
+            self._state is State.THINKING
+        )  # white space where thoughts or the answer behind them begin
 
     def feed(self, text: str, is_last: bool = False) -> tuple[str, str]:
         self._held += text
@@ -72,15 +84,16 @@ class Thoughts:
         self._trims = self._state is State.THINKING
 
     def _think(self, is_last: bool) -> str:
-        end = self._held.find(self._style.closing)
+        end, tag = find_first(self._held, self._ends)
         if end < 0 and not is_last:
-            if self._at_once:
-                return ""
-            return self._take(len(self._held) - num_uncertain(self._held, self._style.closing))
+            return (
+                "" if self._at_once else self._take(len(self._held) - num_uncertain(self._held, self._ends))
+            )
         thoughts = self._take(len(self._held) if end < 0 else end).rstrip()
         if end >= 0:
             self._state, self._trims = State.ANSWERING, True
-            self._held = self._held[len(self._style.closing) :]
+            if tag == self._style.closing:
+                self._held = self._held[len(tag) :]
         return thoughts
 
     def _take(self, count: int) -> str:
@@ -89,3 +102,13 @@ class Thoughts:
             taken = taken.lstrip()
             self._trims = not taken
         return taken
+
+
+def _first_state(style: ReasoningStyle, prompt: str, continued: str) -> tuple[State, State]:
+    """(the state an answer begins in, what follows BEFORE where no tag opens thoughts)."""
+    if continued:
+        thinks = continued.rfind(style.opening) > continued.rfind(style.closing)
+        return (State.THINKING if thinks else State.ANSWERING), State.ANSWERING
+    thinks = style.always or prompt.endswith(style.opening)
+    is_closed = prompt.endswith(style.closing)
+    return (State.ANSWERING if is_closed else State.BEFORE), (State.THINKING if thinks else State.ANSWERING)

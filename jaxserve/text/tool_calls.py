@@ -1,7 +1,7 @@
 """Calls of tools in what a model says, by the formats that families are trained on.
 
-`ToolCalls` takes one answer apart as it comes. What looks like a call and cannot be read, or names no tool
-of the request, stays in the text: nothing is lost.
+`ToolCalls` takes one answer apart as it comes. Calls that cannot be read, or of which one names no tool of
+the request, stay in the text as they are: nothing is lost.
 """
 
 import json
@@ -18,7 +18,7 @@ Tools = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class ToolCall:
-    """`arguments` is a JSON object as text; `id` is the model's own, where its format has one."""
+    """`arguments` is a JSON object as text; `id` is the model's own, where it gave one."""
 
     name: str
     arguments: str
@@ -29,74 +29,120 @@ class NoCallError(ValueError):
     """The text is no call."""
 
 
-def read_object(text: str, tools: Tools) -> list[ToolCall]:
-    """One JSON object (Hermes, Qwen2.5, Qwen3)."""
-    return [_call_of(json.loads(text))]
+Found = tuple[list[ToolCall], str]
+"""Calls, and the text behind them."""
+
+DECODER = json.JSONDecoder(strict=False)  # models write line breaks into strings
+SPACE = re.compile(r"\s*")
+BETWEEN = re.compile(r"[\s;,]*")
 
 
-def read_objects(text: str, tools: Tools) -> list[ToolCall]:
-    """JSON objects with semicolons, commas or nothing between them (Llama 3)."""
-    decoder, calls, at = json.JSONDecoder(), [], 0
-    while found := re.compile(r"[\s;,]*(?=\S)").match(text, at):
-        value, at = decoder.raw_decode(text, found.end())
-        calls.append(_call_of(value))
-    return calls
+# ---- formats: each reads what lies between the tags of its style, in one pass, or raises a ValueError ----
 
 
-def read_list(text: str, tools: Tools) -> list[ToolCall]:
-    """A JSON list of calls, or a name and [ARGS] before each object (Mistral)."""
-    if "[ARGS]" not in text:
-        values = json.loads(text)
-        if not isinstance(values, list):
-            raise NoCallError(text)
-        return [_call_of(value) for value in values]
-    parts = (part.partition("[ARGS]") for part in text.split("[TOOL_CALLS]"))
-    return [_call(name, json.loads(arguments)) for name, _, arguments in parts]
+def read_objects(text: str, tools: Tools) -> Found:
+    """JSON objects with semicolons, commas or nothing between them (Hermes, Qwen2.5, Qwen3, Llama 3)."""
+    calls, at = [], 0
+    while (begin := _skip(text, at, BETWEEN)) < len(text):
+        try:
+            value, end = DECODER.raw_decode(text, begin)
+            calls.append(_call_of(value))
+        except (ValueError, RecursionError):
+            if calls:
+                break
+            raise
+        at = end
+    return calls, "" if begin == len(text) else text[at:]
 
 
-def read_deepseek(text: str, tools: Tools) -> list[ToolCall]:
+def read_mistral(text: str, tools: Tools) -> Found:
+    """A JSON list of calls; or each as its name, since 2025, with an id in some versions, and arguments."""
+    begin = _skip(text, 0)
+    if text.startswith(("[", "{"), begin):
+        values, end = DECODER.raw_decode(text, begin)
+        return [_call_of(value) for value in (values if isinstance(values, list) else [values])], text[end:]
+    calls = []
+    while True:
+        head, found, text = text.partition("[ARGS]")
+        if not found:
+            raise NoCallError(head)
+        name, _, id = head.partition("[CALL_ID]")
+        arguments, end = DECODER.raw_decode(text, _skip(text, 0))
+        calls.append(_call(name, arguments, id.strip() or None))
+        text = text[end:]
+        if not text.lstrip().startswith("[TOOL_CALLS]"):
+            return calls, text
+        text = text.lstrip().removeprefix("[TOOL_CALLS]")
+
+
+def read_deepseek(text: str, tools: Tools) -> Found:
     """Calls between tags of their own, with a type and a fence of code (V3) or without (V3.1)."""
     calls = []
     for block in _blocks(text, "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"):
         first, _, rest = block.partition("<｜tool▁sep｜>")
-        fenced = re.fullmatch(r"([^\n]+)\n```json\n(.*)\n```\s*", rest, re.DOTALL)
-        name, arguments = fenced.groups() if fenced else (first, rest)
-        calls.append(_call(name, json.loads(arguments)))
-    return calls
+        name, found, fenced = rest.partition("\n```json\n")
+        arguments = fenced.rstrip().removesuffix("```") if found else rest
+        calls.append(_call(name if found else first, DECODER.decode(arguments)))
+    return calls, ""
 
 
-def read_kimi(text: str, tools: Tools) -> list[ToolCall]:
+def read_kimi(text: str, tools: Tools) -> Found:
     """Calls between tags of their own, named functions.NAME:NUMBER."""
     calls = []
     for block in _blocks(text, "<|tool_call_begin|>", "<|tool_call_end|>"):
-        name, _, arguments = block.partition("<|tool_call_argument_begin|>")
-        found = re.fullmatch(r"(?:functions\.)?(.+):\d+", name.strip())
-        if not found:
-            raise NoCallError(name)
-        calls.append(_call(found[1], json.loads(arguments), name.strip()))
-    return calls
+        id, _, arguments = block.partition("<|tool_call_argument_begin|>")
+        name, _, number = id.strip().removeprefix("functions.").rpartition(":")
+        if not number.isdecimal():
+            raise NoCallError(id)
+        calls.append(_call(name, DECODER.decode(arguments), id.strip()))
+    return calls, ""
 
 
-def read_glm(text: str, tools: Tools) -> list[ToolCall]:
+def read_glm(text: str, tools: Tools) -> Found:
     """A name, then pairs of tags for each argument (GLM-4.5)."""
-    name, *_ = text.split("<arg_key>", 1)
-    pattern = r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>"
-    return [_call_with_texts(name, text[len(name) :], pattern, tools)]
+    name, found, rest = text.partition("<arg_key>")
+    rest, arguments = found + rest, []
+    at = 0
+    while (at := _skip(rest, at)) < len(rest):
+        key, at = _block(rest, at, "<arg_key>", "</arg_key>")
+        value, at = _block(rest, _skip(rest, at), "<arg_value>", "</arg_value>")
+        arguments.append((key, value))
+    return [_call_with_texts(name, arguments, tools)], ""
 
 
-def read_qwen_coder(text: str, tools: Tools) -> list[ToolCall]:
+def read_qwen_coder(text: str, tools: Tools) -> Found:
     """Tags that name the function and each parameter (Qwen3-Coder)."""
-    found = re.fullmatch(r"\s*<function=([^>]+)>(.*)</function>\s*", text, re.DOTALL)
-    if not found:
-        raise NoCallError(text)
-    pattern = r"<parameter=([^>]+)>\n?(.*?)\n?</parameter>"
-    return [_call_with_texts(found[1], found[2], pattern, tools)]
+    return _read_xml(text, tools, ("<function=", ">", "</function>"), ("<parameter=", ">", "</parameter>"))
+
+
+def read_minimax(text: str, tools: Tools) -> Found:
+    """The same with the names in quotes (MiniMax-M2)."""
+    return _read_xml(
+        text, tools, ('<invoke name="', '">', "</invoke>"), ('<parameter name="', '">', "</parameter>")
+    )
+
+
+def _read_xml(
+    text: str, tools: Tools, function: tuple[str, str, str], parameter: tuple[str, str, str]
+) -> Found:
+    """Both as the tag's beginning, what ends the name in it, and the closing tag."""
+    calls = []
+    for call in _blocks(text, function[0], function[2]):
+        name, found, body = call.partition(function[1])
+        if not found:
+            raise NoCallError(call)
+        arguments = []
+        for block in _blocks(body, parameter[0], parameter[2]):
+            key, _, value = block.partition(parameter[1])
+            arguments.append((key, value.removeprefix("\n").removesuffix("\n")))
+        calls.append(_call_with_texts(name, arguments, tools))
+    return calls, ""
 
 
 def read_arguments(name: str, text: str) -> ToolCall | None:
     """None where the text is no JSON object."""
     try:
-        return _call(name, json.loads(text))
+        return _call(name, DECODER.decode(text))
     except (ValueError, RecursionError):
         return None
 
@@ -104,41 +150,84 @@ def read_arguments(name: str, text: str) -> ToolCall | None:
 def _call_of(value: Any) -> ToolCall:
     if not isinstance(value, dict):
         raise NoCallError(value)
-    return _call(value.get("name"), value.get("arguments", value.get("parameters", {})))
+    arguments = value.get("arguments", value.get("parameters"))
+    if isinstance(arguments, str):
+        arguments = DECODER.decode(arguments)
+    id = value.get("id")
+    return _call(
+        value.get("name"), {} if arguments is None else arguments, id if isinstance(id, str) else None
+    )
 
 
 def _call(name: Any, arguments: Any, id: str | None = None) -> ToolCall:
+    """Raises ValueError for what is no call, and for what JSON or UTF-8 cannot say."""
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise NoCallError(name)
-    return ToolCall(name.strip(), json.dumps(arguments, ensure_ascii=False), id)
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    (name + text + (id or "")).encode()
+    return ToolCall(name.strip(), text, id)
 
 
-def _call_with_texts(name: str, text: str, pattern: str, tools: Tools) -> ToolCall:
-    """Arguments in plain text: what the schema says is a string stays one, all else is JSON if it can be."""
+def _call_with_texts(name: str, arguments: list[tuple[str, str]], tools: Tools) -> ToolCall:
     name = name.strip()
-    if re.sub(pattern, "", text, flags=re.DOTALL).strip():
-        raise NoCallError(text)
-    properties = tools.get(name, {}).get("properties") or {}
-    arguments = {}
-    for key, value in re.findall(pattern, text, re.DOTALL):
-        schema = properties.get(key.strip())
-        is_string = isinstance(schema, Mapping) and schema.get("type") == "string"
-        arguments[key.strip()] = value if is_string else _json_or_text(value)
-    return _call(name, arguments)
+    properties = tools.get(name, {}).get("properties")
+    schemas = properties if isinstance(properties, Mapping) else {}
+    return _call(name, {key.strip(): _typed(value, schemas.get(key.strip())) for key, value in arguments})
 
 
-def _json_or_text(text: str) -> Any:
+def _typed(text: str, schema: Any) -> Any:
+    """An argument in plain text by its schema: a string stays one, all else is JSON if it can be."""
+    types = _types(schema)
+    bare = text.strip().lower()
+    if "null" in types and bare in ("null", "none"):
+        return None
+    if "string" in types:
+        return text
+    if "boolean" in types and bare in ("true", "false"):
+        return bare == "true"
     try:
-        return json.loads(text)
-    except ValueError:
+        return DECODER.decode(text)
+    except (ValueError, RecursionError):
         return text
 
 
+def _types(schema: Any) -> set[str]:
+    if not isinstance(schema, Mapping):
+        return set()
+    given = schema.get("type")
+    types = {name for name in (given if isinstance(given, list) else [given]) if isinstance(name, str)}
+    for choices in (schema.get("anyOf"), schema.get("oneOf")):
+        for choice in choices if isinstance(choices, list) else ():
+            types |= (
+                {choice["type"]}
+                if isinstance(choice, Mapping) and isinstance(choice.get("type"), str)
+                else set()
+            )
+    return types
+
+
+def _skip(text: str, at: int, what: re.Pattern[str] = SPACE) -> int:
+    found = what.match(text, at)
+    assert found is not None, "it matches nothing too"
+    return found.end()
+
+
 def _blocks(text: str, opening: str, closing: str) -> list[str]:
-    pattern = re.escape(opening) + "(.*?)" + re.escape(closing)
-    if re.sub(pattern, "", text, flags=re.DOTALL).strip():
-        raise NoCallError(text)
-    return re.findall(pattern, text, re.DOTALL)
+    """What lies between the tags; between two blocks nothing may."""
+    blocks, at = [], 0
+    while (at := _skip(text, at)) < len(text):
+        block, at = _block(text, at, opening, closing)
+        blocks.append(block)
+    return blocks
+
+
+def _block(text: str, at: int, opening: str, closing: str) -> tuple[str, int]:
+    """(what lies between the tags, where that ends). Raises NoCallError."""
+    begin = at + len(opening)
+    end = text.find(closing, begin) if text.startswith(opening, at) else -1
+    if end < 0:
+        raise NoCallError(opening)
+    return text[begin:end], end + len(closing)
 
 
 @dataclass(frozen=True)
@@ -148,27 +237,30 @@ class ToolStyle:
     Args:
         closing: empty: calls go on to the end of the text.
         bare: an answer that begins with a brace is calls too.
-        special: its tags are special tokens, which texts leave out.
+        short_ids: templates of the family want ids of nine letters and digits.
     """
 
     opening: str
     closing: str
-    read: Callable[[str, Tools], list[ToolCall]]
+    read: Callable[[str, Tools], Found]
     bare: bool = False
-    special: bool = False
+    short_ids: bool = False
 
 
+HERMES = ToolStyle("<tool_call>", "</tool_call>", read_objects)
+DEEPSEEK = ToolStyle("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", read_deepseek)
 # By the names of SGLang's --tool-call-parser.
 STYLES = {
-    "deepseekv3": ToolStyle("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", read_deepseek, special=True),
-    "deepseekv31": ToolStyle("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", read_deepseek, special=True),
+    "deepseekv3": DEEPSEEK,
+    "deepseekv31": DEEPSEEK,
     "glm45": ToolStyle("<tool_call>", "</tool_call>", read_glm),
-    "kimi_k2": ToolStyle(
-        "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", read_kimi, special=True
-    ),
-    "llama3": ToolStyle("<|python_tag|>", "", read_objects, bare=True, special=True),
-    "mistral": ToolStyle("[TOOL_CALLS]", "", read_list, special=True),
-    "qwen25": ToolStyle("<tool_call>", "</tool_call>", read_object),
+    "hermes": HERMES,
+    "kimi_k2": ToolStyle("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", read_kimi),
+    "llama3": ToolStyle("<|python_tag|>", "", read_objects, bare=True),
+    "minimax-m2": ToolStyle("<minimax:tool_call>", "</minimax:tool_call>", read_minimax),
+    "mistral": ToolStyle("[TOOL_CALLS]", "", read_mistral, short_ids=True),
+    "qwen": HERMES,
+    "qwen25": HERMES,
     "qwen3_coder": ToolStyle("<tool_call>", "</tool_call>", read_qwen_coder),
 }
 
@@ -184,8 +276,7 @@ class ToolCalls:
         self._style, self._tools = style, tools
         self._held = ""
         self._is_open = False  # a call has begun, at the first character of `_held` that is no white space
-        self._num_calls = 0
-        self._has_text = False
+        self._has_calls = self._has_text = False
 
     def feed(self, text: str, is_last: bool = False) -> tuple[str, list[ToolCall]]:
         self._held += text
@@ -196,7 +287,6 @@ class ToolCalls:
                 texts.append(self._take_text(is_last))
             if not self._is_open or not self._take_calls(is_last, texts, calls):
                 break
-        self._num_calls += len(calls)
         return "".join(texts), calls
 
     def _take_text(self, is_last: bool) -> str:
@@ -210,10 +300,10 @@ class ToolCalls:
             count = len(held[:at].rstrip())
         elif is_last:
             count = len(held)
-            if self._num_calls and not held.strip():
+            if self._has_calls and not held.strip():
                 held = ""
         else:
-            count = len(held) - num_uncertain(held, style.opening)
+            count = len(held) - num_uncertain(held, [style.opening])
         self._held = self._held[count:]
         self._has_text = self._has_text or bool(held[:count].strip())
         return held[:count]
@@ -228,14 +318,21 @@ class ToolCalls:
             return False
         inner = block[begin:] if end < 0 else block[begin:end]
         after = len(block) if end < 0 else end + len(style.closing)
-        try:
-            found = style.read(inner, self._tools) if end >= 0 or not style.closing else []
-        except (ValueError, RecursionError):
-            found = []
-        if found and all(call.name in self._tools for call in found):
+        found, rest = self._read(inner) if end >= 0 or not style.closing else ([], "")
+        if found:
+            self._has_calls = True
             calls += found
+            texts.append(rest if rest.strip() else "")
         else:
             texts.append(self._held[: len(self._held) - len(block) + after])
-            self._has_text = True
+        self._has_text = self._has_text or bool(texts[-1])
         self._held, self._is_open = block[after:], False
         return True
+
+    def _read(self, text: str) -> Found:
+        """No calls, where they cannot be read or one is of no tool."""
+        try:
+            calls, rest = self._style.read(text, self._tools)
+        except (ValueError, RecursionError):
+            return [], ""
+        return (calls, rest) if all(call.name in self._tools for call in calls) else ([], "")

@@ -297,6 +297,26 @@ def test_client_that_connected_before_the_port_closed_may_ask_after_it():
         process.kill()
 
 
+PATIENT = "import sys; from router import http_server, launch_router; http_server.LAST_REQUEST_S = 60.0; "
+PATIENT += "sys.exit(launch_router.main(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize("grace_s, signals", [("0", 1), ("30", 2)])
+def test_client_that_never_asks_is_not_waited_for_out_of_grace_or_at_a_second_signal(grace_s, signals):
+    """Else it would be for a minute."""
+    flags = "--host", "127.0.0.1", "--port", "0", "--shutdown-grace-period-secs", grace_s
+    process = launch(PATIENT, *flags, start="-c")
+    try:
+        address = "127.0.0.1", listening(process)
+        with socket.create_connection(address, 20):
+            for _ in range(signals):
+                process.send_signal(signal.SIGINT)
+                wait_for(lambda: refuses(address))
+            process.wait(20)
+    finally:
+        process.kill()
+
+
 def refuses(address: tuple[str, int]) -> bool:
     try:
         socket.create_connection(address, 1).close()

@@ -86,7 +86,9 @@ def serving(tokenizer: Tokenizer, **config: object) -> Iterator[Server]:
     app = make_app(engine, tokenizer, **config)
     running = Running(app)
     url = f"http://127.0.0.1:{running.port}"
-    with httpx.Client(base_url=url, timeout=10) as http:
-        yield Server(engine, app, url, http, tokenizer)
-    running.stop()
-    running.thread.join(10)
+    try:
+        with httpx.Client(base_url=url, timeout=10) as http:
+            yield Server(engine, app, url, http, tokenizer)
+    finally:
+        running.stop()
+        running.thread.join(10)

@@ -215,9 +215,19 @@ OPENAI_CASES = [
     ),
     (
         "/v1/chat/completions",
-        {**CHAT, "tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
+        {**CHAT, "tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}]},
         "tools[0].function.parameters",
-        "must be a JSON schema, got a list of 0 items",
+        "must be a JSON schema, got a list of 1 item",
+        400,
+    ),
+    (
+        "/v1/chat/completions",
+        {
+            **CHAT,
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": ["a"]}}}],
+        },
+        "tools[0].function.parameters",
+        "must be a JSON schema",
         400,
     ),
     ("/v1/completions", {"prompt": "hi", "tools": [TOOL]}, "tools", "not supported", LATER),

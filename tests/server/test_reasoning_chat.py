@@ -8,7 +8,7 @@ import pytest
 from live_server import Server, serving
 from test_resumed_streams import resume_of, stable, stream
 
-from jaxserve.config import ServerConfig
+from jaxserve.config import ReasoningParser
 from jaxserve.server.chat_parts import CHANNELS
 from jaxserve.text.reasoning import STYLES
 
@@ -120,6 +120,4 @@ def test_completions_take_the_parameters_and_leave_the_text(thinker):
 
 
 def test_flag_takes_the_names_that_there_are():
-    hint = typing.get_type_hints(ServerConfig)["reasoning_parser"]
-    literal = next(part for part in typing.get_args(hint) if part is not type(None))
-    assert set(typing.get_args(literal)) == {*STYLES, CHANNELS}
+    assert set(typing.get_args(ReasoningParser)) == {*STYLES, CHANNELS}

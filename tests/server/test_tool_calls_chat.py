@@ -11,7 +11,7 @@ import tiny_tokenizer
 from live_server import Server, serving
 from test_resumed_streams import resume_of, stable, stream
 
-from jaxserve.config import ServerConfig
+from jaxserve.config import ServerConfig, ToolCallParser
 from jaxserve.launch import load_text
 from jaxserve.server.chat_parts import CHANNELS
 from jaxserve.text.tool_calls import STYLES
@@ -135,6 +135,23 @@ def test_channels_are_thoughts_text_and_calls(tokenizer):
         assert deltas[-1].finish_reason == "tool_calls"
 
 
+def test_ids_have_the_form_that_the_family_wants_and_are_given_once(tokenizer):
+    with serving(tokenizer, tool_call_parser="mistral") as server:
+        (call,) = chat(server, "[TOOL_CALLS]weather[ARGS]{}").choices[0].message.tool_calls
+        assert len(call.id) == 9 and call.id.isalnum()
+    with serving(tokenizer, tool_call_parser="kimi_k2") as server:
+        block = "<|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
+        text = f"<|tool_calls_section_begin|>{block}{block}<|tool_calls_section_end|>"
+        first, second = chat(server, text).choices[0].message.tool_calls
+        assert first.id == "functions.weather:0" and second.id.startswith("call_")
+
+
+@pytest.mark.parametrize("ids", [[-1], [1 << 40], [5, 320]])
+def test_prompt_of_ids_that_there_are_not_is_a_400(caller, ids):
+    reply = caller.http.post("/v1/chat/completions", json={"input_ids": ids, "tools": [WEATHER]})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "input_ids")
+
+
 CASES = {"to the end": {}, "to a stop string": {"stop": ["</tool"]}, "to a length": {"max_tokens": 60}}
 
 
@@ -167,6 +184,4 @@ def test_template_that_never_names_tools_is_told_of_at_the_start(tmp_path, caplo
 
 
 def test_flag_takes_the_names_that_there_are():
-    hint = typing.get_type_hints(ServerConfig)["tool_call_parser"]
-    literal = next(part for part in typing.get_args(hint) if part is not type(None))
-    assert set(typing.get_args(literal)) == {*STYLES, CHANNELS}
+    assert set(typing.get_args(ToolCallParser)) == {*STYLES, CHANNELS}

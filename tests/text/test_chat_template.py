@@ -157,3 +157,23 @@ def test_of_named_templates_the_default_is_used(tmp_path):
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with tools"}]
     template = ChatTemplate.from_dir(tiny_tokenizer.write(tmp_path, chat_template=named))
     assert template.render([USER]) == "plain"
+
+
+def test_fields_that_are_null_are_left_out_as_templates_ask_whether_they_are_there():
+    """What the official client sends back of an answer without calls."""
+    template = ChatTemplate(
+        "{% if 'tool_calls' in messages[0] %}{{ messages[0].tool_calls | length }}{% endif %}"
+    )
+    for calls in (None, []):
+        assert template.render([{"role": "assistant", "content": "a", "tool_calls": calls}]) == ""
+    assert (
+        ChatTemplate("{{ messages[0].content is none }}").render([{"role": "x", "content": None}]) == "True"
+    )
+
+
+@pytest.mark.parametrize("template", ["{{ '' + call.arguments }}", "{{ call.arguments | tojson }}"])
+def test_arguments_of_a_call_are_text_where_the_template_joins_them_to_its_own(template):
+    source = "{% set call = messages[0].tool_calls[0].function %}" + template
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert ChatTemplate(source).render([message]) == '{"a": 1}'

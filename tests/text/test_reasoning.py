@@ -34,7 +34,7 @@ def test_thoughts_are_told_from_the_answer(name):
 
 
 def in_pieces(style, prompt, pieces, at_once=False):
-    thoughts = Thoughts(style, prompt, at_once)
+    thoughts = Thoughts(style, prompt, at_once=at_once)
     given_out = [thoughts.feed(piece) for piece in pieces] + [thoughts.feed("", is_last=True)]
     return tuple("".join(parts) for parts in zip(*given_out))
 
@@ -52,13 +52,36 @@ def test_pieces_of_a_text_give_what_the_text_gives(fragments, prompt, always, da
     style, text = R1 if always else QWEN, "".join(fragments)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
     at_once = data.draw(st.booleans())
-    thoughts, so_far = Thoughts(style, prompt, at_once), ["", ""]
+    thoughts, so_far = Thoughts(style, prompt, at_once=at_once), ["", ""]
     for begin, end in zip([0, *cuts], [*cuts, len(text)]):
         for i, part in enumerate(thoughts.feed(text[begin:end])):
             so_far[i] += part
-        assert tuple(so_far) == Thoughts(style, prompt, at_once).feed(text[:end])
+        assert tuple(so_far) == Thoughts(style, prompt, at_once=at_once).feed(text[:end])
     whole = tuple(so_far[i] + part for i, part in enumerate(thoughts.feed("", is_last=True)))
     assert whole == Thoughts(style, prompt).feed(text, is_last=True)
+
+
+@pytest.mark.parametrize(
+    "continued, text, expected",
+    [
+        ("<think>\nLet me", " see.</think>Four", ("see.", "Four")),
+        ("<think>a</think>The answer", " is 4 <think>", ("", " is 4 <think>")),
+        ("The answer", " is 4", ("", " is 4")),
+    ],
+)
+@pytest.mark.parametrize("style", [QWEN, R1])
+def test_answer_that_goes_on_thinks_if_its_beginning_did(style, continued, text, expected):
+    assert (
+        Thoughts(style, "assistant\n" + continued, continued=continued).feed(text, is_last=True) == expected
+    )
+
+
+def test_a_call_ends_thoughts_that_nothing_else_ends():
+    thoughts = Thoughts(QWEN, "", call="<tool_call>")
+    pieces = ["<think>I call", "\n<tool", "_call>now</tool_call>"]
+    assert [thoughts.feed(piece) for piece in pieces] == [
+        ("I call", ""), ("", ""), ("", "<tool_call>now</tool_call>")
+    ]  # fmt: skip
 
 
 def test_thoughts_come_as_soon_as_they_are_certain_or_at_once():

@@ -42,9 +42,14 @@ CODER = (
 LLAMA = '{"name": "weather", "parameters": {"city": "Paris", "days": 2}}; {"name": "now", "parameters": {}}'
 MISTRAL = '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris", "days": 2}}, {"name": "now"}]'
 MISTRAL_11 = '[TOOL_CALLS]weather[ARGS]{"city": "Paris", "days": 2}[TOOL_CALLS]now[ARGS]{}'
+MINIMAX = (
+    '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Paris</parameter>\n'
+    '<parameter name="days">2</parameter>\n</invoke>\n<invoke name="now">\n</invoke>\n</minimax:tool_call>'
+)
 FORMATS = {
-    "deepseekv3": DEEPSEEK, "deepseekv31": DEEPSEEK_31, "glm45": GLM, "kimi_k2": KIMI, "llama3": LLAMA,
-    "mistral": MISTRAL, "qwen25": QWEN, "qwen3_coder": CODER,
+    "deepseekv3": DEEPSEEK, "deepseekv31": DEEPSEEK_31, "glm45": GLM, "hermes": QWEN, "kimi_k2": KIMI,
+    "llama3": LLAMA, "minimax-m2": MINIMAX, "mistral": MISTRAL, "qwen": QWEN, "qwen25": QWEN,
+    "qwen3_coder": CODER,
 }  # fmt: skip
 
 
@@ -65,9 +70,44 @@ def test_calls_are_read_in_the_format_of_the_family(style):
         assert read(style, ["Let me see.\n\n", FORMATS[style]]) == ("Let me see.", both)
 
 
-def test_newer_formats_and_a_tag_before_bare_calls():
-    assert read("mistral", [MISTRAL_11]) == ("", [PARIS, ("now", {})])
-    assert read("llama3", ["Well. ", "<|python_tag|>" + LLAMA]) == ("Well.", [PARIS, ("now", {})])
+def test_other_forms_of_a_format():
+    both = [PARIS, ("now", {})]
+    with_ids = MISTRAL_11.replace("[ARGS]", "[CALL_ID]a1b2c3d4e[ARGS]")
+    assert read("mistral", [MISTRAL_11]) == read("mistral", [with_ids]) == ("", both)
+    assert read("mistral", ['[TOOL_CALLS]{"name": "now"}']) == ("", [("now", {})])
+    assert read("mistral", [MISTRAL + "\nThere."]) == ("\nThere.", both)
+    assert read("llama3", ["Well. ", "<|python_tag|>" + LLAMA]) == ("Well.", both)
+    assert read("llama3", [LLAMA + ";\n"]) == ("", both)
+    assert read("llama3", [LLAMA + "; so {"]) == ("; so {", both)
+    two = CODER.replace("\n</tool_call>\n<tool_call>\n", "\n")
+    assert read("qwen3_coder", [two]) == ("", both)
+
+
+def test_arguments_may_be_text_null_or_have_line_breaks():
+    def arguments(value):
+        (call,) = read("qwen25", [f'<tool_call>{{"name": "now", "arguments": {value}}}</tool_call>'])[1]
+        return call[1]
+
+    assert arguments("null") == arguments('"{}"') == {}
+    assert arguments(r'"{\"a\": 1}"') == {"a": 1}
+    assert arguments('{"code": "a\n\tb"}') == {"code": "a\n\tb"}
+
+
+SCHEMA = {
+    "flag": {"type": "boolean"}, "name": {"type": ["string", "null"]}, "count": {"type": "integer"}, "odd": 7,
+    "title": {"anyOf": [{"type": "string"}]},
+}  # fmt: skip
+
+
+def test_texts_become_what_the_schema_says():
+    texts = {"flag": "True", "name": "null", "title": "12", "count": "3", "odd": "[1]", "more": "a b"}
+    pairs = "".join(f"<arg_key>{k}</arg_key><arg_value>{v}</arg_value>" for k, v in texts.items())
+    calls = ToolCalls(STYLES["glm45"], {"f": {"properties": SCHEMA}})
+    _, (call,) = calls.feed(f"<tool_call>f\n{pairs}</tool_call>", is_last=True)
+    expected = {"flag": True, "name": None, "title": "12", "count": 3, "odd": [1], "more": "a b"}
+    assert json.loads(call.arguments) == expected
+    calls = ToolCalls(STYLES["glm45"], {"f": {"properties": ["flag"]}})  # no schema at all
+    assert len(calls.feed(f"<tool_call>f\n{pairs}</tool_call>", is_last=True)[1]) == 1
 
 
 def test_text_around_calls_is_kept():
@@ -83,9 +123,26 @@ def test_arguments_in_plain_text_are_what_the_schema_says():
     assert read("glm45", [answer]) == ("", [("now", {"at": [1], "in": "a b"})])
 
 
-def test_kimis_ids_are_its_own():
+def test_ids_that_the_model_gives_are_kept():
     _, calls = ToolCalls(STYLES["kimi_k2"], TOOLS).feed(KIMI, is_last=True)
     assert [call.id for call in calls] == ["functions.weather:0", "functions.now:1"]
+    text = '[TOOL_CALLS][{"name": "now", "id": "abcdefghi"}]'
+    assert ToolCalls(STYLES["mistral"], TOOLS).feed(text, is_last=True)[1][0].id == "abcdefghi"
+
+
+@pytest.mark.parametrize("style", ["glm45", "qwen3_coder", "deepseekv3", "kimi_k2", "minimax-m2", "llama3"])
+def test_text_that_only_looks_like_a_format_is_read_in_one_pass(style):
+    """Backtracking took seconds for a tenth of these, and more than a minute for half."""
+    inner = {
+        "glm45": "now" + "<arg_key></arg_key><arg_value>" * 20_000,
+        "qwen3_coder": "<function=now>" + "<parameter=a>" * 50_000 + "</function>",
+        "minimax-m2": '<invoke name="now">' + '<parameter name="a">' * 50_000 + "</invoke>",
+        "deepseekv3": "<｜tool▁call▁begin｜>" * 50_000,
+        "kimi_k2": "<|tool_call_begin|>" * 50_000,
+        "llama3": "{" * 200_000,
+    }[style]
+    answer = STYLES[style].opening + inner + STYLES[style].closing
+    assert read(style, [answer]) == (answer, [])
 
 
 NO_CALLS = [
@@ -96,7 +153,9 @@ NO_CALLS = [
     ("qwen25", '<tool_call>{"name": 1}</tool_call> <tool_call>[]</tool_call>'),
     ("qwen25", "<tool_call>" + "[" * 100_000 + "</tool_call>"),
     ("qwen25", " \n<tool"),
-    ("llama3", '{"name": "weather", "parameters": {}} and more'),
+    ("qwen25", r'<tool_call>{"name": "now", "arguments": {"city": "\ud800"}}</tool_call>'),  # half an emoji
+    ("qwen25", '<tool_call>{"name": "now", "arguments": {"a": NaN}}</tool_call>'),
+    ("qwen25", '<tool_call>{"name": "now", "arguments": {"a": 1e999}}</tool_call>'),
     ("llama3", '{"a": 1}'),
     ("llama3", 'An object: {"name": "now", "parameters": {}}'),
     ("llama3", ' {"name": "now"'),
