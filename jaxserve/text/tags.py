@@ -12,7 +12,7 @@ def num_uncertain(text: str, tags: Sequence[str]) -> int:
     return len(text) - len(text[: len(text) - part].rstrip())
 
 
-def find_first(text: str, tags: Sequence[str]) -> tuple[int, str]:
-    """Where the first of the tags begins, and which one; at -1 none does."""
-    places = [(text.find(tag), tag) for tag in tags]
+def find_first(text: str, tags: Sequence[str], start: int = 0) -> tuple[int, str]:
+    """Where the first of the tags begins, from `start` on, and which one; at -1 none does."""
+    places = [(text.find(tag, start), tag) for tag in tags]
     return min((place for place in places if place[0] >= 0), default=(-1, ""))

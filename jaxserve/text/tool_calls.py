@@ -276,10 +276,14 @@ class ToolCalls:
         self._style, self._tools = style, tools
         self._held = ""
         self._is_open = False  # a call has begun, at the first character of `_held` that is no white space
+        self._searched = 0  # characters of an open call, in which its end is not
         self._has_calls = self._has_text = False
 
     def feed(self, text: str, is_last: bool = False) -> tuple[str, list[ToolCall]]:
-        self._held += text
+        held, self._held = self._held, ""
+        held += text  # in place, as nothing else holds it
+        self._held = held
+        del held
         texts: list[str] = []
         calls: list[ToolCall] = []
         while True:
@@ -311,11 +315,11 @@ class ToolCalls:
     def _take_calls(self, is_last: bool, texts: list[str], calls: list[ToolCall]) -> bool:
         """Whether the calls at the beginning of `_held` have ended, and are taken."""
         style = self._style
+        if not is_last and not (style.closing and self._has_closing(style.closing)):
+            return False
         block = self._held.lstrip()
         begin = len(style.opening) if block.startswith(style.opening) else 0
         end = block.find(style.closing, begin) if style.closing else -1
-        if end < 0 and not is_last:
-            return False
         inner = block[begin:] if end < 0 else block[begin:end]
         after = len(block) if end < 0 else end + len(style.closing)
         found, rest = self._read(inner) if end >= 0 or not style.closing else ([], "")
@@ -326,8 +330,13 @@ class ToolCalls:
         else:
             texts.append(self._held[: len(self._held) - len(block) + after])
         self._has_text = self._has_text or bool(texts[-1])
-        self._held, self._is_open = block[after:], False
+        self._held, self._is_open, self._searched = block[after:], False, 0
         return True
+
+    def _has_closing(self, closing: str) -> bool:
+        at = self._held.find(closing, max(0, self._searched - len(closing)))
+        self._searched = len(self._held)
+        return at >= 0
 
     def _read(self, text: str) -> Found:
         """No calls, where they cannot be read or one is of no tool."""

@@ -14,7 +14,7 @@ from router.page_hash import page_hashes, root_hash
 
 PAGE = 16
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if 'tool_calls' in m %}!{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 

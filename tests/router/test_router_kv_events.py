@@ -136,6 +136,12 @@ async def test_chats_are_rendered_as_the_worker_renders_them(tmp_path):
         seen = next(w for w in workers if w.seen).seen[0].json
         text = "<|user|>hello there<|assistant|>"
         assert seen["input_ids"] == r.gateway.exact.tokens._encode(text, False)
+        messages = [{"role": "assistant", "content": "no calls", "tool_calls": None}]
+        await r.chat(messages=messages)
+        (seen,) = [s.json for w in workers for s in w.seen if s.json.get("messages") == messages]
+        assert seen["input_ids"] == r.gateway.exact.tokens._encode(
+            "<|assistant|>no calls<|assistant|>", False
+        )
         await r.chat("with tools", tools=[{"type": "function", "function": {"name": "f"}}])
         assert all(
             "input_ids" not in w.seen[-1].json for w in workers if w.seen[-1:] and "tools" in w.seen[-1].json
