@@ -7,16 +7,19 @@ Source: OpenAI 2025, "OpenAI harmony response format".
 
 import re
 
+from jaxserve.text.tags import Holder
 from jaxserve.text.tool_calls import ToolCall, Tools, read_arguments
 
 MESSAGE = "<|message|>"
 BEGINS = ("<|start|>", "<|channel|>")
 ENDS = ("<|end|>", "<|return|>", "<|call|>")
+TAG = re.compile("|".join(map(re.escape, (*BEGINS, *ENDS))))
+LONGEST = max(map(len, (*BEGINS, *ENDS)))
 RECIPIENT = re.compile(r"\bto=functions\.([^\s<]+)")
 THOUGHTS = "analysis"
 
 
-class Channels:
+class Channels(Holder):
     """Takes the text of one answer, special tokens included, in pieces, and gives out (thoughts, text, calls)
     as they become certain.
 
@@ -25,13 +28,13 @@ class Channels:
     """
 
     def __init__(self, tools: Tools, at_once: bool = False):
+        super().__init__()
         self._tools, self._at_once = tools, at_once
-        self._held = ""
         self._channel: str | None = None  # of the message whose text comes; None: between messages
         self._tool: str | None = None  # whom that message calls
 
     def feed(self, text: str, is_last: bool = False) -> tuple[str, str, list[ToolCall]]:
-        self._held += text
+        self._hold(text)
         thoughts: list[str] = []
         texts: list[str] = []
         calls: list[ToolCall] = []
@@ -67,7 +70,8 @@ class Channels:
     def _take(self, is_last: bool) -> tuple[str, bool]:
         """What of a message's text is certain, and whether that is its end."""
         held = self._held
-        found = re.search("|".join(map(re.escape, (*BEGINS, *ENDS))), held)
+        found = TAG.search(held, max(0, self._searched - LONGEST))
+        self._searched = 0
         if found:
             body, self._held = (
                 held[: found.start()],
@@ -77,7 +81,7 @@ class Channels:
         if is_last:
             count = len(held)
         elif self._tool is not None or (self._at_once and self._channel == THOUGHTS):
-            count = 0
+            count, self._searched = 0, len(held)
         else:
             at = held.rfind("<")
             is_tag = at >= 0 and any(tag.startswith(held[at:]) for tag in (*BEGINS, *ENDS))

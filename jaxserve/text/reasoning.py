@@ -6,7 +6,7 @@ Such models write their thoughts between two tags. `Thoughts` takes one answer a
 from dataclasses import dataclass
 from enum import Enum
 
-from jaxserve.text.tags import find_first, num_uncertain
+from jaxserve.text.tags import Holder, find_first, num_uncertain
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ STYLES = {
 State = Enum("State", ["BEFORE", "THINKING", "ANSWERING"])
 
 
-class Thoughts:
+class Thoughts(Holder):
     """Takes the text of one answer in pieces, and gives out (thoughts, answer) as they become certain.
 
     What is held back meanwhile follows from all of the text so far, wherever its pieces end: a part of a
@@ -56,16 +56,16 @@ class Thoughts:
         call: str | None = None,
         at_once: bool = False,
     ):
+        super().__init__()
         self._style, self._at_once = style, at_once
         self._ends = [style.closing, *([call] if call else [])]
         self._state, self._untagged = _first_state(style, prompt.rstrip(), continued)
-        self._held = ""
         self._trims = (
             self._state is State.THINKING
         )  # white space where thoughts or the answer behind them begin
 
     def feed(self, text: str, is_last: bool = False) -> tuple[str, str]:
-        self._held += text
+        self._hold(text)
         thoughts = answer = ""
         if self._state is State.BEFORE:
             self._begin(is_last)
@@ -84,11 +84,13 @@ class Thoughts:
         self._trims = self._state is State.THINKING
 
     def _think(self, is_last: bool) -> str:
-        end, tag = find_first(self._held, self._ends)
+        longest = max(map(len, self._ends))
+        end, tag = find_first(self._held, self._ends, max(0, self._searched - longest))
         if end < 0 and not is_last:
-            return (
-                "" if self._at_once else self._take(len(self._held) - num_uncertain(self._held, self._ends))
-            )
+            if self._at_once:
+                self._searched = len(self._held)
+                return ""
+            return self._take(len(self._held) - num_uncertain(self._held, self._ends))
         thoughts = self._take(len(self._held) if end < 0 else end).rstrip()
         if end >= 0:
             self._state, self._trims = State.ANSWERING, True

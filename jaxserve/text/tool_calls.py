@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxserve.text.tags import num_uncertain
+from jaxserve.text.tags import Holder, num_uncertain
 
 Tools = Mapping[str, Mapping[str, Any]]
 """The JSON schema of each tool's parameters, by the tool's name."""
@@ -265,7 +265,7 @@ STYLES = {
 }
 
 
-class ToolCalls:
+class ToolCalls(Holder):
     """Takes the text of one answer in pieces, and gives out (text, calls) as they become certain.
 
     What is held back meanwhile follows from all of the text so far, wherever its pieces end: a call that has
@@ -273,17 +273,13 @@ class ToolCalls:
     """
 
     def __init__(self, style: ToolStyle, tools: Tools):
+        super().__init__()
         self._style, self._tools = style, tools
-        self._held = ""
         self._is_open = False  # a call has begun, at the first character of `_held` that is no white space
-        self._searched = 0  # characters of an open call, in which its end is not
         self._has_calls = self._has_text = False
 
     def feed(self, text: str, is_last: bool = False) -> tuple[str, list[ToolCall]]:
-        held, self._held = self._held, ""
-        held += text  # in place, as nothing else holds it
-        self._held = held
-        del held
+        self._hold(text)
         texts: list[str] = []
         calls: list[ToolCall] = []
         while True:
