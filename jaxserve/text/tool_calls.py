@@ -276,7 +276,8 @@ class ToolCalls(Holder):
         super().__init__()
         self._style, self._tools = style, tools
         self._is_open = False  # a call has begun, at the first character of `_held` that is no white space
-        self._has_calls = self._has_text = False
+        self._has_text = False
+        self._follows_call = False  # nothing but white space has come since
 
     def feed(self, text: str, is_last: bool = False) -> tuple[str, list[ToolCall]]:
         self._hold(text)
@@ -300,12 +301,13 @@ class ToolCalls(Holder):
             count = len(held[:at].rstrip())
         elif is_last:
             count = len(held)
-            if self._has_calls and not held.strip():
+            if self._follows_call and not held.strip():
                 held = ""
         else:
             count = len(held) - num_uncertain(held, [style.opening])
         self._held = self._held[count:]
-        self._has_text = self._has_text or bool(held[:count].strip())
+        if held[:count].strip():
+            self._has_text, self._follows_call = True, False
         return held[:count]
 
     def _take_calls(self, is_last: bool, texts: list[str], calls: list[ToolCall]) -> bool:
@@ -320,12 +322,12 @@ class ToolCalls(Holder):
         after = len(block) if end < 0 else end + len(style.closing)
         found, rest = self._read(inner) if end >= 0 or not style.closing else ([], "")
         if found:
-            self._has_calls = True
             calls += found
             texts.append(rest if rest.strip() else "")
         else:
             texts.append(self._held[: len(self._held) - len(block) + after])
         self._has_text = self._has_text or bool(texts[-1])
+        self._follows_call = not texts[-1]
         self._held, self._is_open, self._searched = block[after:], False, 0
         return True
 
