@@ -47,6 +47,9 @@ ODD_MESSAGE = st.fixed_dictionaries(
 MESSAGES = st.one_of(
     st.lists(MESSAGE, min_size=1, max_size=3), st.lists(st.one_of(MESSAGE, ODD_MESSAGE), max_size=3)
 )
+SCHEMA = st.one_of(VALUES, st.fixed_dictionaries({"properties": st.dictionaries(st.just("x"), VALUES)}))
+FUNCTION = st.fixed_dictionaries({"name": st.just("f")}, optional={"parameters": SCHEMA, "x": VALUES})
+TOOL = st.fixed_dictionaries({"type": st.just("function"), "function": FUNCTION})
 STOP = st.text("helo ", min_size=1, max_size=3)
 LIKELY = {  # values that pass, so that what comes after validation is reached too
     "text": st.one_of(st.just("x"), st.lists(st.text("ab€", min_size=1, max_size=5), min_size=1, max_size=3)),
@@ -54,6 +57,7 @@ LIKELY = {  # values that pass, so that what comes after validation is reached t
     "tokens": st.lists(st.integers(0, 321), max_size=4),
     "input_ids": st.lists(st.integers(0, 319), min_size=1, max_size=4),
     "messages": MESSAGES,
+    "tools": st.lists(TOOL, min_size=1, max_size=2),
     "stream": st.booleans(),
     "stop": st.one_of(
         st.text("helo ", min_size=1, max_size=3),
@@ -92,9 +96,10 @@ def bodies(kind):
 
 @pytest.fixture(scope="module")
 def send(tokenizer):
-    """POST to the application without a network; many examples a second."""
-    engine = FakeEngine(lambda request: tokenizer.encode("hello world"))
-    app = make_app(engine, tokenizer)
+    """POST to the application without a network; many examples a second. Its model always calls f."""
+    call = "<tool_call>f<arg_key>x</arg_key><arg_value>1</arg_value></tool_call>"
+    engine = FakeEngine(lambda request: tokenizer.encode(f"hello <think>{call}"))
+    app = make_app(engine, tokenizer, reasoning_parser="qwen3", tool_call_parser="glm45")
     with asyncio.Runner() as runner:
         client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
         yield lambda path, method="POST", **how: runner.run(client.request(method, path, **how))
