@@ -2,9 +2,7 @@
 
 import numpy as np
 import pytest
-from flax import nnx
 
-from jaxserve.layers.linear import Projections
 from jaxserve.mesh import Layout
 from jaxserve.ops import backend
 from tests.models.tiny import Chunk, Golden, TinyEngine, load_tiny
@@ -36,9 +34,21 @@ def name(case):
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_ranks_with_their_own_mix_of_work_give_the_recorded_logits(case):
     """Ranks decode beside a prefill, prefill only, or have nothing, all in one step."""
-    family, layout = case
+    check_mixed_steps(*case)
+
+
+# Heads that lie side by side in one array, with norms (Qwen3) and without: each device has its share of both.
+@pytest.mark.parametrize(
+    "case", [("llama", Layout(2)), ("qwen3", Layout(2)), ("qwen3", Layout(4, dp=2))], ids=name
+)
+def test_joined_heads_through_kernels_give_the_recorded_logits(case):
+    with backend.use("interpret"):
+        check_mixed_steps(*case, joined=True)
+
+
+def check_mixed_steps(family, layout, **options):
     golden = Golden.read(family)
-    engine = TinyEngine(load_tiny(family), layout=layout)
+    engine = TinyEngine(load_tiny(family), layout=layout, **options)
     short, long = golden.prompts[2], golden.prompts[3]
     last = len(short) - 1
     nothing = [[] for _ in range(layout.dp)]
@@ -74,15 +84,11 @@ def test_latent_attention_made_of_kernels_gives_the_logits_of_the_reference(case
     """Through the model: with products joined as one device has them, or heads split over devices."""
     family, layout = case
     model = load_tiny(family)
-    if layout is None:
-        for _, node in nnx.iter_graph(model):
-            if isinstance(node, Projections):
-                node.fuse()
     prompt = np.arange(20) * 5
 
     def logits(where):
         with backend.use(where):
-            engine = TinyEngine(model, layout=layout)
+            engine = TinyEngine(model, layout=layout, joined=layout is None)
             nothing = [[] for _ in range(engine.ranks)]
             first = engine.step(nothing, [[Chunk(0, 0, prompt[:17])] for _ in nothing], R=0, P=32)
             decode = [[Chunk(0, 17, prompt[17:18])] for _ in nothing]

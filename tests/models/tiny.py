@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from jaxserve.layers.attention import QueryBlocks, StepContext, pool_layouts
 from jaxserve.layers.kv import StateBlocks, state_layout
+from jaxserve.layers.linear import Projections
 from jaxserve.mesh import Layout, make_mesh, rules, weight_sharding
 from jaxserve.models import resolve
 
@@ -87,12 +88,23 @@ class Chunk:
 
 
 class TinyEngine:
-    """Runs steps of decode rows and prefill chunks over a pool whose pages are in random order."""
+    """Runs steps of decode rows and prefill chunks over a pool whose pages are in random order.
+
+    `joined`: products of one input are one product, as they are on GPUs.
+    """
 
     page_size, block_size = 8, 16
     num_slots, pages_per_slot = 6, 24
 
-    def __init__(self, model: nnx.Module, *, layout: Layout | None = None, seed: int = 0, dtype=jnp.float32):
+    def __init__(
+        self,
+        model: nnx.Module,
+        *,
+        layout: Layout | None = None,
+        seed: int = 0,
+        dtype=jnp.float32,
+        joined: bool = False,
+    ):
         self.ranks = layout.dp if layout else 1
         self.mesh = make_mesh(layout, jax.devices()) if layout else None
         self.num_pages = self.num_slots * self.pages_per_slot + 5
@@ -113,6 +125,12 @@ class TinyEngine:
                 lambda path, param: param.replace(weight_sharding(self.mesh, table, param)), self.params
             )
             self.params = jax.device_put(self.params, shardings)
+        if joined:
+            model = nnx.merge(self.structure, self.params)
+            for _, node in nnx.iter_graph(model):
+                if isinstance(node, Projections):
+                    node.fuse(self.mesh if self.mesh is not None and self.mesh.size > 1 else None)
+            self.structure, self.params = nnx.split(model)
         self.forget()
         self._forward = jax.jit(
             self._trace, static_argnames=("has_rows", "has_prompts"), donate_argnums=(1, 2)
