@@ -28,6 +28,7 @@ from jaxserve.server.openai_reply import (
     chat_chunks,
     completion_choice,
     completion_chunks,
+    nothing_new,
 )
 from jaxserve.server.openai_schema import (
     COMPLETION_MAX_TOKENS,
@@ -62,6 +63,7 @@ from jaxserve.text.chat_template import ChatTemplateError, text_of
 ANY_MODEL = ("", "default")  # names by which clients ask for whatever is served
 ID_PREFIXES = {"text_completion": "cmpl", "chat.completion": "chatcmpl"}
 MAX_TAG_TOKENS = 16  # of a prompt's end: a tag that its template closes or opens, and white space
+QUIET_S = 15.0  # a chat that is held back for longer, in a long call of a tool, sends an empty chunk
 STARTED_S = int(time.time())
 
 Chunks = Callable[[Sequence], list[dict[str, Any]]]
@@ -324,10 +326,14 @@ def _answer(
 async def _events(service: Service, answer: Answer, chunks: Chunks) -> AsyncGenerator[bytes]:
     with service.admitted(answer.sequences):
         async with aclosing(service.follow(answer.sequences)) as events:
+            sent_s = service.clock()
             async for sequence in events:
                 due = [sse(chunk) for chunk in chunks(sequence)]
+                if not due and answer.new_parts is not None and service.clock() - sent_s > QUIET_S:
+                    due = [sse(nothing_new(answer, sequence))]
                 if due:
                     due[-1] = token_comment(sequence) + due[-1]  # the last one has the text
                     yield b"".join(due)
+                    sent_s = service.clock()
     if answer.include_usage:
         yield sse(answer.chunk(None)) + DONE  # in one piece: who has the usage has the end

@@ -150,6 +150,11 @@ def chat_chunks(answer: Answer, sequence: Sequence, tokenizer: Tokenizer | None)
     return chunks
 
 
+def nothing_new(answer: Answer, sequence: Sequence) -> dict[str, Any]:
+    """A chunk that says that the stream lives: proxies end those on which nothing comes."""
+    return _delta(answer, sequence, {})
+
+
 def _delta(
     answer: Answer, sequence: Sequence, delta: dict[str, Any], logprobs: Any = None, **more: Any
 ) -> dict[str, Any]:

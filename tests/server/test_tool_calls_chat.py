@@ -13,6 +13,7 @@ from test_resumed_streams import resume_of, stable, stream
 
 from jaxserve.config import ServerConfig, ToolCallParser
 from jaxserve.launch import load_text
+from jaxserve.server import openai as openai_routes
 from jaxserve.server.chat_parts import CHANNELS
 from jaxserve.text.tool_calls import STYLES
 
@@ -79,6 +80,16 @@ def test_stream_brings_each_call_whole(caller):
     assert "".join(choice.delta.content or "" for choice in choices) == "hello"
     assert [c.finish_reason for c in choices if c.finish_reason] == ["tool_calls"]
     assert len({c.id for c in calls}) == 2
+
+
+def test_stream_that_holds_a_long_call_back_is_not_silent(caller, monkeypatch):
+    few = [chunk.choices[0] for chunk in chat(caller, CALL, stream=True)]
+    monkeypatch.setattr(openai_routes, "QUIET_S", -1.0)
+    many = [chunk.choices[0] for chunk in chat(caller, CALL, stream=True)]
+    assert len(many) > len(few) + 20
+    said = [choice.delta for choice in many if choice.delta.content or choice.delta.tool_calls]
+    assert len(said) == 1 and len(said[0].tool_calls) == 1
+    assert [choice.finish_reason for choice in many if choice.finish_reason] == ["tool_calls"]
 
 
 def test_template_is_given_the_tools_unless_none_may_be_called(caller):
