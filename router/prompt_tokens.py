@@ -92,9 +92,9 @@ class PromptTokens:
                 return None
             if message.get("tool_calls"):
                 return None
-        # As the worker does: templates ask whether a message has a field.
+        # As the worker does, for templates ask whether a message has a field. Of calls there are none.
         messages = [
-            {name: value for name, value in message.items() if value is not None and value != []}
+            {name: value for name, value in message.items() if value is not None and name != "tool_calls"}
             for message in messages
         ]
         try:
