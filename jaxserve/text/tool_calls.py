@@ -195,15 +195,11 @@ def _types(schema: Any) -> set[str]:
     if not isinstance(schema, Mapping):
         return set()
     given = schema.get("type")
-    types = {name for name in (given if isinstance(given, list) else [given]) if isinstance(name, str)}
+    names = list(given) if isinstance(given, list) else [given]
     for choices in (schema.get("anyOf"), schema.get("oneOf")):
-        for choice in choices if isinstance(choices, list) else ():
-            types |= (
-                {choice["type"]}
-                if isinstance(choice, Mapping) and isinstance(choice.get("type"), str)
-                else set()
-            )
-    return types
+        if isinstance(choices, list):
+            names += [choice.get("type") for choice in choices if isinstance(choice, Mapping)]
+    return {name for name in names if isinstance(name, str)}
 
 
 def _skip(text: str, at: int, what: re.Pattern[str] = SPACE) -> int:
@@ -301,14 +297,12 @@ class ToolCalls(Holder):
             count = len(held[:at].rstrip())
         elif is_last:
             count = len(held)
-            if self._follows_call and not held.strip():
-                held = ""
         else:
             count = len(held) - num_uncertain(held, [style.opening])
-        self._held = self._held[count:]
-        if held[:count].strip():
+        text, self._held = held[:count], held[count:]
+        if text.strip():
             self._has_text, self._follows_call = True, False
-        return held[:count]
+        return "" if self._follows_call else text
 
     def _take_calls(self, is_last: bool, texts: list[str], calls: list[ToolCall]) -> bool:
         """Whether the calls at the beginning of `_held` have ended, and are taken."""
