@@ -204,13 +204,12 @@ def _parsers(service: Service, body: ChatBody) -> Parsers:
             param="tools",
             code="unsupported_parameter",
         )
+    final = body.messages[-1] if body.messages and body.continue_final_message else {}
     return Parsers(
         config.reasoning_parser if body.separate_reasoning else None,
         config.tool_call_parser if tools else None,
         tools,
-        continued=text_of(body.messages[-1].get("content"))
-        if body.continue_final_message and body.messages
-        else "",
+        continued=text_of(final.get("content")),
         at_once=not body.stream_reasoning,
     )
 
