@@ -57,6 +57,13 @@ class ServerConfig:
     tool_call_parser: ToolCallParser | None = key(  # noqa: RUF009
         None, "whose format of calls is read from chat answers, as tool_calls; default: no tools"
     )
+    grammar_backend: Literal["llguidance", "xgrammar", "outlines", "none"] = key(
+        "llguidance",
+        "llguidance serves for the others too; none: no json_schema, regex, ebnf, structural_tag",
+    )
+    constrained_json_disable_any_whitespace: bool = key(
+        False, "JSON that a schema asks for is written without white space between its tokens"
+    )
     skip_tokenizer_init: bool = key(False, "token ids in, token ids out: load no tokenizer")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = key(
         "auto", "auto: the checkpoint's on GPU, float32 on CPU"

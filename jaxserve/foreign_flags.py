@@ -51,7 +51,6 @@ REFUSED = {
     "enable_hierarchical_cache": _CACHE,
     "enable_lora": _LORA,
     "enable_trace": _TRACES,
-    "grammar_backend": "grammars are not served yet",
     "hicache_ratio": _CACHE,
     "hicache_size": _CACHE,
     "incremental_streaming_output": _STREAM,

@@ -25,6 +25,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stop_token_ids: tuple[int, ...] = ()  # complete: end-of-sequence ids are in it unless ignored
     logit_bias: dict[int, float] = {}
     seed: int | None = None  # None: the engine draws one when the request arrives
+    grammar: str = ""  # what the output must be, see `jaxserve.text.grammar`; empty: anything
+    grammar_after: tuple[
+        int, ...
+    ] = ()  # the grammar begins behind these tokens of the output (thoughts' end)
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
@@ -81,7 +85,8 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
 
 
 class Finish(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Why a sequence ended. For `stop`, `matched` is the token id; for `abort`, `message` says why."""
+    """Why a sequence ended. For `stop`, `matched` is the token id, None at the end of a grammar; for `abort`,
+    `message` says why."""
 
     type: Literal["stop", "length", "abort"]
     matched: int | None = None

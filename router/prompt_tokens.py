@@ -84,7 +84,7 @@ class PromptTokens:
         messages = body.get("messages")
         if body.get("tools") or body.get("continue_final_message") or not isinstance(messages, list):
             return None
-        if body.get("response_format") or body.get("reasoning_effort"):
+        if body.get("reasoning_effort"):
             return None
         variables = body.get("chat_template_kwargs") or {}
         for message in messages:

@@ -30,6 +30,7 @@ GOLDEN = Path(__file__).parent / "golden"
 MOST_MAPS = 40_000
 SMALL = {
     "skip_tokenizer_init": True,
+    "grammar_backend": "none",
     "dtype": "float32",
     "device": "cpu",
     "max_running_requests": 4,

@@ -349,9 +349,9 @@ def test_foreign_flag_that_asks_for_what_is_had_is_taken_with_a_log_line(tmp_pat
 
 def test_foreign_flag_that_asks_for_more_is_refused_with_the_way_out(capsys):
     with pytest.raises(SystemExit) as end:
-        parse("--model-path", "m", "--grammar-backend", "xgrammar")
+        parse("--model-path", "m", "--enable-trace")
     assert end.value.code == 2
-    assert "error: grammar_backend is not supported: grammars are not served yet" in capsys.readouterr().err
+    assert "error: enable_trace is not supported: the gateway writes traces" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="lora_paths is not supported: LoRA is not served yet"):
         ServerConfig.from_keywords(model_path="m", lora_paths=["x"])
 

@@ -81,8 +81,7 @@ def run(model: str, name: str, num_devices: int, options: dict[str, Any]) -> boo
     on_cpu = config.device == "cpu"
     cost = StepCost(draw_on_paper(config, find_hf_config(config), on_cpu))
     prepare_devices(config)
-    _, runner, _, _ = build(config, lambda _: None)
-    found = compare(runner, cost)
+    found = compare(build(config, lambda _: None).runner, cost)
     print("\n".join(lines(name, cost.layout.shape, found)), flush=True)
     return all(one.agrees for one in found)
 

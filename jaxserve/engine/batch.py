@@ -19,6 +19,7 @@ from jaxserve.engine.request import Request
 NUM_BIASES = 384  # entries of a slot's logit-bias table; its stop tokens come first
 NUM_LOGPROB_IDS = 32  # most `token_ids_logprob` of a request
 NUM_TOP_LOGPROBS = 20  # most `top_logprobs_num` of a request
+BARRED = -1e38  # of a token that may not come yet; where a grammar allows nothing else, it comes
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ def sample_packing(num_samples: int, random: bool, with_filters: bool, with_logp
     if with_filters:
         fields |= dict(
             top_k=(n, i), top_p=(n, f), min_p=(n, f), frequency=(n, f), presence=(n, f), repetition=(n, f),
-            first_bias=(n, i),
+            first_bias=(n, i), has_mask=(n, i),
         )  # fmt: skip
     if with_logprobs:
         fields |= dict(logprob_ids=(n * NUM_LOGPROB_IDS, i))
@@ -272,6 +273,7 @@ def pack_sample(num_samples: int, packing: Packing, plans: Sequence[RankPlan]) -
             f["presence"][:n] = [s.presence_penalty for s in params]
             f["repetition"][:n] = [s.repetition_penalty for s in params]
             f["first_bias"][:n] = [first_bias(r, number) for r, number in rows]
+            f["has_mask"][:n] = [r.has_mask for r in requests]
         if "logprob_ids" in f:
             ids = f["logprob_ids"].reshape(num_samples, NUM_LOGPROB_IDS)
             for i, request in enumerate(requests):
@@ -293,7 +295,7 @@ def bias_table(request: Request) -> tuple[np.ndarray, np.ndarray]:
     ids = np.full(NUM_BIASES, -1, np.int32)
     values = np.zeros(NUM_BIASES, np.float32)
     sampling = request.spec.sampling
-    entries = [(t, -np.inf) for t in sampling.stop_token_ids] + list(sampling.logit_bias.items())
+    entries = [(t, BARRED) for t in sampling.stop_token_ids] + list(sampling.logit_bias.items())
     for i, (token, bias) in enumerate(entries):
         ids[i], values[i] = token, bias
     return ids, values
@@ -347,3 +349,19 @@ def pack_prepare(num_ranks: int, request: Request) -> list[np.ndarray]:
         f["bias_id"][:], f["bias_value"][:] = bias_table(request)
         buffers.append(packed)
     return buffers
+
+
+MASK_BITS = 32  # tokens of one word of a mask
+
+
+def mask_sizes(num_slots: int) -> list[int]:
+    """Numbers of masks that go to the devices at once: a step's are padded to the next."""
+    sizes = [1]
+    while sizes[-1] < num_slots:
+        sizes.append(min(8 * sizes[-1], num_slots))
+    return sizes
+
+
+def mask_packing(num_masks: int, vocab_size: int) -> Packing:
+    words = -(-vocab_size // MASK_BITS)
+    return Packing(slot=(num_masks, np.int32), mask=(num_masks * words, np.int32))

@@ -26,6 +26,7 @@ from jaxserve import mesh as meshes
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine import kept_programs
 from jaxserve.engine.blueprint import Blueprint, draw, read_dummy_config
+from jaxserve.engine.constraints import Constraints
 from jaxserve.engine.expert_state import Balancing, ExpertState, expert_leaves
 from jaxserve.engine.follow import compile_alike, model_facts
 from jaxserve.engine.kept_programs import KeptPrograms
@@ -40,6 +41,8 @@ from jaxserve.layers.kv import PoolLayout
 from jaxserve.layers.linear import Projections
 from jaxserve.messages import Info, Progress
 from jaxserve.parallel.links import LinkPlan
+from jaxserve.text.matcher import Vocabulary
+from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.weights import Checkpoint, load, load_dummy, open_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -99,9 +102,17 @@ class _Source(NamedTuple):
     checkpoint: Checkpoint | None
 
 
-def build(
-    config: ServerConfig, report: Report, hosts: Hosts | None = None
-) -> tuple[Scheduler, Runner, Info, Stats]:
+class Built(NamedTuple):
+    """`constraints` is None where no grammars are served."""
+
+    scheduler: Scheduler
+    runner: Runner
+    info: Info
+    stats: Stats
+    constraints: Constraints | None
+
+
+def build(config: ServerConfig, report: Report, hosts: Hosts | None = None) -> Built:
     """Everything an EngineLoop needs, ready to serve. Raises ConfigError or CheckpointError.
 
     `hosts` are those of the instance that have met, when it has several; all return at the same time.
@@ -119,6 +130,7 @@ def build(
     if hosts is not None:
         hosts.agree("model", facts)
 
+    constraints = _constraints(config, source, blueprint)  # its thread works while weights are read
     load_s = time.monotonic()
     _load(blueprint, source, mesh, report)
     load_s = time.monotonic() - load_s
@@ -175,7 +187,7 @@ def build(
         compile_s=compile_s,
         startup_s=time.monotonic() - begin_s,
     )
-    return scheduler, runner, info, stats
+    return Built(scheduler, runner, info, stats, constraints)
 
 
 # ---- in the order of a start ----
@@ -199,6 +211,20 @@ def _open(config: ServerConfig) -> _Source:
         return _Source(*read_dummy_config(config.model_path), None)
     checkpoint = open_checkpoint(config.model_path, config.revision, config.load_format)
     return _Source(checkpoint.config, checkpoint.generation_config, str(checkpoint.tokenizer_dir), checkpoint)
+
+
+def _constraints(config: ServerConfig, source: _Source, blueprint: Blueprint) -> Constraints | None:
+    """For the grammars of requests, on the host that receives them."""
+    if config.grammar_backend == "none" or config.skip_tokenizer_init or config.node_rank:
+        return None
+    eos = _eos_ids(source.config, source.generation_config)
+    directory = config.tokenizer_path or source.tokenizer_dir
+
+    def make() -> Vocabulary:
+        tokenizer = Tokenizer.from_dir(directory)
+        return Vocabulary(tokenizer, blueprint.model.vocab_size, {*eos, *tokenizer.eos_token_ids})
+
+    return Constraints(make)
 
 
 def _load(blueprint: Blueprint, source: _Source, mesh: Mesh, report: Report) -> None:
@@ -247,6 +273,7 @@ def _make_runner(blueprint: Blueprint, mesh: Mesh, num_pages: int) -> Runner:
         _make_states(blueprint),
         blueprint.num_nextn,
         blueprint.decode_steps,
+        config.grammar_backend != "none",
     )
 
 

@@ -2,19 +2,22 @@
 
 Step k+1 is planned and launched before step k's tokens are read, so the device never waits for the
 host. A stop condition is therefore seen one step late; the extra token is dropped. Only where drafts
-are to be checked does a step wait for the one before: what follows depends on how many were right.
+are to be checked does a step wait for the one before: what follows depends on how many were right. And
+where a request has a grammar, which depends on every token, the step samples after the one before is read.
 """
 
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from jaxserve.engine import batch
 from jaxserve.engine.cache_watch import CacheWatch
+from jaxserve.engine.constraints import Constraints
 from jaxserve.engine.expert_watch import ExpertWatch
 from jaxserve.engine.request import Request
 from jaxserve.engine.runner import Runner, Step, StepResult
@@ -39,6 +42,7 @@ from jaxserve.messages import (
 
 logger = logging.getLogger(__name__)
 
+GRAMMAR_WAIT_S = 0.002  # between two looks whether a grammar is ready, when there is nothing else to do
 LOAD_INTERVAL_S = 0.02  # between two reports of the load; one costs a walk over the waiting requests
 
 
@@ -62,12 +66,14 @@ class EngineLoop:
         endpoint: Endpoint,
         info: Info,
         stats: Stats,
+        constraints: Constraints | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.scheduler = scheduler
         self.runner = runner
         self.info = info
         self.stats = stats
+        self._constraints = constraints
         self._endpoint = endpoint
         self._clock = clock
         self._in_flight: Step | None = None
@@ -86,29 +92,53 @@ class EngineLoop:
                 self._step()
         finally:
             self.stats.loop_thread = None
+            if self._constraints is not None:
+                self._constraints.close()
 
     # ---- messages ----
 
     def _receive(self) -> None:
-        busy = self._in_flight is not None or self.scheduler.has_work
-        if not busy:
+        timeout_s = 0.0
+        if self._in_flight is None and not self.scheduler.has_work:
             self.scheduler.check()  # the audit runs when there is nothing better to do
-        for message in self._endpoint.receive(0 if busy or self._drain_until_s is not None else None):
+            if self._drain_until_s is None:
+                timeout_s = GRAMMAR_WAIT_S if self._waiting_for_grammars else None
+        for message in self._endpoint.receive(timeout_s):
             match message:
                 case Generate():
                     self._submit(message)
                 case Abort():
-                    self._abort(list(self.scheduler.requests) if message.all else message.rids)
+                    self._abort(self._rids if message.all else message.rids)
                 case Call():
                     self._endpoint.send(self._answer(message))
                 case Drain():
                     self._drain_until_s = self._clock() + message.grace_s
+        if self._constraints is not None:
+            for spec, made in self._constraints.take_ready():
+                if isinstance(made, str):
+                    self._refuse(spec, made)
+                else:
+                    self.scheduler.submit(spec, made)
+
+    @property
+    def _waiting_for_grammars(self) -> Sequence[str]:
+        return () if self._constraints is None else self._constraints.waiting
+
+    @property
+    def _rids(self) -> list[str]:
+        """All requests that are here."""
+        return [*self.scheduler.requests, *self._waiting_for_grammars]
 
     def _submit(self, spec: Generate) -> None:
-        refusal = self._refusal(spec)
-        if refusal is None:
+        if refusal := self._refusal(spec):
+            self._refuse(spec, refusal)
+        elif not spec.sampling.grammar:
             self.scheduler.submit(spec)
-            return
+        else:
+            assert self._constraints is not None
+            self._constraints.prepare(spec)
+
+    def _refuse(self, spec: Generate, refusal: str) -> None:
         finish = Finish("abort", message=refusal, status_code=400)
         self._endpoint.send(Outputs([Output(spec.rid, finish=finish, prompt_tokens=len(spec.input_ids))]))
 
@@ -142,6 +172,8 @@ class EngineLoop:
             return f"top_logprobs_num={spec.top_logprobs_num} must lie in 0..{batch.NUM_TOP_LOGPROBS}"
         if len(spec.token_ids_logprob) > batch.NUM_LOGPROB_IDS:
             return f"token_ids_logprob has more than {batch.NUM_LOGPROB_IDS} entries"
+        if sampling.grammar and self._constraints is None:
+            return "this engine serves no grammars"
         if spec.dp_rank is not None and not 0 <= spec.dp_rank < len(self.scheduler.ranks):
             return f"routed_dp_rank={spec.dp_rank} must lie in 0..{len(self.scheduler.ranks) - 1}"
         return None
@@ -150,6 +182,12 @@ class EngineLoop:
         self, rids: list[str], message: str = "aborted by the client", status: int | None = None
     ) -> None:
         finish = Finish("abort", message=message, status_code=status)
+        if self._constraints is not None:
+            for rid in rids:
+                if (spec := self._constraints.drop(rid)) is not None:
+                    self.stats.aborted += 1
+                    output = Output(rid, finish=finish, prompt_tokens=len(spec.input_ids))
+                    self._endpoint.send(Outputs([output]))
         ended = [r for rid in rids if (r := self.scheduler.abort(rid, finish))]
         self.stats.aborted += len(ended)
         if ended:
@@ -164,14 +202,15 @@ class EngineLoop:
                 if self._in_flight is not None and not self.scheduler.has_work:
                     self._publish(self._in_flight)  # it ran ahead of its requests' end
                     self._in_flight = None
-                if self.scheduler.has_work:
-                    running = len(self.scheduler.requests)
+                if self.scheduler.has_work or self._waiting_for_grammars:
+                    running = len(self._rids)
                     return Reply(call.call_id, False, message=f"not flushed: {running} requests are pending")
                 pages = self.scheduler.flush()
                 self._tell_cache_events()
                 return Reply(call.call_id, True, pages)
             case "loads":
-                return Reply(call.call_id, True, self.stats.loads(self.scheduler, self.info))
+                waiting = len(self._waiting_for_grammars)
+                return Reply(call.call_id, True, self.stats.loads(self.scheduler, self.info, waiting))
             case "stats":
                 experts = {} if self.expert_watch is None else {"experts": self.expert_watch.snapshot()}
                 return Reply(call.call_id, True, {**self.stats.snapshot(self.scheduler), **experts})
@@ -199,9 +238,9 @@ class EngineLoop:
     def _drained(self) -> bool:
         if self._drain_until_s is None:
             return False
-        if self._clock() > self._drain_until_s and self.scheduler.has_work:
-            self._abort(list(self.scheduler.requests), "the server is shutting down", 503)
-        return not self.scheduler.has_work and self._in_flight is None
+        if self._clock() > self._drain_until_s and self._rids:
+            self._abort(self._rids, "the server is shutting down", 503)
+        return not self._rids and self._in_flight is None
 
     # ---- steps ----
 
@@ -218,7 +257,26 @@ class EngineLoop:
             self._publish(self._in_flight)
         elif step is None and self.scheduler.has_work:
             raise AssertionError(f"{len(self.scheduler.requests)} requests wait and none can be planned")
+        if step is not None and step.plan.is_constrained:
+            self._sample(step)
         self._in_flight = step
+
+    def _sample(self, step: Step) -> None:
+        """In a step with grammars, whose state is now that behind every token before."""
+        constraints = self._constraints
+        assert constraints is not None
+
+        def fill(masks_RW: np.ndarray, requests: Sequence[Request]) -> None:
+            constraints.fill(masks_RW, [request.constraint for request in requests if request.constraint])
+
+        masked = [
+            [request for request in rank.sampled if request.has_mask and request.finish is None]
+            for rank in step.plan.ranks
+        ]
+        self.runner.sample(step, masked, fill)
+        for request in itertools.chain.from_iterable(masked):
+            if request.constraint is not None and (error := request.constraint.error):
+                self._abort([request.spec.rid], f"the grammar: {error}", 400)
 
     def _publish(self, step: Step) -> None:
         result = self.runner.read(step)

@@ -109,7 +109,7 @@ def _serve(config: ServerConfig, endpoint: ZmqEndpoint, hosts: Hosts | None) -> 
     prepare_devices(config)
     if hosts is not None:
         join_jax(config)
-    scheduler, runner, info, stats = build(config, endpoint.send, hosts)
+    scheduler, runner, info, stats, constraints = build(config, endpoint.send, hosts)
     # What lives until the end is looked through no more: a full collection held a step up by 0.3 s.
     gc.collect()
     gc.freeze()
@@ -119,7 +119,7 @@ def _serve(config: ServerConfig, endpoint: ZmqEndpoint, hosts: Hosts | None) -> 
         return follow(hosts, runner)
     if isinstance(hosts, Leader):
         announce_to(hosts, runner)
-    EngineLoop(scheduler, runner, endpoint, info, stats).run()
+    EngineLoop(scheduler, runner, endpoint, info, stats, constraints).run()
 
 
 if __name__ == "__main__":

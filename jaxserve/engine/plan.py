@@ -95,5 +95,10 @@ class StepPlan:
     num_steps: int = 1
 
     @property
+    def is_constrained(self) -> bool:
+        """Whether what it samples depends on tokens of the step before, by some request's grammar."""
+        return any(r.constraint is not None for rank in self.ranks for r in rank.sampled)
+
+    @property
     def has_drafts(self) -> bool:
         return any(any(rank.drafts.values()) for rank in self.ranks)

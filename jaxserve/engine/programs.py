@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxserve.engine.batch import (
+    MASK_BITS,
     NUM_LOGPROB_IDS,
     NUM_TOP_LOGPROBS,
     PREPARE_PACKING,
@@ -268,7 +269,7 @@ class Variant:
 
     name: str
     random: bool
-    filters: bool  # top-k, top-p, min-p, penalties, biases
+    filters: bool  # top-k, top-p, min-p, penalties, biases, masks of grammars
     logprobs: bool
 
 
@@ -281,7 +282,8 @@ VARIANTS = (GREEDY, RANDOM, FULL, LOGPROBS)  # by `SamplingWork`
 Drawing = tuple[jax.Array, jax.Array, jax.Array]  # seed, position and temperature of each row
 SlotState = dict[str, jax.Array]
 """What sampling keeps of each slot: `output_count` and `in_prompt` [S, V], `bias_id` and `bias_value`
-[S, NUM_BIASES]. Only slots whose request asks for penalties or biases have theirs set."""
+[S, NUM_BIASES], and where grammars are served `mask` [S, words]: the tokens that may follow, a bit each.
+Only slots whose request asks for penalties, biases or a grammar have theirs set."""
 LARGEST_COUNT = 2**15 - 1
 """Of one token in an output: counts are of 16 bits, and stay there."""
 
@@ -377,7 +379,7 @@ def _count_rows(count_SV: jax.Array, slot_R: jax.Array, token_R: jax.Array) -> j
 
 
 def _with_slot_state(logits_RV: jax.Array, slots: SlotState, f: dict[str, jax.Array]) -> jax.Array:
-    """Penalties and biases; rows without them keep their logits, whatever their slot holds."""
+    """Penalties, masks and biases; rows without them keep their logits, whatever their slot holds."""
     slot_R = jnp.maximum(f["slot"], 0)
     logits_RV = sampling.penalize(
         logits_RV,
@@ -387,6 +389,9 @@ def _with_slot_state(logits_RV: jax.Array, slots: SlotState, f: dict[str, jax.Ar
         f["presence"],
         f["repetition"],
     )
+    if "mask" in slots:
+        allowed_RV = _bits(slots["mask"][slot_R], logits_RV.shape[1]) | (f["has_mask"] == 0)[:, None]
+        logits_RV = jnp.where(allowed_RV, logits_RV, -jnp.inf)
     bias_id_RB, bias_RB = slots["bias_id"][slot_R], slots["bias_value"][slot_R]
     number_B = jnp.arange(bias_id_RB.shape[1])
     first_R = f["first_bias"]
@@ -394,6 +399,12 @@ def _with_slot_state(logits_RV: jax.Array, slots: SlotState, f: dict[str, jax.Ar
     column_RB = jnp.where(active_RB, bias_id_RB, logits_RV.shape[1])
     row_RB = jnp.broadcast_to(jnp.arange(slot_R.shape[0])[:, None], column_RB.shape)
     return logits_RV.at[row_RB, column_RB].add(bias_RB, mode="drop")
+
+
+def _bits(words_RW: jax.Array, length: int) -> jax.Array:
+    """[R, length] bool of words of MASK_BITS bits, the lowest first."""
+    bits_RWB = (words_RW[:, :, None] >> jnp.arange(MASK_BITS)) & 1
+    return bits_RWB.reshape(words_RW.shape[0], -1)[:, :length] == 1
 
 
 def _logprobs(logits_RV: jax.Array, token_R: jax.Array, ids_RI: jax.Array) -> dict[str, jax.Array]:
@@ -470,4 +481,15 @@ def _prepare_rank(slots: SlotState, packed_1M: jax.Array) -> SlotState:
         "bias_id": f["bias_id"],
         "bias_value": f["bias_value"],
     }
-    return {name: slots[name].at[slot].set(value, mode="drop") for name, value in values.items()}
+    return slots | {name: slots[name].at[slot].set(value, mode="drop") for name, value in values.items()}
+
+
+def set_masks(packing: Packing, mesh: Mesh | None, mask_SW: jax.Array, packed_RM: jax.Array) -> jax.Array:
+    """Say which tokens may follow in some slots."""
+    f = packing.unpack(packed_RM)
+
+    def on_rank(mask_SW: jax.Array, slot_N: jax.Array, new: jax.Array) -> jax.Array:
+        slot_N = jnp.where(slot_N < 0, mask_SW.shape[0], slot_N)
+        return mask_SW.at[slot_N].set(new.reshape(slot_N.shape[0], -1), mode="drop")
+
+    return per_rank(mesh, on_rank, mask_SW, f["slot"], f["mask"])

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from jaxserve.engine.constraints import Constraint
 from jaxserve.engine.ngrams import Ngrams
 from jaxserve.engine.radix import Node
 from jaxserve.messages import Finish, Generate
@@ -13,7 +14,7 @@ class SamplingWork(IntEnum):
 
     GREEDY = 0
     RANDOM = 1
-    FILTERS = 2  # top-k, top-p, min-p, penalties, biases
+    FILTERS = 2  # top-k, top-p, min-p, penalties, biases, grammars
     LOGPROBS = 3
 
 
@@ -32,6 +33,7 @@ class Request:
     arrival: int  # order of arrival; with the priority it decides who goes first
     arrival_s: float
     tokens: list[int] = field(default_factory=list)
+    constraint: Constraint | None = None
     slot: int = -1  # row of the device-side tables while running
     pages: list[int] = field(default_factory=list)
     node: Node | None = None  # locked end of the shared prefix
@@ -68,7 +70,7 @@ class Request:
         narrows = s.top_p < 1 or s.top_k > 0 or s.min_p > 0
         if self.spec.return_logprob:
             self.sampling_work = SamplingWork.LOGPROBS
-        elif self.needs_slot_state or (s.temperature > 0 and narrows):
+        elif self.needs_slot_state or self.constraint or (s.temperature > 0 and narrows):
             self.sampling_work = SamplingWork.FILTERS
         else:
             self.sampling_work = SamplingWork.RANDOM if s.temperature > 0 else SamplingWork.GREEDY
@@ -101,9 +103,15 @@ class Request:
     def may_draft(self) -> bool:
         """Whether guesses of its next tokens can be checked all at once, and are worth it now.
 
-        Penalties count each token before the next one is sampled, so a step samples one of them.
+        Penalties count each token before the next one is sampled, and a grammar follows it, so a step
+        samples one of them.
         """
-        return not self.has_penalty and len(self.tokens) >= self.rests_until
+        return not (self.has_penalty or self.constraint) and len(self.tokens) >= self.rests_until
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether its next token has to be one that its grammar allows."""
+        return self.constraint is not None and self.constraint.has_begun
 
     @property
     def wants_prompt_logprobs(self) -> bool:

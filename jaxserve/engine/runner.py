@@ -27,6 +27,7 @@ from jaxserve.engine.launches import Launch, Launches
 from jaxserve.engine.nextn import NextnLayer
 from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.programs import Carried, ModelFunction, Variant
+from jaxserve.engine.request import Request
 from jaxserve.parallel.links import LinkPlan
 from jaxserve.parallel.slots import SlotTable
 
@@ -88,6 +89,7 @@ class Runner:
         experts: what is kept of them, when the model has any.
         num_nextn: guesses that the model's own layer makes for a request after each step.
         decode_steps: of one launch that has nothing but decode to do.
+        masks: whether grammars are served, which say for each slot which tokens may follow.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Runner:
         states: tuple[jax.Array, ...] = (),
         num_nextn: int = 0,
         decode_steps: int = 1,
+        masks: bool = False,
     ):
         self.sizes = sizes
         self.buckets = sorted(buckets, key=lambda b: (b.chunks > 0, b.num_tokens, b.rows))
@@ -126,13 +129,20 @@ class Runner:
             "bias_id": self._zeros((rows, batch.NUM_BIASES), np.int32),
             "bias_value": self._zeros((rows, batch.NUM_BIASES), np.float32),
         }
+        packings: dict[int, batch.Packing] = {}
+        if masks:
+            words = -(-sizes.vocab_size // batch.MASK_BITS)
+            self._slots["mask"] = self._zeros((rows, words), np.int32)
+            packings = {n: batch.mask_packing(n, sizes.vocab_size) for n in batch.mask_sizes(sizes.num_slots)}
         self.experts = experts
         self._decode_steps = decode_steps
         self.nextn: NextnLayer | None = None
         if num_nextn:
             pages = (sizes.num_pages, sizes.page_size)
             self.nextn = NextnLayer(num_nextn, sizes.num_slots, pages, self._map_mesh, self.buckets)
-        self.launches = Launches(sizes.num_ranks, self.buckets, bool(states), decode_steps, self.nextn)
+        self.launches = Launches(
+            sizes.num_ranks, self.buckets, bool(states), decode_steps, self.nextn, packings
+        )
         self._links: Any = ()
         if model.links is not None:  # the mailboxes are written by address: they only have to be there
             self._links, self._mailboxes = model.links.make(mesh)
@@ -142,12 +152,28 @@ class Runner:
     # ---- a step ----
 
     def launch(self, plan: StepPlan) -> Step:
-        """Start a step; returns at once. Results come from `read`."""
+        """Start a step; returns at once. Results come from `read`.
+
+        A step whose plan is constrained needs a call of `sample` too.
+        """
         bucket = self.launches.bucket_of(plan)
         results = self.start(self.launches.of_step(plan, bucket))
         for array in [*results.sampled.values(), *(results.scored or {}).values()]:
             array.copy_to_host_async()
         return Step(plan, bucket, results)
+
+    def sample(
+        self,
+        step: Step,
+        masked: Sequence[Sequence[Request]],
+        fill: Callable[[np.ndarray, Sequence[Request]], None],
+    ) -> None:
+        """Sample in a launched step whose plan is constrained; returns at once. See `Launches.of_masks`."""
+        launches = self.launches.of_masks(masked, fill)
+        made = self.start([*launches, *self.launches.of_sampling(step.plan, step.bucket)])
+        step.results.sampled, step.results.last = made.sampled, made.last
+        for array in made.sampled.values():
+            array.copy_to_host_async()
 
     def start(self, launches: list[Launch]) -> Launched:
         """Start programs in order, on every host; whatever runs on the devices after readiness comes by."""
@@ -166,6 +192,8 @@ class Runner:
                     self._table = program(self._table, packed)
                 case "prepare_slot":
                     self._slots = program(self._slots, packed)
+                case ("set_masks", _):
+                    self._slots["mask"] = program(self._slots["mask"], packed)
                 case "gather_load":
                     assert self.experts is not None
                     made.last = program(self.experts.load, packed)
@@ -442,6 +470,13 @@ class Runner:
             (0,),
             rank,
         )
+        for size, packing in self.launches.masks.items():
+            tasks["set_masks", size] = (
+                partial(programs.set_masks, packing, self._map_mesh),
+                (slots["mask"], packed(packing)),
+                (0,),
+                rank,
+            )
         if load and self._mesh.is_multi_process:
             one_each = jax.ShapeDtypeStruct((ranks, 1), np.int32, sharding=rank)
             tasks["gather_load"] = (lambda load, _: load, (*load, one_each), (), self._readable)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import islice, repeat
 
+from jaxserve.engine.constraints import Constraint
 from jaxserve.engine.drafting import Drafter, num_right, rest_if_useless
 from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.rank import Limits, Rank
@@ -42,7 +43,7 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.requests)
 
-    def submit(self, spec: Generate) -> Request:
+    def submit(self, spec: Generate, constraint: Constraint | None = None) -> Request:
         """Queue a request on a rank. The caller has checked lengths, ids and that the rid is new."""
         seed = spec.sampling.seed
         request = Request(
@@ -52,6 +53,7 @@ class Scheduler:
             arrival=self._arrivals,
             arrival_s=self._clock(),
             tokens=[*spec.input_ids, *spec.output_ids],
+            constraint=constraint,
         )
         self._arrivals += 1
         self.requests[spec.rid] = request
@@ -142,6 +144,8 @@ class Scheduler:
     def _finish_if_done(self, request: Request, token: int) -> None:
         if token in request.spec.sampling.stop_token_ids:
             self._end(request, Finish("stop", matched=token))
+        elif request.constraint is not None and (finish := request.constraint.accept(token)):
+            self._end(request, finish)
         elif len(request.tokens) >= request.max_len:
             self._end(request, Finish("length", length=len(request.tokens) - request.prompt_len))
 

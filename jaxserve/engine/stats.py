@@ -64,8 +64,11 @@ class Stats:
             for rank in scheduler.ranks
         ]
 
-    def loads(self, scheduler: Scheduler, info: Info) -> list[dict[str, Any]]:
-        """One dict a dp rank, with the keys of `/v1/loads`."""
+    def loads(self, scheduler: Scheduler, info: Info, num_grammars: int = 0) -> list[dict[str, Any]]:
+        """One dict a dp rank, with the keys of `/v1/loads`.
+
+        `num_grammars`: requests whose grammar is not ready, told with the first rank, since they have none.
+        """
         rows = []
         for i, rank in enumerate(scheduler.ranks):
             capacity = rank.limits.num_pages * rank.limits.page_size
@@ -95,7 +98,7 @@ class Stats:
                     **({"speculative": speculative(rank.drafting)} if rank.drafter is not None else {}),
                     "queues": {
                         "waiting": waiting,
-                        "grammar": 0,
+                        "grammar": num_grammars if i == 0 else 0,
                         "paused": 0,
                         "retracted": sum(1 for _, r in rank.waiting if r.num_retractions),
                     },

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from jaxserve.text import reasoning, tool_calls
 from jaxserve.text.channels import Channels
+from jaxserve.text.forced_calls import ForcedCalls
 from jaxserve.text.reasoning import Thoughts
 from jaxserve.text.tool_calls import ToolCall, ToolCalls, Tools
 
@@ -19,6 +20,8 @@ class Parsers(NamedTuple):
             stays in the text.
         continued: the final message, which the answer goes on with.
         at_once: thoughts are given out in one piece.
+        forced: calls are the list that the grammar forces, in no family's format.
+        behind: the tag behind which that list begins, of thoughts that stay in the text.
     """
 
     reasoning: str | None
@@ -26,10 +29,12 @@ class Parsers(NamedTuple):
     tools: Tools
     continued: str
     at_once: bool
+    forced: bool = False
+    behind: str = ""
 
     @property
     def are_none(self) -> bool:
-        return self.reasoning is None and self.tool_calls is None
+        return self.reasoning is None and self.tool_calls is None and not self.forced
 
     @property
     def have_channels(self) -> bool:
@@ -38,7 +43,7 @@ class Parsers(NamedTuple):
     @property
     def read_special_tokens(self) -> bool:
         """The tags of some tokenizers are special tokens, which texts leave out."""
-        return self.have_channels or self.tool_calls is not None
+        return self.have_channels or self.tool_calls is not None or self.forced
 
     def parts(self, answer_id: str, index: int, prompt: str) -> "ChatParts":
         """Of one sequence; `prompt` is its prompt's end."""
@@ -55,18 +60,21 @@ class ChatParts:
 
     def __init__(self, parsers: Parsers, answer_id: str, index: int, prompt: str):
         self._parsers, self._answer_id, self._index = parsers, answer_id, index
-        self._channels = self._thoughts = self._calls = None
+        self._channels = self._thoughts = None
+        self._calls: ToolCalls | ForcedCalls | None = None
         self._short_ids = False
         self._ids: set[str] = set()
+        call, style = None, tool_calls.STYLES.get(parsers.tool_calls or "")
+        if style is not None:
+            self._short_ids = style.short_ids
+        if parsers.forced:
+            self._calls = ForcedCalls(parsers.tools, parsers.behind)
+        elif style is not None:
+            call = style.opening
+            self._calls = ToolCalls(style, parsers.tools)
         if parsers.have_channels:
             self._channels = Channels(parsers.tools, parsers.at_once)
-            return
-        call = None
-        if parsers.tool_calls is not None:
-            style = tool_calls.STYLES[parsers.tool_calls]
-            call, self._short_ids = style.opening, style.short_ids
-            self._calls = ToolCalls(style, parsers.tools)
-        if parsers.reasoning is not None:
+        elif parsers.reasoning is not None:
             self._thoughts = Thoughts(
                 reasoning.STYLES[parsers.reasoning],
                 prompt,
@@ -81,13 +89,15 @@ class ChatParts:
 
     def feed(self, text: str, is_last: bool = False) -> dict[str, Any]:
         """reasoning_content, content and tool_calls, as far as there is more of each."""
-        thoughts, calls = "", []
+        thoughts = ""
+        calls: list[ToolCall] = []
         if self._channels is not None:
             thoughts, text, calls = self._channels.feed(text, is_last)
         if self._thoughts is not None:
             thoughts, text = self._thoughts.feed(text, is_last)
         if self._calls is not None:
-            text, calls = self._calls.feed(text, is_last)
+            text, more = self._calls.feed(text, is_last)
+            calls += more
         if self._parsers.reasoning is None:
             thoughts, text = "", thoughts + text
         fields = {

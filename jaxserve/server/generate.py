@@ -14,8 +14,11 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from jaxserve.messages import Generate, Info
+from jaxserve.server.constraint import native_asks, resolve
 from jaxserve.server.errors import RequestError
 from jaxserve.server.sampling import (
+    FREE,
+    Constraint,
     check_batch,
     check_entries,
     check_prompt,
@@ -86,6 +89,7 @@ async def prepare(service: Service, body: GenerateBody, tracked: bool = False) -
     arrived_s = service.clock()
     prompts, batch, param = await _prompts(service, body)
     params = _sampling_params(body, len(prompts))
+    grammars = await resolve(service, native_asks(params, native_name))
     sequences = build_sequences(
         service,
         prompts,
@@ -93,6 +97,7 @@ async def prepare(service: Service, body: GenerateBody, tracked: bool = False) -
         arrived_s=arrived_s,
         param=param,
         name=native_name,
+        constraints=[Constraint(grammar) for grammar in grammars],
         logprobs=[_logprob_fields(service, body, i, len(prompts), len(p)) for i, p in enumerate(prompts)],
         rid=body.rid,
         priority=body.priority,
@@ -114,6 +119,7 @@ def build_sequences(
     arrived_s: float,
     param: str,
     name: Callable[[str], str],
+    constraints: list[Constraint],
     logprobs: list[dict[str, Any]],
     rid: str | list[str] | None,
     priority: int,
@@ -127,7 +133,7 @@ def build_sequences(
     """n sequences for each prompt, all checked. Raises RequestError.
 
     Args:
-        params: one a prompt.
+        params, constraints: one a prompt.
         arrived_s: when the body had come; an abort since then is theirs.
         param: the body's name for the prompts, and `name` for each sampling parameter, in messages.
         logprobs: the logprob fields of each prompt's Generate.
@@ -148,6 +154,8 @@ def build_sequences(
     if resume is not None:
         if not alone:
             raise RequestError("resume takes one sequence, without logprobs", param="resume")
+        if constraints[0] != FREE:
+            raise RequestError("resume does not go with a grammar", param="resume")
         check_token_ids(resume.token_ids, info, "resume.token_ids")
     rids = _rids(rid, count, n)
     sequences = []
@@ -155,7 +163,9 @@ def build_sequences(
         check_prompt(input_ids, info, f"{param}[{i}]" if count > 1 else param)
         rules = resolve_text_rules(params[i], service.config.stream_interval)
         for sample in range(n):
-            sampling = resolve_sampling(params[i], len(input_ids), sample, info, service.eos_token_ids, name)
+            sampling = resolve_sampling(
+                params[i], len(input_ids), sample, info, service.eos_token_ids, name, constraints[i]
+            )
             request = Generate(
                 rid=rids[i * n + sample],
                 input_ids=input_ids,

@@ -9,7 +9,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jaxserve.server.chat_parts import ChatParts, Parsers
+from jaxserve.server.chat_parts import CHANNELS, ChatParts, Parsers
+from jaxserve.server.constraint import resolve
 from jaxserve.server.errors import RequestError
 from jaxserve.server.generate import (
     as_meta_info,
@@ -36,15 +37,17 @@ from jaxserve.server.openai_schema import (
     ChatBody,
     CompletionBody,
     OpenAIBody,
+    ask_of,
     chat_max_tokens,
     check_chat,
     check_common,
     check_messages,
     check_tools,
     completion_prompts,
+    forced_tools,
     sampling_params,
 )
-from jaxserve.server.sampling import check_entries, check_prompt, openai_name
+from jaxserve.server.sampling import Constraint, check_entries, check_prompt, openai_name
 from jaxserve.server.schema import MAX_TOP_LOGPROBS, SamplingParams, out_of_range, parse, show
 from jaxserve.server.sequence import Sequence
 from jaxserve.server.service import Service, new_rid
@@ -58,6 +61,8 @@ from jaxserve.server.stream import (
     unless_gone,
 )
 from jaxserve.server.worker_headers import SEQUENCES, token_comment, wants_tracking
+from jaxserve.text import reasoning
+from jaxserve.text.channels import BEFORE_FINAL
 from jaxserve.text.chat_template import ChatTemplateError, text_of
 
 ANY_MODEL = ("", "default")  # names by which clients ask for whatever is served
@@ -129,9 +134,11 @@ async def completions(request: Request) -> Response:
     params = sampling_params(body, max_tokens, sampling_defaults(service))
     if body.echo and body.resume is not None:
         raise RequestError("resume does not go with echo", param="resume")
+    (grammar,) = await resolve(service, [ask_of(body)])
     answer = _answer(
-        "text_completion", request, arrived_s, body, include_usage, prompts, params, logprobs, "prompt"
-    )
+        "text_completion", request, arrived_s, body, include_usage, prompts, params, Constraint(grammar),
+        logprobs, "prompt",
+    )  # fmt: skip
     echoes = texts if body.echo else [None] * len(prompts)
 
     def echo(sequence: Sequence) -> str | None:
@@ -177,14 +184,20 @@ async def chat_completions(request: Request) -> Response:
     if service.tokenizer is None:
         raise RequestError("this route needs a tokenizer; the server runs with --skip-tokenizer-init")
     parsers = _parsers(service, body)
+    ask = ask_of(body, parsers.tools if parsers.forced else None)
     prompt, param = await _chat_prompt(request, body)
+    (grammar,) = await resolve(service, [ask])
+    end = _end_of_thoughts(service, body, parsers, prompt) if grammar else ""
+    constraint = Constraint(grammar, tuple(service.tokenizer.encode(end, False)) if end else ())
+    if parsers.reasoning is None and not parsers.have_channels:
+        parsers = parsers._replace(behind=end)
     logprobs = {"return_logprob": True, "top_logprobs_num": body.top_logprobs} if body.logprobs else {}
     params = sampling_params(body, chat_max_tokens(body), sampling_defaults(service))
     if parsers.read_special_tokens:
         params.skip_special_tokens = False
     answer = _answer(
-        "chat.completion", request, arrived_s, body, include_usage, [prompt], params, logprobs, param,
-        _new_parts(service, parsers, prompt),
+        "chat.completion", request, arrived_s, body, include_usage, [prompt], params, constraint,
+        logprobs, param, _new_parts(service, parsers, prompt),
     )  # fmt: skip
     if body.stream:
         chunks: Chunks = lambda s: chat_chunks(answer, s, service.tokenizer)  # noqa: E731
@@ -198,7 +211,8 @@ def _parsers(service: Service, body: ChatBody) -> Parsers:
     config, tools = service.config, check_tools(body)
     if body.tool_choice == "none":
         tools = {}
-    if tools and config.tool_call_parser is None:
+    forced = forced_tools(body, tools)
+    if tools and config.tool_call_parser is None and not forced:
         raise RequestError(
             "tools are not supported by this server, which was started without --tool-call-parser",
             param="tools",
@@ -208,10 +222,21 @@ def _parsers(service: Service, body: ChatBody) -> Parsers:
     return Parsers(
         config.reasoning_parser if body.separate_reasoning else None,
         config.tool_call_parser if tools else None,
-        tools,
+        forced or tools,
         continued=text_of(final.get("content")),
         at_once=not body.stream_reasoning,
+        forced=bool(forced),
     )
+
+
+def _end_of_thoughts(service: Service, body: ChatBody, parsers: Parsers, prompt: list[int]) -> str:
+    """What the answer is going to say before the part that a grammar holds for; empty: nothing."""
+    name = service.config.reasoning_parser
+    if name is None or name == CHANNELS:
+        return BEFORE_FINAL if name else ""
+    style, variables = reasoning.STYLES[name], body.chat_template_kwargs or {}
+    thinks = reasoning.will_think(style, _end_of(service, prompt), parsers.continued, variables)
+    return style.closing if thinks else ""
 
 
 def _new_parts(
@@ -220,9 +245,12 @@ def _new_parts(
     """None where an answer is its text."""
     if parsers.are_none:
         return None
+    return partial(parsers.parts, prompt=_end_of(service, prompt))
+
+
+def _end_of(service: Service, prompt: list[int]) -> str:
     assert service.tokenizer is not None
-    end = service.tokenizer.decode(prompt[-MAX_TAG_TOKENS:], skip_special_tokens=False)
-    return partial(parsers.parts, prompt=end)
+    return service.tokenizer.decode(prompt[-MAX_TAG_TOKENS:], skip_special_tokens=False)
 
 
 async def _chat_prompt(request: Request, body: ChatBody) -> tuple[list[int], str]:
@@ -280,6 +308,7 @@ def _answer(
     include_usage: bool,
     prompts: list[list[int]],
     params: SamplingParams,
+    constraint: Constraint,
     logprobs: dict[str, Any],
     param: str,
     new_parts: Callable[[str, int], ChatParts] | None = None,
@@ -296,6 +325,7 @@ def _answer(
         arrived_s=arrived_s,
         param=param,
         name=openai_name,
+        constraints=[constraint] * len(prompts),
         logprobs=[logprobs] * len(prompts),
         rid=rid,
         priority=body.priority,

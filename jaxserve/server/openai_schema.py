@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxserve.server.constraint import Ask, field_asks, format_ask, make_ask, only_ask
 from jaxserve.server.errors import RequestError
 from jaxserve.server.schema import Body, SamplingParams, either, show, words
 from jaxserve.text.tool_calls import Tools
@@ -10,13 +11,13 @@ from jaxserve.text.tool_calls import Tools
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 MAX_COMPLETION_LOGPROBS = 20
 LATER = words("""
-    regex ebnf stop_regex json_schema structural_tag lora_path session_params return_hidden_states
+    stop_regex json_schema structural_tag lora_path session_params return_hidden_states
     return_routed_experts custom_logit_processor custom_params custom_labels functions function_call audio
     prediction web_search_options verbosity bootstrap_host bootstrap_port bootstrap_room use_beam_search
 """)
 HINTS = words("""
     user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention
-    parallel_tool_calls routing_key conversation_id
+    routing_key conversation_id
 """)
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 PASSED_ON = words("""
@@ -50,6 +51,8 @@ class OpenAIBody(Body):
     spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
     response_format: dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
     rid: str | None = None
     extra_key: str | None = None
     cache_salt: str | None = None
@@ -73,7 +76,7 @@ class CompletionBody(OpenAIBody, kw_only=True):
     best_of: int | None = None
 
     unsupported = LATER | {"suffix", "tools"}
-    no_effect = HINTS | {"separate_reasoning", "stream_reasoning"}
+    no_effect = HINTS | {"separate_reasoning", "stream_reasoning", "parallel_tool_calls"}
 
 
 class ChatBody(OpenAIBody):
@@ -86,6 +89,7 @@ class ChatBody(OpenAIBody):
     top_logprobs: int = 0
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True  # false: one call, where calls are forced
     modalities: list[str] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -120,13 +124,6 @@ def sampling_params(body: OpenAIBody, max_tokens: int | None, defaults: Mapping[
 
 def check_common(body: OpenAIBody) -> bool:
     """Parameters both routes refuse or interpret the same way; returns include_usage. Raises RequestError."""
-    form = body.response_format
-    if form is not None and form.get("type") != "text":
-        raise RequestError(
-            f"response_format of type {show(form.get('type'))} is not supported; only text is",
-            param="response_format",
-            code="unsupported_parameter",
-        )
     options = body.stream_options
     if options is None:
         return False
@@ -201,12 +198,6 @@ def _check_part(part: Any, where: str) -> None:
 
 def check_chat(body: ChatBody) -> None:
     """Raises RequestError for parameters whose values ask for later work."""
-    if body.tool_choice not in (None, "none", "auto"):
-        raise RequestError(
-            f"tool_choice {show(body.tool_choice)} is not supported; auto and none are",
-            param="tool_choice",
-            code="unsupported_parameter",
-        )
     if body.modalities not in (None, [], ["text"]):
         raise RequestError(
             "modalities other than text are not supported", param="modalities", code="unsupported_parameter"
@@ -251,6 +242,44 @@ def check_tools(body: ChatBody) -> Tools:
             )
         tools[function["name"]] = parameters
     return tools
+
+
+def forced_tools(body: ChatBody, tools: Tools) -> Tools:
+    """Those of which the answer has to call one or more; empty where it need not. Raises RequestError."""
+    choice = body.tool_choice
+    if choice in (None, "none", "auto"):
+        return {}
+    name = None
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name:
+            raise RequestError(
+                f"tool_choice.function must be an object with a name, got {show(function)}",
+                param="tool_choice.function",
+            )
+    elif choice != "required":
+        shown = choice.get("type") if isinstance(choice, dict) else choice
+        raise RequestError(
+            f"tool_choice {show(shown)} is not supported; none, auto, required and a function are",
+            param="tool_choice",
+            code="unsupported_parameter",
+        )
+    if not tools:
+        raise RequestError("tool_choice needs tools", param="tool_choice")
+    if name is not None and name not in tools:
+        raise RequestError(f"tool_choice names {show(name)}, which is none of the tools", param="tool_choice")
+    return tools if name is None else {name: tools[name]}
+
+
+def ask_of(body: OpenAIBody, forced: Tools | None = None) -> Ask | None:
+    """What the output has to be. Raises RequestError. `forced`: see `forced_tools`."""
+    asks = [ask for ask in (format_ask(body.response_format),) if ask is not None]
+    asks += field_asks({"regex": body.regex, "ebnf": body.ebnf})
+    if forced and isinstance(body, ChatBody):
+        most = 1 if body.tool_choice != "required" or not body.parallel_tool_calls else None
+        asks.append(make_ask("tool_choice", "calls", forced, most=most))
+    return only_ask(asks)
 
 
 def chat_max_tokens(body: ChatBody) -> int | None:

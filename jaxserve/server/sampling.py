@@ -44,6 +44,17 @@ class TextRules:
     stream_interval: int = 1  # tokens between two events
 
 
+@dataclass(frozen=True)
+class Constraint:
+    """The grammar of an output, from its first token on or behind the tokens `after`. Empty: none."""
+
+    grammar: str = ""
+    after: tuple[int, ...] = ()
+
+
+FREE = Constraint()
+
+
 def native_name(name: str) -> str:
     """A sampling parameter's name in the body of /generate."""
     return f"sampling_params.{name}"
@@ -106,6 +117,7 @@ def resolve_sampling(
     info: Info,
     eos_token_ids: frozenset[int],
     name: Callable[[str], str],
+    constraint: Constraint,
 ) -> Sampling:
     """The engine's Sampling for sample number `sample` of a prompt. Raises RequestError."""
     room = sequence_limit(info) - prompt_len
@@ -146,6 +158,8 @@ def resolve_sampling(
         stop_token_ids=tuple(sorted(stop_ids)),
         logit_bias=params.logit_bias or {},
         seed=None if params.sampling_seed is None else _fold(params.sampling_seed + sample),
+        grammar=constraint.grammar,
+        grammar_after=constraint.after,
     )
 
 

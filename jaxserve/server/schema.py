@@ -60,8 +60,12 @@ class SamplingParams(Body):
     stream_interval: int | None = None
     logit_bias: dict[int, float] | None = None
     sampling_seed: int | None = None
+    json_schema: str | dict[str, Any] | None = None  # a JSON text, or what it decodes to
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
 
-    unsupported = frozenset({"stop_regex", "json_schema", "regex", "ebnf", "structural_tag", "custom_params"})
+    unsupported = frozenset({"stop_regex", "custom_params"})
 
 
 class GenerateBody(Body):

@@ -137,7 +137,7 @@ class Sequence:
             self._take_prompt_logprobs(output.prompt_logprobs)
         finish = output.finish
         token_ids = [] if self._score_only else output.token_ids
-        stopped = finish is not None and finish.type == "stop"
+        stopped = finish is not None and finish.matched is not None
         hidden = 1 if stopped and token_ids and not self.rules.keep_stop else 0
         if self._whole:
             matched, count = self._decode_whole(token_ids, len(token_ids) - hidden)

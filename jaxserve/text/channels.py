@@ -17,6 +17,7 @@ TAG = re.compile("|".join(map(re.escape, (*BEGINS, *ENDS))))
 LONGEST = max(map(len, (*BEGINS, *ENDS)))
 RECIPIENT = re.compile(r"\bto=functions\.([^\s<]+)")
 THOUGHTS = "analysis"
+BEFORE_FINAL = f"<|channel|>final{MESSAGE}"  # what is said to the user
 
 
 class Channels(Holder):

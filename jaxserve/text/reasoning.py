@@ -3,25 +3,33 @@
 Such models write their thoughts between two tags. `Thoughts` takes one answer apart as it comes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from jaxserve.text.tags import Holder, find_first, num_uncertain
 
 
 @dataclass(frozen=True)
 class ReasoningStyle:
-    """The tags of a family, and whether its answers begin with thoughts though no tag opens them."""
+    """The tags of a family.
+
+    Args:
+        always: answers begin with thoughts though no tag opens them.
+        on_request: it thinks where the template is told `thinking`; others, unless told not to.
+    """
 
     opening: str = "<think>"
     closing: str = "</think>"
     always: bool = False
+    on_request: bool = False
 
 
 # By the names of SGLang's --reasoning-parser.
 STYLES = {
     "deepseek-r1": ReasoningStyle(always=True),
-    "deepseek-v3": ReasoningStyle(),
+    "deepseek-v3": ReasoningStyle(on_request=True),
     "glm45": ReasoningStyle(),
     "kimi": ReasoningStyle("◁think▷", "◁/think▷"),
     "kimi_k2": ReasoningStyle(),
@@ -104,6 +112,21 @@ class Thoughts(Holder):
             taken = taken.lstrip()
             self._trims = not taken
         return taken
+
+
+def will_think(style: ReasoningStyle, prompt: str, continued: str, variables: Mapping[str, Any]) -> bool:
+    """Whether an answer is going to close thoughts.
+
+    Args:
+        prompt: its end.
+        continued: what the answer has said already.
+        variables: which the request gives to the chat template.
+    """
+    state, untagged = _first_state(style, prompt.rstrip(), continued)
+    if state is not State.BEFORE or untagged is State.THINKING:
+        return state is not State.ANSWERING
+    switches = [variables[name] for name in ("enable_thinking", "thinking") if name in variables]
+    return any(switches) if style.on_request else all(switches)
 
 
 def _first_state(style: ReasoningStyle, prompt: str, continued: str) -> tuple[State, State]:

@@ -46,7 +46,7 @@ def read_objects(text: str, tools: Tools) -> Found:
     while (begin := _skip(text, at, BETWEEN)) < len(text):
         try:
             value, end = DECODER.raw_decode(text, begin)
-            calls.append(_call_of(value))
+            calls.append(call_of(value))
         except (ValueError, RecursionError):
             if calls:
                 break
@@ -60,7 +60,7 @@ def read_mistral(text: str, tools: Tools) -> Found:
     begin = _skip(text, 0)
     if text.startswith(("[", "{"), begin):
         values, end = DECODER.raw_decode(text, begin)
-        return [_call_of(value) for value in (values if isinstance(values, list) else [values])], text[end:]
+        return [call_of(value) for value in (values if isinstance(values, list) else [values])], text[end:]
     calls = []
     while True:
         head, found, text = text.partition("[ARGS]")
@@ -147,7 +147,8 @@ def read_arguments(name: str, text: str) -> ToolCall | None:
         return None
 
 
-def _call_of(value: Any) -> ToolCall:
+def call_of(value: Any) -> ToolCall:
+    """Of an object with a name, and arguments or parameters. Raises ValueError for what is no call."""
     if not isinstance(value, dict):
         raise NoCallError(value)
     arguments = value.get("arguments", value.get("parameters"))

@@ -98,6 +98,37 @@ def test_openai_client_chats_streamed_and_whole_with_the_same_text(server, check
     assert text == mine["text"]
 
 
+def test_openai_client_gets_the_json_and_the_calls_that_it_asks_for(server):
+    schema = {
+        "type": "object",
+        "properties": {
+            "sure": {"type": "boolean"},
+            "sizes": {"type": "array", "maxItems": 2, "items": {"enum": [1, 2, 3]}},
+        },
+        "required": ["sure", "sizes"],
+        "additionalProperties": False,
+    }
+    tool = {"name": "weigh", "parameters": schema}
+    asked = {"model": "default", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 400}
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=PATIENCE_S) as client:
+        ask = client.chat.completions.create
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+        said = ask(**asked, seed=1, response_format=form).choices[0]
+        calls = ask(
+            **asked,
+            seed=2,
+            tools=[{"type": "function", "function": tool}],
+            tool_choice="required",
+            parallel_tool_calls=False,
+        ).choices[0]
+    assert said.finish_reason == "stop"
+    [call] = calls.message.tool_calls
+    assert (calls.finish_reason, call.function.name) == ("tool_calls", "weigh")
+    for text in (said.message.content, call.function.arguments):
+        value = json.loads(text)
+        assert isinstance(value["sure"], bool) and len(value["sizes"]) <= 2
+
+
 def test_openai_client_gets_an_error_with_the_parameter_named(server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
         with pytest.raises(openai.BadRequestError) as error:

@@ -168,8 +168,11 @@ class Client:
 def flags(**options: Any) -> list[str]:
     out = []
     for name, value in options.items():
-        flag = f"--{name.replace('_', '-')}"
-        out += [flag] if value is True else [flag, str(value)]
+        word = name.replace("_", "-")
+        if isinstance(value, bool):
+            out.append(f"--{word}" if value else f"--no-{word}")
+        else:
+            out += [f"--{word}", str(value)]
     return out
 
 

@@ -15,6 +15,7 @@ from jaxserve.engine.page_hash import chain_hashes, root_hash
 from tests.engine.asking import Golden, Row, check_greedy, golden_rows, greedy
 from tests.models.tiny import GOLDEN
 from tests.multihost.instance import Client, Instance, instance
+from tests.text import tiny_tokenizer
 
 PAGE_SIZE = 16
 
@@ -29,6 +30,8 @@ LAYOUTS = [
     pytest.param("llama", 2, {**DP2, "num_continuous_decode_steps": 4}, id="dpa2-on-2-hosts-four-steps"),
     pytest.param("mixtral", 4, {**DP8_EP16, **MOVING}, id="dpa8-ep16-on-4-hosts-experts-moving"),
 ]
+
+GRAMMARS = {"grammar_backend": "llguidance", "skip_tokenizer_init": False}
 
 # Each needs another part of the sample programs, and the last ones state that is kept per slot.
 SPICES = [
@@ -48,6 +51,10 @@ def test_hosts_give_the_recorded_tokens_compile_nothing_more_and_drain(
         Row(golden.prompts[1].tolist(), {"max_new_tokens": 16, "ignore_eos": True, **s}) for s in SPICES
     ]
     want = [reply["output_ids"] for reply in alone_replies(alone, spiced)]
+    with_grammar = family == "llama"  # whose vocabulary is wide enough for the tiny tokenizer's
+    if with_grammar:
+        directory = tiny_tokenizer.write(tmp_path)
+        layout = {**layout, **GRAMMARS, "tokenizer_path": directory}
     with instance(tmp_path, GOLDEN / family, num_hosts, compile_cache_dir=compile_cache, **layout) as made:
         for _ in range(2):  # the second time from the prefix cache
             replies = made.ask([*golden_rows(golden), *golden_rows(golden)])
@@ -55,6 +62,10 @@ def test_hosts_give_the_recorded_tokens_compile_nothing_more_and_drain(
         if "speculative_algorithm" in layout:
             assert sum(reply["meta_info"]["spec_accept_token_num"] for reply in replies) > 0
         assert [reply["output_ids"] for reply in made.ask(spiced)] == want
+        if with_grammar:
+            row = Row(golden.prompts[1].tolist(), {"temperature": 0, "regex": "(yes|no)[0-9]{3}"})
+            first, second = made.ask([row, row])
+            assert re.fullmatch("(yes|no)[0-9]{3}", first["text"]) and first["text"] == second["text"]
         check_kv_events(made, golden.prompts[3].tolist())
         ranks = httpx.get(f"{made.url}/v1/loads").json()
         assert len(ranks["loads"]) == layout.get("dp_size", 1)

@@ -142,6 +142,9 @@ async def test_chats_are_rendered_as_the_worker_renders_them(tmp_path):
         assert seen["input_ids"] == r.gateway.exact.tokens._encode(
             "<|assistant|>no calls<|assistant|>", False
         )
+        await r.chat("in json", response_format={"type": "json_object"})
+        (seen,) = [s.json for w in workers for s in w.seen if "response_format" in s.json]
+        assert seen["input_ids"] == r.gateway.exact.tokens._encode("<|user|>in json<|assistant|>", False)
         await r.chat("with tools", tools=[{"type": "function", "function": {"name": "f"}}])
         assert all(
             "input_ids" not in w.seen[-1].json for w in workers if w.seen[-1:] and "tools" in w.seen[-1].json

@@ -166,6 +166,8 @@ class _Stream:
             self._made += 1
             if token in request.sampling.stop_token_ids:
                 finish = Finish(type="stop", matched=token)
+            elif request.sampling.grammar and not self._left:  # what was said is all that it allows
+                finish = Finish(type="stop")
             elif self._made >= request.sampling.max_new_tokens:
                 finish = Finish(type="length", length=self._made)
         first, self._first = self._first, False

@@ -133,8 +133,8 @@ SAMPLING_CASES = [
     ("logit_bias", {"a": 1}, "key of sampling_params.logit_bias must be of type int, got str"),
     ("logit_bias", {"5": 101}, "must be in [-100, 100], got 101"),
     ("logit_bias", {str(i): 1 for i in range(301)}, "may have up to 300 entries, got 301"),
-    ("regex", "a+", "is not supported"),
-    ("json_schema", "{}", "is not supported"),
+    ("stop_regex", "a+", "is not supported"),
+    ("custom_params", {"a": 1}, "is not supported"),
     ("custom_params", {"a": 1}, "is not supported"),
     ("top_pp", 1, "did you mean sampling_params.top_p?"),
 ]
@@ -231,15 +231,7 @@ OPENAI_CASES = [
         400,
     ),
     ("/v1/completions", {"prompt": "hi", "tools": [TOOL]}, "tools", "not supported", LATER),
-    ("/v1/chat/completions", {**CHAT, "tool_choice": "required"}, "tool_choice", "auto and none are", LATER),
-    (
-        "/v1/chat/completions",
-        {**CHAT, "response_format": {"type": "json_object"}},
-        "response_format",
-        "response_format of type 'json_object' is not supported",
-        LATER,
-    ),
-    ("/v1/chat/completions", {**CHAT, "regex": "a"}, "regex", "regex is not supported", LATER),
+    ("/v1/chat/completions", {**CHAT, "json_schema": "{}"}, "json_schema", "is not supported", LATER),
     ("/v1/chat/completions", {**CHAT, "lora_path": "a"}, "lora_path", "not supported", LATER),
     ("/v1/chat/completions", {**CHAT, "top_logprobs": 2}, "top_logprobs", "needs logprobs=true", 400),
     (

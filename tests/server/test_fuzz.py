@@ -50,6 +50,29 @@ MESSAGES = st.one_of(
 SCHEMA = st.one_of(VALUES, st.fixed_dictionaries({"properties": st.dictionaries(st.just("x"), VALUES)}))
 FUNCTION = st.fixed_dictionaries({"name": st.just("f")}, optional={"parameters": SCHEMA, "x": VALUES})
 TOOL = st.fixed_dictionaries({"type": st.just("function"), "function": FUNCTION})
+FORMAT = st.one_of(
+    st.just({"type": "json_object"}),
+    st.fixed_dictionaries(
+        {
+            "type": st.just("json_schema"),
+            "json_schema": st.fixed_dictionaries(
+                {"schema": SCHEMA}, optional={"strict": VALUES, "x": VALUES}
+            ),
+        }
+    ),
+    st.fixed_dictionaries(
+        {
+            "type": st.just("structural_tag"),
+            "triggers": st.one_of(VALUES, st.just(["x"])),
+            "structures": st.one_of(VALUES, st.just([{"begin": "x", "schema": {}, "end": ""}])),
+        }
+    ),
+)
+CHOICE = st.one_of(
+    st.sampled_from(["auto", "none", "required"]),
+    st.just({"type": "function", "function": {"name": "f"}}),
+    st.fixed_dictionaries({"type": st.just("function"), "function": VALUES}),
+)
 STOP = st.text("helo ", min_size=1, max_size=3)
 LIKELY = {  # values that pass, so that what comes after validation is reached too
     "text": st.one_of(st.just("x"), st.lists(st.text("ab€", min_size=1, max_size=5), min_size=1, max_size=3)),
@@ -58,6 +81,11 @@ LIKELY = {  # values that pass, so that what comes after validation is reached t
     "input_ids": st.lists(st.integers(0, 319), min_size=1, max_size=4),
     "messages": MESSAGES,
     "tools": st.lists(TOOL, min_size=1, max_size=2),
+    "response_format": FORMAT,
+    "tool_choice": CHOICE,
+    "json_schema": st.one_of(SCHEMA, st.text(max_size=5)),
+    "regex": st.text("ab|*+?()[]{}1,\\^$", max_size=8),
+    "ebnf": st.text('ab|*+?()[]{}1,\\^".\n', max_size=8).map("root ::= ".__add__),
     "stream": st.booleans(),
     "stop": st.one_of(
         st.text("helo ", min_size=1, max_size=3),

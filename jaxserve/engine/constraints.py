@@ -1,0 +1,131 @@
+"""Requests whose output has to follow a grammar: until they can start, and what each may say next.
+
+A grammar is made ready in a thread, while others run. Its state is advanced by each token that is read
+back, so a step in which such a request takes part samples only once the step before was read: the masks
+are made while the device computes the step's logits (see `EngineLoop`).
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from llguidance import LLMatcher
+
+from jaxserve.messages import Finish, Generate
+from jaxserve.text.grammar import GrammarError
+from jaxserve.text.matcher import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+NUM_THREADS = 4  # that make grammars ready: most take a millisecond
+
+
+class Constraint:
+    """One request's grammar and how far its output has come.
+
+    Args:
+        begins_after: token ids behind which the grammar begins; until then anything goes.
+        output_ids: the output so far. Raises GrammarError where the grammar does not allow it.
+    """
+
+    def __init__(self, matcher: LLMatcher, begins_after: Sequence[int], output_ids: Sequence[int] = ()):
+        self.matcher = matcher
+        self._begins_after = list(begins_after)
+        self._tail: list[int] = []  # of the output, while the grammar has not begun
+        self.has_begun = not begins_after
+        self._is_stuck = False
+        for token in output_ids:
+            finish = self.accept(token)
+            if finish is not None and finish.type == "abort":
+                raise GrammarError("output_ids do not follow the grammar")
+
+    def accept(self, token: int) -> Finish | None:
+        """Take in a token of the output; why the output ends with it, if it does."""
+        if not self.has_begun:
+            self._tail = [*self._tail, token][-len(self._begins_after) :]
+            self.has_begun = self._tail == self._begins_after
+            return None
+        if not self.matcher.consume_token(token):
+            return Finish("abort", message=f"the grammar: {self.error}", status_code=500)
+        if not self.matcher.is_stopped():
+            return None
+        return Finish("stop", matched=token if self.matcher.stop_reason() == "EndOfSentence" else None)
+
+    @property
+    def error(self) -> str:
+        """Why the output cannot go on; empty while it can."""
+        if self._is_stuck:
+            return "no token of this model can follow"
+        return self.matcher.get_error().partition("\n")[0]
+
+    def may_go_on(self, any_token: bool) -> None:
+        """Whether there is a token that may come next."""
+        self._is_stuck = not any_token
+
+
+class Constraints:
+    """The grammars of an engine's requests.
+
+    Args:
+        make_vocabulary: called once, in a thread; its ValueError is every request's refusal.
+    """
+
+    def __init__(self, make_vocabulary: Callable[[], Vocabulary]):
+        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
+        self._vocabulary = self._pool.submit(make_vocabulary)
+        self._vocabulary.add_done_callback(_warn)
+        self._waiting: dict[str, tuple[Generate, Future[Constraint]]] = {}
+
+    # ---- until a request can start ----
+
+    @property
+    def waiting(self) -> Sequence[str]:
+        """The requests whose grammar is not ready, by rid."""
+        return list(self._waiting)
+
+    def prepare(self, spec: Generate) -> None:
+        """Make a request's grammar ready; `take_ready` hands it out."""
+        self._waiting[spec.rid] = spec, self._pool.submit(self._make, spec)
+
+    def _make(self, spec: Generate) -> Constraint:
+        matcher = self._vocabulary.result().matcher(spec.sampling.grammar)
+        return Constraint(matcher, spec.sampling.grammar_after, spec.output_ids)
+
+    def take_ready(self) -> list[tuple[Generate, Constraint | str]]:
+        """The requests whose grammar is ready, or cannot be and why, in the order in which they came."""
+        ready = [(spec, made) for spec, made in self._waiting.values() if made.done()]
+        out: list[tuple[Generate, Constraint | str]] = []
+        for spec, made in ready:
+            del self._waiting[spec.rid]
+            error = made.exception()
+            if error is None:
+                out.append((spec, made.result()))
+            else:
+                if not isinstance(error, ValueError):
+                    logger.error("a grammar could not be made ready", exc_info=error)
+                out.append((spec, f"the grammar cannot be used: {error}"))
+        return out
+
+    def drop(self, rid: str) -> Generate | None:
+        """Forget a request that waits; None when it does not."""
+        spec, made = self._waiting.pop(rid, (None, None))
+        if made is not None:
+            made.cancel()
+        return spec
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # ---- in a step ----
+
+    def fill(self, masks_RW: np.ndarray, constraints: Sequence[Constraint]) -> None:
+        """See `Vocabulary.fill`; each of them has begun. Those that cannot go on have an `error` then."""
+        self._vocabulary.result().fill(masks_RW, [constraint.matcher for constraint in constraints])
+        for constraint, any_token in zip(constraints, masks_RW.any(axis=1).tolist()):
+            constraint.may_go_on(any_token)
+
+
+def _warn(vocabulary: Future[Vocabulary]) -> None:
+    if not vocabulary.cancelled() and (error := vocabulary.exception()):
+        logger.warning("requests with a grammar will be refused: %s", error)
