@@ -14,8 +14,7 @@ HEADER = b"x-resume: track\r\n"
 _PATHS = ("/generate", "/v1/completions", "/v1/chat/completions")
 _FORBIDDEN = (
     "tools", "functions", "logprobs", "top_logprobs", "prompt_logprobs", "return_logprob", "echo",
-    "response_format", "json_schema", "regex", "ebnf", "structural_tag", "return_hidden_states",
-    "image_data", "video_data", "audio_data", "return_routed_experts", "resume",
+    "return_hidden_states", "image_data", "video_data", "audio_data", "return_routed_experts", "resume",
 )  # fmt: skip
 _MAX_HELD_BYTES = 1 << 20
 

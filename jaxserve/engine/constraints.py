@@ -53,6 +53,11 @@ class Constraint:
         return Finish("stop", matched=token if self.matcher.stop_reason() == "EndOfSentence" else None)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether nothing may follow."""
+        return self.has_begun and self.matcher.is_stopped()
+
+    @property
     def error(self) -> str:
         """Why the output cannot go on; empty while it can."""
         if self._is_stuck:

@@ -117,6 +117,8 @@ class EngineLoop:
             for spec, made in self._constraints.take_ready():
                 if isinstance(made, str):
                     self._refuse(spec, made)
+                elif made.is_complete:
+                    self._answer_at_once(spec, Finish("stop"))
                 else:
                     self.scheduler.submit(spec, made)
 
@@ -139,7 +141,9 @@ class EngineLoop:
             self._constraints.prepare(spec)
 
     def _refuse(self, spec: Generate, refusal: str) -> None:
-        finish = Finish("abort", message=refusal, status_code=400)
+        self._answer_at_once(spec, Finish("abort", message=refusal, status_code=400))
+
+    def _answer_at_once(self, spec: Generate, finish: Finish) -> None:
         self._endpoint.send(Outputs([Output(spec.rid, finish=finish, prompt_tokens=len(spec.input_ids))]))
 
     def _refusal(self, spec: Generate) -> str | None:

@@ -17,7 +17,6 @@ from jaxserve.messages import Generate, Info
 from jaxserve.server.constraint import native_asks, resolve
 from jaxserve.server.errors import RequestError
 from jaxserve.server.sampling import (
-    FREE,
     Constraint,
     check_batch,
     check_entries,
@@ -154,8 +153,6 @@ def build_sequences(
     if resume is not None:
         if not alone:
             raise RequestError("resume takes one sequence, without logprobs", param="resume")
-        if constraints[0] != FREE:
-            raise RequestError("resume does not go with a grammar", param="resume")
         check_token_ids(resume.token_ids, info, "resume.token_ids")
     rids = _rids(rid, count, n)
     sequences = []

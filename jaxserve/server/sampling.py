@@ -52,9 +52,6 @@ class Constraint:
     after: tuple[int, ...] = ()
 
 
-FREE = Constraint()
-
-
 def native_name(name: str) -> str:
     """A sampling parameter's name in the body of /generate."""
     return f"sampling_params.{name}"

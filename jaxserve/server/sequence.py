@@ -177,6 +177,12 @@ class Sequence:
 
     # ---- tracked and resumed ----
 
+    @property
+    def came_complete(self) -> bool:
+        """Whether the tokens that another worker showed are all: only the engine knows a grammar's end."""
+        resumed, finish = self.request.output_ids, self.finish or {}
+        return bool(resumed) and finish.get("type") == "stop" and len(self.token_ids) == len(resumed)
+
     def _decode_whole(self, token_ids: list[int], shown: int) -> tuple[str | None, int]:
         """As `_decode`, but text and tokens wait in `_unshown` and `_unshown_text`."""
         assert self._detokenizer is not None

@@ -222,7 +222,8 @@ class Service:
         if status is not None and status >= 400:
             headers = {"retry-after": "1"} if status == 503 else None
             raise RequestError(sequence.finish["message"], status=status, headers=headers)
-        yield sequence
+        if not sequence.came_complete:
+            yield sequence
 
     async def complete(self, sequences: list[Sequence]) -> None:
         """Admit all and follow them to their end."""

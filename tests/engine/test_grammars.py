@@ -206,6 +206,13 @@ def test_output_cut_anywhere_goes_on_in_its_grammar(served):
         assert [*cut.output_ids, *ids(rest)] == whole
 
 
+def test_output_that_is_whole_already_ends_without_another_token(served):
+    [outputs] = raw(served(), request("whole", DIGITS))
+    [nothing] = raw(served(), request("again", DIGITS, output_ids=ids(outputs)))
+    assert ids(nothing) == []
+    assert nothing[-1].finish.type == "stop" and nothing[-1].prompt_tokens == len(PROMPT)
+
+
 def test_output_that_does_not_follow_the_grammar_is_refused(served):
     [outputs] = raw(served(), request("wrong", DIGITS, output_ids=[40, 41]))
     assert outputs[-1].finish.status_code == 400

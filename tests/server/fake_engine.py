@@ -157,6 +157,8 @@ class _Stream:
         await self._wait()
         engine, request = self._engine, self._request
         finish = engine.fail
+        if request.sampling.grammar and not self._left and request.output_ids and finish is None:
+            finish = Finish(type="stop")  # what was generated elsewhere is all
         if self._aborted.is_set():
             finish = Finish(type="abort", message="aborted by request")
         token_ids: list[int] = []

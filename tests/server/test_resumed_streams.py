@@ -29,6 +29,7 @@ CASES = {
     "past a stop string while too short": {"stop": ["stop"], "min_tokens": 40},
     "with the stop string left in": {"stop": ["stop a", "zzz"], "no_stop_trim": True},
     "every third token": {"stream_interval": 3},
+    "to the end of a grammar": {"regex": "(?s:.*)"},
     "with token ids": {"return_token_ids": True, "stop": ["stopping"]},
 }
 
@@ -113,6 +114,8 @@ def test_stream_cut_anywhere_and_resumed_is_the_unbroken_stream(server, path, ca
     told = [i for ids, _ in whole for i in ids or ()]
     made = [*server.tokenizer.encode(TEXT), 1]
     assert told == made[: len(told)] and len(told) > 5
+    if "regex" in case:  # what is there is all that it allows
+        assert told == made[:-1]
 
 
 @pytest.mark.parametrize("path", PATHS)

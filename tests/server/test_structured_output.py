@@ -208,7 +208,6 @@ OPENAI_ERRORS = [
     ({"response_format": {"type": "structural_tag"}}, "response_format", "triggers must be"),
     ({"response_format": JSON_SCHEMA, "regex": "a"}, "regex", f"{SCHEMA_PARAM}.schema and regex each say"),
     ({"regex": "a", "ebnf": "b"}, "ebnf", "regex and ebnf each say"),
-    ({"regex": "a", "resume": {"token_ids": []}, "stream": True}, "resume", "does not go with a grammar"),
 ]
 
 
