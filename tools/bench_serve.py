@@ -23,7 +23,7 @@ import random
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,12 +63,11 @@ def workload(
     return list(itertools.islice(itertools.cycle(requests), count))
 
 
-def body_of(request: Request) -> dict[str, Any]:
+def body_of(request: Request, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`more`: sampling parameters beside, or in place of, the greedy ones."""
     prompt, max_new_tokens = request
-    return {
-        "input_ids": prompt,
-        "sampling_params": {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True},
-    }
+    params = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+    return {"input_ids": prompt, "sampling_params": {**params, **(more or {})}}
 
 
 def arrivals(rate: float, count: int, seed: int) -> Iterator[float]:
@@ -79,27 +78,34 @@ def arrivals(rate: float, count: int, seed: int) -> Iterator[float]:
         at += rng.expovariate(rate)
 
 
-async def run(client: Client, requests: Sequence[Request], point: Point, seed: int) -> list[Timing]:
-    """Send all requests at one load; timings in the order of `requests`."""
+async def run(
+    client: Client,
+    requests: Sequence[Request],
+    point: Point,
+    seed: int,
+    more: Mapping[str, Any] | None = None,
+) -> list[Timing]:
+    """Send all requests at one load; timings in the order of `requests`. `more`: see `body_of`."""
+    bodies = [body_of(request, more) for request in requests]
     if point.rate is None:
-        return await _closed_loop(client, requests, point.concurrency or 1)
+        return await _closed_loop(client, bodies, point.concurrency or 1)
     begin_s = time.perf_counter()
 
-    async def one(request: Request, at_s: float) -> Timing:
+    async def one(body: dict[str, Any], at_s: float) -> Timing:
         await asyncio.sleep(begin_s + at_s - time.perf_counter())
-        return await client.generate(body_of(request), due_s=begin_s + at_s)
+        return await client.generate(body, due_s=begin_s + at_s)
 
-    tasks = zip(requests, arrivals(point.rate, len(requests), seed))
-    return await asyncio.gather(*(one(request, at_s) for request, at_s in tasks))
+    tasks = zip(bodies, arrivals(point.rate, len(bodies), seed))
+    return await asyncio.gather(*(one(body, at_s) for body, at_s in tasks))
 
 
-async def _closed_loop(client: Client, requests: Sequence[Request], concurrency: int) -> list[Timing]:
-    timings: list[Timing | None] = [None] * len(requests)
-    queue = iter(enumerate(requests))  # shared: who is free takes the next
+async def _closed_loop(client: Client, bodies: Sequence[dict[str, Any]], concurrency: int) -> list[Timing]:
+    timings: list[Timing | None] = [None] * len(bodies)
+    queue = iter(enumerate(bodies))  # shared: who is free takes the next
 
     async def user() -> None:
-        for number, request in queue:
-            timings[number] = await client.generate(body_of(request))
+        for number, body in queue:
+            timings[number] = await client.generate(body)
 
     await asyncio.gather(*(user() for _ in range(concurrency)))
     return [timing for timing in timings if timing is not None]
@@ -185,7 +191,7 @@ async def measure(args: argparse.Namespace, points: Sequence[Point]) -> list[dic
         if args.warm_up:
             sizes = args.input_len, args.output_len
             warm = workload("random", args.warm_up, *sizes, args.seed + 7919, args.max_token_id)
-            await run(client, warm, Point(concurrency=min(args.warm_up, 8)), args.seed)
+            await run(client, warm, Point(concurrency=min(args.warm_up, 8)), args.seed, args.sampling_params)
         for point in points:
             runs = []
             for repeat in range(args.repeats):
@@ -193,7 +199,7 @@ async def measure(args: argparse.Namespace, points: Sequence[Point]) -> list[dic
                 sizes = args.num_requests, args.input_len, args.output_len
                 requests = workload(args.workload, *sizes, seed, args.max_token_id)
                 await asyncio.to_thread(flush_cache, args.url, args.api_key)
-                runs.append(summary(await run(client, requests, point, seed)))
+                runs.append(summary(await run(client, requests, point, seed, args.sampling_params)))
             out.append(
                 {"load": point.name, "rate": point.rate, "concurrency": point.concurrency, "runs": runs}
             )
@@ -220,6 +226,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--input-len", type=int, default=256, help="of random prompts (default %(default)s)")
     parser.add_argument("--output-len", type=int, default=128, help="of random ones (default %(default)s)")
     parser.add_argument("--max-token-id", type=int, default=29999, help="of random prompts")
+    parser.add_argument(
+        "--sampling-params",
+        type=_sampling_params,
+        help='more of each request, as JSON: {"temperature": 1, "json_schema": {"type": "array"}}',
+    )
     parser.add_argument("--warm-up", type=int, default=8, help="requests before (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each point (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -240,6 +251,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plot:
         args.plot.write_text(plot(out, f"{args.workload} on {args.url}"))
     return 1 if any(figures["failed"] for point in out for figures in point["runs"]) else 0
+
+
+def _sampling_params(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
 
 
 def _points(rates: str | None, concurrencies: str | None) -> list[Point]:

@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
-from llguidance import LLMatcher
 
 from jaxserve.messages import Finish, Generate
 from jaxserve.text.grammar import GrammarError
-from jaxserve.text.matcher import Vocabulary
+from jaxserve.text.matcher import Matcher, Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ class Constraint:
         output_ids: the output so far. Raises GrammarError where the grammar does not allow it.
     """
 
-    def __init__(self, matcher: LLMatcher, begins_after: Sequence[int], output_ids: Sequence[int] = ()):
+    def __init__(self, matcher: Matcher, begins_after: Sequence[int], output_ids: Sequence[int] = ()):
         self.matcher = matcher
         self._begins_after = list(begins_after)
         self._tail: list[int] = []  # of the output, while the grammar has not begun
@@ -46,23 +45,23 @@ class Constraint:
             self._tail = [*self._tail, token][-len(self._begins_after) :]
             self.has_begun = self._tail == self._begins_after
             return None
-        if not self.matcher.consume_token(token):
+        if not self.matcher.consume(token):
             return Finish("abort", message=f"the grammar: {self.error}", status_code=500)
-        if not self.matcher.is_stopped():
+        if not self.matcher.is_complete:
             return None
-        return Finish("stop", matched=token if self.matcher.stop_reason() == "EndOfSentence" else None)
+        return Finish("stop", matched=token if self.matcher.has_ended else None)
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing may follow."""
-        return self.has_begun and self.matcher.is_stopped()
+        return self.has_begun and self.matcher.is_complete
 
     @property
     def error(self) -> str:
         """Why the output cannot go on; empty while it can."""
         if self._is_stuck:
             return "no token of this model can follow"
-        return self.matcher.get_error().partition("\n")[0]
+        return self.matcher.error
 
     def may_go_on(self, any_token: bool) -> None:
         """Whether there is a token that may come next."""

@@ -143,6 +143,15 @@ def test_refused_and_broken_requests_are_failures_with_their_reason(server):
     assert nobody.status == 0 and "cannot connect" in nobody.error
 
 
+def test_sampling_params_are_those_of_every_request(server):
+    given = '{"temperature": 0.5, "regex": "[a-z]*"}'
+    argv = ["--url", server.url, "--num-requests", "2", "--repeats", "1", "--warm-up", "1"]
+    argv += ["--max-token-id", "300", "--sampling-params", given]
+    assert bench_serve.main(argv) == 0
+    for request in server.engine.requests:
+        assert request.sampling.temperature == 0.5 and "[a-z]*" in request.sampling.grammar
+
+
 def test_every_run_starts_with_an_empty_prefix_cache(server, capsys):
     emptied = []  # at each request, how often the cache was emptied before
     server.engine.script = lambda request: [emptied.append(server.engine.calls.count("flush_cache")), 65][1:]
@@ -161,6 +170,7 @@ def test_every_run_starts_with_an_empty_prefix_cache(server, capsys):
         (["--concurrency", "4,0"], "concurrency=4,0 must be positive"),
         (["--concurrency", "x"], "invalid literal"),
         (["--repeats", "0"], "repeats=0 is too small"),
+        (["--sampling-params", "[1]"], "argument --sampling-params: invalid"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(argv, message, capsys):

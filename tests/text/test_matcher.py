@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher
 
 from jaxserve.text.grammar import GrammarError
-from jaxserve.text.matcher import Vocabulary
+from jaxserve.text.matcher import NUM_FAMILIES, Vocabulary
 from jaxserve.text.tokenizer import Tokenizer
 
 EOS = 1
@@ -43,11 +43,11 @@ def draw(vocabulary, tokenizer, grammar: str, seed: int, most: int = 200) -> byt
     for _ in range(most):
         [tokens] = allowed(vocabulary, matcher)
         token = chosen.choice(tokens)
-        assert matcher.consume_token(token)
+        assert matcher.consume(token)
         if token == EOS:
             return text
         text += tokenizer.token_bytes(token)
-        if matcher.is_stopped():
+        if matcher.is_complete:
             return text
     return None
 
@@ -55,7 +55,7 @@ def draw(vocabulary, tokenizer, grammar: str, seed: int, most: int = 200) -> byt
 def test_masks_allow_exactly_what_may_follow(vocabulary, tokenizer):
     made = [vocabulary.matcher(g) for g in (DIGITS, LETTERS, DIGITS)]
     for token in tokenizer.encode("no", add_special_tokens=False):
-        assert made[2].consume_token(token)
+        assert made[2].consume(token)
     letters = [sorted(map(tokenizer.token_text, row)) for row in allowed(vocabulary, *made)]
     assert letters == [["n", "y"], list("abcdef"), list("0123456789")]
 
@@ -99,6 +99,27 @@ def test_vocabulary_without_an_end_is_refused(tokenizer):
 def test_grammar_that_cannot_be_read_is_refused(vocabulary):
     with pytest.raises(GrammarError, match="Invalid type: zzz"):
         vocabulary.matcher('{"grammars": [{"json_schema": {"type": "zzz"}}]}')
+
+
+def test_matchers_in_use_at_once_are_of_different_families_and_later_ones_of_those(tokenizer, monkeypatch):
+    vocabulary = Vocabulary(tokenizer, SIZE, {EOS})
+    together = [vocabulary.matcher(DIGITS) for _ in range(NUM_FAMILIES)]
+    assert len({id(matcher.family) for matcher in together}) == NUM_FAMILIES
+    more = [vocabulary.matcher(DIGITS) for _ in range(NUM_FAMILIES)]
+    assert {id(m.family) for m in more} == {id(m.family) for m in together}
+    first = together[0].family
+    del together, more
+    assert vocabulary.matcher(DIGITS).family is first
+    assert vocabulary.matcher(LETTERS).family is not first
+
+
+def test_only_the_latest_families_are_kept(tokenizer, monkeypatch):
+    monkeypatch.setattr("jaxserve.text.matcher.NUM_KEPT", 2)
+    vocabulary = Vocabulary(tokenizer, SIZE, {EOS})
+    for letter in "abac":
+        vocabulary.matcher(LLMatcher.grammar_from_regex(letter))
+    kept = [LLMatcher.grammar_from_regex(letter) for letter in "ac"]
+    assert [grammar for grammar, _ in vocabulary._kept] == kept
 
 
 @pytest.mark.parametrize(
