@@ -26,6 +26,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     logit_bias: dict[int, float] = {}
     seed: int | None = None  # None: the engine draws one when the request arrives
     grammar: str = ""  # what the output must be, see `jaxserve.text.grammar`; empty: anything
+    grammar_opening: int | None = None  # `grammar_after` counts only where the output begins with this token
     grammar_after: tuple[
         int, ...
     ] = ()  # the grammar begins behind these tokens of the output (thoughts' end)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.engine.constraints import MASK_BITS
 from jaxserve.engine.plan import RankPlan
 from jaxserve.engine.request import Request
 
@@ -349,9 +350,6 @@ def pack_prepare(num_ranks: int, request: Request) -> list[np.ndarray]:
         f["bias_id"][:], f["bias_value"][:] = bias_table(request)
         buffers.append(packed)
     return buffers
-
-
-MASK_BITS = 32  # tokens of one word of a mask
 
 
 def mask_sizes(num_slots: int) -> list[int]:

@@ -17,6 +17,7 @@ from jaxserve.text.matcher import Matcher, Vocabulary
 
 logger = logging.getLogger(__name__)
 
+MASK_BITS = 32  # tokens of one word of a mask
 NUM_THREADS = 4  # that make grammars ready: most take a millisecond
 
 
@@ -25,15 +26,23 @@ class Constraint:
 
     Args:
         begins_after: token ids behind which the grammar begins; until then anything goes.
+        opening: where the output begins with another token than this, the grammar begins with it.
         output_ids: the output so far. Raises GrammarError where the grammar does not allow it.
     """
 
-    def __init__(self, matcher: Matcher, begins_after: Sequence[int], output_ids: Sequence[int] = ()):
+    def __init__(
+        self,
+        matcher: Matcher,
+        begins_after: Sequence[int],
+        opening: int | None = None,
+        output_ids: Sequence[int] = (),
+    ):
         self.matcher = matcher
+        self.opening = opening  # None once the output has begun
         self._begins_after = list(begins_after)
         self._tail: list[int] = []  # of the output, while the grammar has not begun
-        self.has_begun = not begins_after
-        self._is_stuck = False
+        self.has_begun = not begins_after or opening is not None
+        self.is_stuck = False  # no token may come next
         for token in output_ids:
             finish = self.accept(token)
             if finish is not None and finish.type == "abort":
@@ -41,12 +50,15 @@ class Constraint:
 
     def accept(self, token: int) -> Finish | None:
         """Take in a token of the output; why the output ends with it, if it does."""
+        if self.opening is not None:
+            self.has_begun = token != self.opening
+            self.opening = None
         if not self.has_begun:
             self._tail = [*self._tail, token][-len(self._begins_after) :]
             self.has_begun = self._tail == self._begins_after
             return None
         if not self.matcher.consume(token):
-            return Finish("abort", message=f"the grammar: {self.error}", status_code=500)
+            return Finish("abort", message=f"the grammar: {self.error}", status_code=400)
         if not self.matcher.is_complete:
             return None
         return Finish("stop", matched=token if self.matcher.has_ended else None)
@@ -59,13 +71,7 @@ class Constraint:
     @property
     def error(self) -> str:
         """Why the output cannot go on; empty while it can."""
-        if self._is_stuck:
-            return "no token of this model can follow"
-        return self.matcher.error
-
-    def may_go_on(self, any_token: bool) -> None:
-        """Whether there is a token that may come next."""
-        self._is_stuck = not any_token
+        return "no token of this model can follow" if self.is_stuck else self.matcher.error
 
 
 class Constraints:
@@ -94,7 +100,8 @@ class Constraints:
 
     def _make(self, spec: Generate) -> Constraint:
         matcher = self._vocabulary.result().matcher(spec.sampling.grammar)
-        return Constraint(matcher, spec.sampling.grammar_after, spec.output_ids)
+        sampling = spec.sampling
+        return Constraint(matcher, sampling.grammar_after, sampling.grammar_opening, spec.output_ids)
 
     def take_ready(self) -> list[tuple[Generate, Constraint | str]]:
         """The requests whose grammar is ready, or cannot be and why, in the order in which they came."""
@@ -126,8 +133,11 @@ class Constraints:
     def fill(self, masks_RW: np.ndarray, constraints: Sequence[Constraint]) -> None:
         """See `Vocabulary.fill`; each of them has begun. Those that cannot go on have an `error` then."""
         self._vocabulary.result().fill(masks_RW, [constraint.matcher for constraint in constraints])
+        for constraint, mask_W in zip(constraints, masks_RW.view(np.uint32)):
+            if (token := constraint.opening) is not None:
+                mask_W[token // MASK_BITS] |= np.uint32(1 << token % MASK_BITS)
         for constraint, any_token in zip(constraints, masks_RW.any(axis=1).tolist()):
-            constraint.may_go_on(any_token)
+            constraint.is_stuck = not any_token
 
 
 def _warn(vocabulary: Future[Vocabulary]) -> None:

@@ -100,9 +100,11 @@ class EngineLoop:
     def _receive(self) -> None:
         timeout_s = 0.0
         if self._in_flight is None and not self.scheduler.has_work:
-            self.scheduler.check()  # the audit runs when there is nothing better to do
-            if self._drain_until_s is None:
-                timeout_s = GRAMMAR_WAIT_S if self._waiting_for_grammars else None
+            if self._waiting_for_grammars:
+                timeout_s = GRAMMAR_WAIT_S
+            else:
+                self.scheduler.check()  # the audit runs when there is nothing better to do
+                timeout_s = None if self._drain_until_s is None else 0.0
         for message in self._endpoint.receive(timeout_s):
             match message:
                 case Generate():

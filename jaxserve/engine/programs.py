@@ -15,7 +15,6 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxserve.engine.batch import (
-    MASK_BITS,
     NUM_LOGPROB_IDS,
     NUM_TOP_LOGPROBS,
     PREPARE_PACKING,
@@ -23,6 +22,7 @@ from jaxserve.engine.batch import (
     Bucket,
     Packing,
 )
+from jaxserve.engine.constraints import MASK_BITS
 from jaxserve.layers.attention import QueryBlocks, StepContext
 from jaxserve.layers.kv import StateBlocks
 from jaxserve.layers.moe import ExpertSpec

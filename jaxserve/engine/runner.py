@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxserve.engine import batch, programs
 from jaxserve.engine.batch import Bucket
 from jaxserve.engine.compiler import OVERLAP_OPTIONS, compile_program, compiler_options, lower_program
+from jaxserve.engine.constraints import MASK_BITS
 from jaxserve.engine.expert_state import ExpertState
 from jaxserve.engine.kept_programs import KeptPrograms, Task
 from jaxserve.engine.launches import Launch, Launches
@@ -131,7 +132,7 @@ class Runner:
         }
         packings: dict[int, batch.Packing] = {}
         if masks:
-            words = -(-sizes.vocab_size // batch.MASK_BITS)
+            words = -(-sizes.vocab_size // MASK_BITS)
             self._slots["mask"] = self._zeros((rows, words), np.int32)
             packings = {n: batch.mask_packing(n, sizes.vocab_size) for n in batch.mask_sizes(sizes.num_slots)}
         self.experts = experts

@@ -67,14 +67,15 @@ class ChatParts:
         call, style = None, tool_calls.STYLES.get(parsers.tool_calls or "")
         if style is not None:
             self._short_ids = style.short_ids
-        if parsers.forced:
-            self._calls = ForcedCalls(parsers.tools, parsers.behind)
-        elif style is not None:
+        forced = ForcedCalls(parsers.tools, parsers.behind) if parsers.forced else None
+        if parsers.have_channels:
+            self._channels = Channels(parsers.tools, parsers.at_once, forced)
+            return
+        self._calls = forced
+        if forced is None and style is not None:
             call = style.opening
             self._calls = ToolCalls(style, parsers.tools)
-        if parsers.have_channels:
-            self._channels = Channels(parsers.tools, parsers.at_once)
-        elif parsers.reasoning is not None:
+        if parsers.reasoning is not None:
             self._thoughts = Thoughts(
                 reasoning.STYLES[parsers.reasoning],
                 prompt,

@@ -15,9 +15,10 @@ from jaxserve.server.errors import RequestError
 from jaxserve.server.schema import SamplingParams, show
 from jaxserve.server.service import Service
 from jaxserve.text import grammar
+from jaxserve.text.deep_stack import start_deep
 from jaxserve.text.grammar import GrammarError
 
-MAX_GRAMMARS = 64  # different ones in one body
+MAX_GRAMMARS = 8  # different ones in one body
 NATIVE_FIELDS = ("json_schema", "regex", "ebnf", "structural_tag")
 NUM_KEPT = 128  # checked grammars, at most 0.4 MB each with what they were made of
 Kind = Literal["json_schema", "regex", "ebnf", "structural_tag", "calls"]
@@ -83,7 +84,8 @@ def format_ask(form: Mapping[str, Any] | None) -> Ask | None:
     if form is None or kind == "text":
         return None
     if kind == "json_object":
-        return make_ask("response_format", "json_schema", {"type": "object"})
+        _check_members(form, ("type", "schema"))
+        return make_ask("response_format", "json_schema", form.get("schema") or {"type": "object"})
     if kind == "structural_tag":
         return make_ask("response_format", "structural_tag", form)
     if kind != "json_schema":
@@ -93,6 +95,7 @@ def format_ask(form: Mapping[str, Any] | None) -> Ask | None:
             param="response_format",
             code="unsupported_parameter",
         )
+    _check_members(form, ("type", "json_schema"))
     given = form.get("json_schema")
     if not isinstance(given, dict) or not isinstance(given.get("schema"), (dict, bool)):
         raise RequestError(
@@ -137,18 +140,25 @@ async def resolve(service: Service, asks: Sequence[Ask | None]) -> list[str]:
             param=first.param,
         )
     white_space = not service.config.constrained_json_disable_any_whitespace
-    made = await asyncio.to_thread(_make_all, list(different), white_space)
+    made = {}
+    for ask in different:
+        args = ask.kind, ask.source, ask.lenient, ask.most, white_space
+        try:
+            async with service.turn_of_grammars:  # in a thread of its own, for which no shutdown waits
+                made[ask] = await asyncio.wrap_future(start_deep(_make, *args))
+        except GrammarError as error:
+            raise RequestError(f"{ask.param}: {error}", param=ask.param) from None
     return [made[ask] if ask is not None else "" for ask in asks]
 
 
-def _make_all(asks: Sequence[Ask], white_space: bool) -> dict[Ask, str]:
-    made = {}
-    for ask in asks:
-        try:
-            made[ask] = _make(ask.kind, ask.source, ask.lenient, ask.most, white_space)
-        except GrammarError as error:
-            raise RequestError(f"{ask.param}: {error}", param=ask.param) from None
-    return made
+def _check_members(form: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in form:
+        if name not in names:
+            raise RequestError(
+                f"response_format.{name[:60]} is not a known parameter of type {form['type']}",
+                param="response_format",
+                code="unknown_parameter",
+            )
 
 
 @functools.lru_cache(NUM_KEPT)
@@ -162,4 +172,4 @@ def _make(kind: Kind, source: str, lenient: bool, most: int | None, white_space:
         return grammar.of_ebnf(source)
     if kind == "structural_tag":
         return grammar.of_structural_tag(source, white_space=white_space)
-    return grammar.of_calls(source, most=most, white_space=white_space)
+    return grammar.of_calls(source, most=most, lenient=lenient, white_space=white_space)

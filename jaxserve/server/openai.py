@@ -187,10 +187,12 @@ async def chat_completions(request: Request) -> Response:
     ask = ask_of(body, parsers.tools if parsers.forced else None)
     prompt, param = await _chat_prompt(request, body)
     (grammar,) = await resolve(service, [ask])
-    end = _end_of_thoughts(service, body, parsers, prompt) if grammar else ""
-    constraint = Constraint(grammar, tuple(service.tokenizer.encode(end, False)) if end else ())
-    if parsers.reasoning is None and not parsers.have_channels:
-        parsers = parsers._replace(behind=end)
+    constraint = Constraint()
+    if grammar:
+        opening, end = _around_thoughts(service, body, parsers, prompt)
+        constraint = Constraint(grammar, tuple(service.tokenizer.encode(end, False)) if end else (), opening)
+        if parsers.reasoning is None and not parsers.have_channels:
+            parsers = parsers._replace(behind=end)
     logprobs = {"return_logprob": True, "top_logprobs_num": body.top_logprobs} if body.logprobs else {}
     params = sampling_params(body, chat_max_tokens(body), sampling_defaults(service))
     if parsers.read_special_tokens:
@@ -229,14 +231,25 @@ def _parsers(service: Service, body: ChatBody) -> Parsers:
     )
 
 
-def _end_of_thoughts(service: Service, body: ChatBody, parsers: Parsers, prompt: list[int]) -> str:
-    """What the answer is going to say before the part that a grammar holds for; empty: nothing."""
+def _around_thoughts(
+    service: Service, body: ChatBody, parsers: Parsers, prompt: list[int]
+) -> tuple[int | None, str]:
+    """What the answer is going to say before the part that a grammar holds for; empty: nothing.
+
+    And the token that it begins with if it says that, where that is the model's choice.
+    """
     name = service.config.reasoning_parser
-    if name is None or name == CHANNELS:
-        return BEFORE_FINAL if name else ""
+    if name is None or (name == CHANNELS and parsers.continued):
+        return None, ""
+    if name == CHANNELS:
+        return None, BEFORE_FINAL
     style, variables = reasoning.STYLES[name], body.chat_template_kwargs or {}
     thinks = reasoning.will_think(style, _end_of(service, prompt), parsers.continued, variables)
-    return style.closing if thinks else ""
+    if thinks is not None:
+        return None, style.closing if thinks else ""
+    assert service.tokenizer is not None
+    ids = service.tokenizer.encode(style.opening, add_special_tokens=False)
+    return ids[0] if len(ids) == 1 else None, style.closing
 
 
 def _new_parts(

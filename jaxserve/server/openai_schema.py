@@ -278,7 +278,10 @@ def ask_of(body: OpenAIBody, forced: Tools | None = None) -> Ask | None:
     asks += field_asks({"regex": body.regex, "ebnf": body.ebnf})
     if forced and isinstance(body, ChatBody):
         most = 1 if body.tool_choice != "required" or not body.parallel_tool_calls else None
-        asks.append(make_ask("tool_choice", "calls", forced, most=most))
+        is_strict = any(
+            f.get("strict") for f in (t["function"] for t in body.tools or ()) if f["name"] in forced
+        )
+        asks.append(make_ask("tool_choice", "calls", forced, lenient=not is_strict, most=most))
     return only_ask(asks)
 
 

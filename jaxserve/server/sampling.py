@@ -46,10 +46,14 @@ class TextRules:
 
 @dataclass(frozen=True)
 class Constraint:
-    """The grammar of an output, from its first token on or behind the tokens `after`. Empty: none."""
+    """The grammar of an output, from its first token on or behind the tokens `after`. Empty: none.
+
+    `opening`: `after` counts only where the output begins with this token.
+    """
 
     grammar: str = ""
     after: tuple[int, ...] = ()
+    opening: int | None = None
 
 
 def native_name(name: str) -> str:
@@ -139,7 +143,7 @@ def resolve_sampling(
             param=name("min_new_tokens"),
         )
     stop_ids = set(params.stop_token_ids or ())
-    if not params.ignore_eos:
+    if not params.ignore_eos or constraint.grammar:  # which says where the output may end
         stop_ids |= eos_token_ids
     greedy = params.temperature < GREEDY_BELOW
     return Sampling(
@@ -156,6 +160,7 @@ def resolve_sampling(
         logit_bias=params.logit_bias or {},
         seed=None if params.sampling_seed is None else _fold(params.sampling_seed + sample),
         grammar=constraint.grammar,
+        grammar_opening=constraint.opening,
         grammar_after=constraint.after,
     )
 

@@ -22,6 +22,7 @@ from jaxserve.server.sequence import Sequence
 from jaxserve.text.chat_template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 
+MOST_GRAMMARS = 2  # that are checked at a time; one takes up to half a second
 MAX_ABORTS = 4096  # whose ids are remembered, for requests that are on their way to the engine
 MOST_BEHIND = 16  # outputs by which a stream's reader may be late before its events are joined
 
@@ -49,6 +50,7 @@ class Service:
         self.generation_config = dict(generation_config or {})
         self.metrics = metrics
         self.clock = clock
+        self.turn_of_grammars = asyncio.Semaphore(MOST_GRAMMARS)
         self.num_outputs = 0  # outputs the engine has sent, a sign of life
         self._dead: str | None = None
         self._running: dict[str, Sequence] = {}

@@ -7,6 +7,7 @@ Source: OpenAI 2025, "OpenAI harmony response format".
 
 import re
 
+from jaxserve.text.forced_calls import ForcedCalls
 from jaxserve.text.tags import Holder
 from jaxserve.text.tool_calls import ToolCall, Tools, read_arguments
 
@@ -17,7 +18,8 @@ TAG = re.compile("|".join(map(re.escape, (*BEGINS, *ENDS))))
 LONGEST = max(map(len, (*BEGINS, *ENDS)))
 RECIPIENT = re.compile(r"\bto=functions\.([^\s<]+)")
 THOUGHTS = "analysis"
-BEFORE_FINAL = f"<|channel|>final{MESSAGE}"  # what is said to the user
+FINAL = "final"  # what is said to the user
+BEFORE_FINAL = f"<|channel|>{FINAL}{MESSAGE}"
 
 
 class Channels(Holder):
@@ -26,11 +28,14 @@ class Channels(Holder):
 
     What is held back meanwhile follows from all of the text so far, wherever its pieces end: calls until they
     end, with `at_once` thoughts too, and a part of a tag. What cannot be read as a call of a tool is text.
+
+    Args:
+        forced: reads what the final channel says, when that is calls that a grammar forces.
     """
 
-    def __init__(self, tools: Tools, at_once: bool = False):
+    def __init__(self, tools: Tools, at_once: bool = False, forced: ForcedCalls | None = None):
         super().__init__()
-        self._tools, self._at_once = tools, at_once
+        self._tools, self._at_once, self._forced = tools, at_once, forced
         self._channel: str | None = None  # of the message whose text comes; None: between messages
         self._tool: str | None = None  # whom that message calls
 
@@ -48,6 +53,10 @@ class Channels(Holder):
                 call = read_arguments(self._tool, body) if self._tool in self._tools else None
                 texts += [body] if call is None else []
                 calls += [] if call is None else [call]
+            elif self._forced is not None and self._channel == FINAL:
+                said, more = self._forced.feed(body, has_ended or is_last)
+                texts.append(said)
+                calls += more
             else:
                 (thoughts if self._channel == THOUGHTS else texts).append(body)
             if not has_ended:

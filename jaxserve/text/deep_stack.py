@@ -14,8 +14,8 @@ STACK_BYTES = 256 * 2**20  # reserved, and not memory until it is used
 _lock = threading.Lock()
 
 
-def run_deep[T](function: Callable[..., T], *args: Any) -> T:
-    """Call the function in a thread with a large stack, and wait for what it returns or raises."""
+def start_deep[T](function: Callable[..., T], *args: Any) -> Future[T]:
+    """Call the function in a thread with a large stack. The process does not wait for it at its end."""
     done: Future[T] = Future()
 
     def work() -> None:
@@ -24,10 +24,16 @@ def run_deep[T](function: Callable[..., T], *args: Any) -> T:
         except BaseException as error:  # a panic of the library is no Exception
             done.set_exception(error)
 
+    done.set_running_or_notify_cancel()  # from now on nobody can cancel it
     with _lock:
         before = threading.stack_size(STACK_BYTES)  # of threads that start from now on
         try:
             threading.Thread(target=work, name="deep", daemon=True).start()
         finally:
             threading.stack_size(before)
-    return done.result()
+    return done
+
+
+def run_deep[T](function: Callable[..., T], *args: Any) -> T:
+    """`start_deep`, and wait for what it returns or raises."""
+    return start_deep(function, *args).result()

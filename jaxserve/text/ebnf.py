@@ -11,7 +11,7 @@ import json
 import re
 from dataclasses import dataclass, field
 
-from jaxserve.text.grammar_bounds import GrammarError, check_length, check_regexes
+from jaxserve.text.grammar_bounds import GrammarError, check_length, check_literals, check_regexes
 
 MAX_CHARS = 50_000  # of 10,000 optional parts in one rule: 0.4 s
 MAX_GROUPS = 20  # in groups; the library refuses more than about 30
@@ -139,6 +139,7 @@ class _Reader:
             rule.parts.append((sign, True))
         elif kind == "text":
             text = "".join(self._characters(self._tokens[self._at - 1][1], "text"))
+            check_literals([text])
             rule.parts.append((quoted(text), False))
             rule.num_optional += not text
         elif kind == "chars":

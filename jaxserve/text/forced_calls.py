@@ -24,6 +24,7 @@ class ForcedCalls(Holder):
         super().__init__()
         self._tools, self._behind = tools, behind
         self._in_list = self._is_text = False
+        self._bracket = ""  # with which the list began, until a call has come
         self._depth = 0  # of brackets in `_held[: self._searched]`
         self._in_string = False
 
@@ -36,7 +37,11 @@ class ForcedCalls(Holder):
         if not self._is_text and not is_last:
             return before, calls
         rest, self._held = self._held, ""
-        return before + (rest.lstrip(BETWEEN) if self._in_list else rest), calls
+        if self._in_list:
+            rest = rest.lstrip(BETWEEN)
+        if self._bracket and (self._in_list or self._is_text):
+            rest, self._bracket = self._bracket + rest, ""
+        return before + rest, calls
 
     def _begin(self, is_last: bool) -> str:
         """The text before the list, as far as there is more of it."""
@@ -52,6 +57,7 @@ class ForcedCalls(Holder):
         begun = self._held.lstrip()
         if begun.startswith("["):
             self._in_list, self._held, self._searched = True, begun[1:], 0
+            self._bracket = "["
         elif begun:
             self._is_text = True
         return before
@@ -74,7 +80,7 @@ class ForcedCalls(Holder):
         if call is None or call.name not in self._tools:
             self._in_list, self._is_text = False, True
             return None
-        self._held, self._searched = self._held[end:], 0
+        self._held, self._searched, self._bracket = self._held[end:], 0, ""
         return call
 
     def _end_of_object(self) -> int:

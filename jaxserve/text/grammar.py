@@ -18,6 +18,7 @@ from jaxserve.text.grammar_bounds import (
     MAX_REGEX_CHARS,
     GrammarError,
     check_length,
+    check_literals,
     check_regexes,
     count_optional,
 )
@@ -26,8 +27,15 @@ from jaxserve.text.tool_calls import Tools
 
 __all__ = ["LIMITS", "GrammarError", "check", "of_calls", "of_ebnf", "of_json_schema", "of_regex"]
 
-# Half of the library's limits where those let something through that takes a second or 200 MB.
-LIMITS = LLParserLimits(initial_lexer_fuel=500_000, max_lexer_states=50_000, verbose_errors=False)
+# Below the library's limits, with which some grammars take a second or 200 MB to make, and some seconds a
+# token. With these, the worst mask that was found takes 30 ms of 128,000 tokens, and a lexer has up to 40 MB.
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=500_000,
+    step_max_items=3_000,
+    max_lexer_states=20_000,
+    verbose_errors=False,
+)
+CHECKED_TOKENS = 3  # some grammars fail behind the first
 WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"  # between tokens of JSON; small models would never end it
 MAX_TRIGGERS = 32
 MAX_REASON_CHARS = 300
@@ -53,8 +61,13 @@ def check(grammar: str) -> None:
 
 def _error_of(grammar: str) -> str:
     matcher = LLMatcher(_bytes(), grammar, log_level=0, limits=LIMITS)
-    if not matcher.is_error():
-        matcher.compute_bitmask()
+    for _ in range(CHECKED_TOKENS):
+        if matcher.is_error() or matcher.is_stopped():
+            break
+        mask = int.from_bytes(matcher.compute_bitmask(), "little") % (1 << 256)  # without the end
+        if not mask:
+            break
+        matcher.consume_token((mask & -mask).bit_length() - 1)  # the first that may follow
     return matcher.get_error()
 
 
@@ -62,7 +75,7 @@ def of_json_schema(schema: Any, *, lenient: bool = True, white_space: bool = Tru
     """
     Args:
         schema: a JSON text, or what one decodes to.
-        lenient: keywords that the library does not know are left out; otherwise they are refused.
+        lenient: keywords that the library knows and does not serve are left out; otherwise they are refused.
         white_space: may stand between the tokens of the JSON.
     """
     schema = _schema(schema, lenient, white_space)
@@ -112,6 +125,7 @@ def of_structural_tag(tag: Any, *, white_space: bool = True) -> str:
         begin, end = entry.get("begin"), entry.get("end", "")
         if not isinstance(begin, str) or not isinstance(end, str):
             raise GrammarError("begin and end of a structure must be strings")
+        check_literals([begin, end])
         found = [i for i, trigger in enumerate(triggers) if begin.startswith(trigger)]
         if not found:
             raise GrammarError(f"begin {_shown(begin)} does not begin with one of the triggers")
@@ -129,12 +143,15 @@ def of_structural_tag(tag: Any, *, white_space: bool = True) -> str:
     return _checked({"lark_grammar": "\n".join(lark)})
 
 
-def of_calls(tools: Tools | str, *, most: int | None = None, white_space: bool = True) -> str:
+def of_calls(
+    tools: Tools | str, *, most: int | None = None, lenient: bool = True, white_space: bool = True
+) -> str:
     """A JSON list of one call or more, each {"name", "parameters"} by the schema of the tool it names.
 
     Args:
         tools: as JSON, or what it decodes to.
         most: calls; None: any number.
+        lenient: see `of_json_schema`.
     """
     definitions: dict[str, Any] = {}
     choices = []
@@ -144,6 +161,8 @@ def of_calls(tools: Tools | str, *, most: int | None = None, white_space: bool =
         except GrammarError as error:
             raise GrammarError(f"parameters of {_shown(name)}: {error}") from None
         if isinstance(schema, dict):
+            if schema.get("type", "object") != "object":
+                raise GrammarError(f"parameters of {_shown(name)} must be an object")
             if not any(kind in schema for kind in KINDS):
                 schema["type"] = "object"
             for name_of_root in ("$id", "$schema"):
@@ -160,7 +179,7 @@ def of_calls(tools: Tools | str, *, most: int | None = None, white_space: bool =
     schema = {"type": "array", "minItems": 1, "items": {"anyOf": choices}, "$defs": definitions}
     if most is not None:
         schema["maxItems"] = most
-    return of_json_schema(schema, white_space=white_space)
+    return of_json_schema(schema, lenient=lenient, white_space=white_space)
 
 
 # ---- parts ----

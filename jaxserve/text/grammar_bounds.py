@@ -6,9 +6,11 @@ llguidance 1.9.1 on one core: n optional parts in a row cost 0.33 us n^2 and 90 
 
 import math
 import re
+from collections.abc import Iterable
 
 MAX_CHARS = 100_000  # of a schema, a grammar, or all of a structural tag
 MAX_REGEX_CHARS = 20_000
+MAX_LITERAL_CHARS = 4_000  # of a text to be said as it is; masks of one of 90,000 take up to 460 ms
 MAX_OPTIONAL_WORK = 500_000  # the sum of the squares of optional parts, over regexes: 0.2 s, 50 MB
 OPTIONAL = re.compile(r"(?<!\()\?|[*{]|\|[|)]|[(:]\|")
 
@@ -24,6 +26,14 @@ def check_length(text: str, most: int = MAX_CHARS) -> None:
         text.encode()
     except UnicodeEncodeError:  # JSON brings no such text, a caller in this process can
         raise GrammarError("it holds half a surrogate pair, which is no character") from None
+
+
+def check_literals(texts: Iterable[str]) -> None:
+    for text in texts:
+        if len(text) > MAX_LITERAL_CHARS:
+            raise GrammarError(
+                f"it has a text of {len(text)} characters, {text[:20]!r}...; {MAX_LITERAL_CHARS} are served"
+            )
 
 
 def check_regexes(num_optional: list[int]) -> None:

@@ -18,7 +18,8 @@ from jaxserve.text.grammar import LIMITS, GrammarError
 from jaxserve.text.tokenizer import Tokenizer
 
 NUM_FAMILIES = 16  # of one grammar, about one for each thread that makes masks
-NUM_KEPT = 256  # families; one takes 0.2 to 1 MB
+NUM_KEPT = 128  # families; one takes 0.2 to 1 MB, and 40 at most
+MOST_MEMBERS = 64  # ever, of a family: what its lexer has learnt grows with each, up to a limit
 
 
 class Family:
@@ -27,6 +28,7 @@ class Family:
     def __init__(self, first: LLMatcher):
         self._first = first
         self._members: weakref.WeakSet[Matcher] = weakref.WeakSet()
+        self.num_joined = 0
 
     def __len__(self) -> int:
         """Members in use."""
@@ -36,6 +38,7 @@ class Family:
         """A new one, at the grammar's beginning."""
         member = Matcher(self._first.deep_copy(), self)
         self._members.add(member)
+        self.num_joined += 1
         return member
 
 
@@ -92,14 +95,15 @@ class Vocabulary:
     def matcher(self, grammar: str) -> Matcher:
         """At the grammar's beginning. Raises GrammarError.
 
-        Of the family with the fewest members. A new family takes 0.5 to 15 ms, without the interpreter, and
-        some 10 ms more in masks until its lexer is warm; but members wait for each other, and masks of 64 of
-        one family take as long as one by one.
+        Of the family with the fewest members in use. A new family takes 0.5 to 15 ms (of hundreds of
+        properties up to 0.5 s), without the interpreter, and some 10 ms more in masks until its lexer is
+        warm; but members wait for each other, and masks of 64 of one take as long as one by one.
         """
         with self._lock:
             families = [self._kept.get((grammar, i)) for i in range(NUM_FAMILIES)]
             number = min(range(NUM_FAMILIES), key=lambda i: len(families[i] or ()))
-            if (family := families[number]) is not None:
+            family = families[number]
+            if family is not None and family.num_joined < MOST_MEMBERS:
                 self._kept.move_to_end((grammar, number))
                 return family.join()
         first = run_deep(partial(LLMatcher, self._tokens, grammar, log_level=0, limits=LIMITS))

@@ -68,9 +68,8 @@ class Thoughts(Holder):
         self._style, self._at_once = style, at_once
         self._ends = [style.closing, *([call] if call else [])]
         self._state, self._untagged = _first_state(style, prompt.rstrip(), continued)
-        self._trims = (
-            self._state is State.THINKING
-        )  # white space where thoughts or the answer behind them begin
+        # White space where thoughts or the answer behind them begin.
+        self._trims = self._state is State.THINKING
 
     def feed(self, text: str, is_last: bool = False) -> tuple[str, str]:
         self._hold(text)
@@ -114,8 +113,10 @@ class Thoughts(Holder):
         return taken
 
 
-def will_think(style: ReasoningStyle, prompt: str, continued: str, variables: Mapping[str, Any]) -> bool:
-    """Whether an answer is going to close thoughts.
+def will_think(
+    style: ReasoningStyle, prompt: str, continued: str, variables: Mapping[str, Any]
+) -> bool | None:
+    """Whether an answer is going to close thoughts; None: if it opens them.
 
     Args:
         prompt: its end.
@@ -126,7 +127,7 @@ def will_think(style: ReasoningStyle, prompt: str, continued: str, variables: Ma
     if state is not State.BEFORE or untagged is State.THINKING:
         return state is not State.ANSWERING
     switches = [variables[name] for name in ("enable_thinking", "thinking") if name in variables]
-    return any(switches) if style.on_request else all(switches)
+    return None if (any if style.on_request else all)(switches) else False
 
 
 def _first_state(style: ReasoningStyle, prompt: str, continued: str) -> tuple[State, State]:

@@ -7,13 +7,21 @@ from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
 
-from jaxserve.text.grammar_bounds import GrammarError, check_regexes, count_optional
+from jaxserve.text.grammar_bounds import GrammarError, check_literals, check_regexes, count_optional
 
 MAX_NESTING = 100  # containers in containers; the library's own reader stops at 127
 MAX_ENTRIES = 1000  # of an object or a list
-LONG_LISTS = ("enum", "required")  # that cost little
+LONG_LISTS = ("enum", "required")  # that cost little where their entries are no containers
+UNSAID = (
+    "description",
+    "title",
+    "$comment",
+    "examples",
+    "default",
+    "pattern",
+)  # no output repeats them
 MAX_TOTALS = {  # of entries in all of these together, which may come together in one place
-    "properties": 3000,  # 0.6 s in one object
+    "properties": 3000,  # 0.6 s; the library takes up to some 500 optional ones in one object
     "patternProperties": 50,  # 0.02 s; 300 take 7 s
     "anyOf and oneOf": 2000,  # 0.8 s
 }
@@ -32,11 +40,12 @@ def check_schema(schema: Any) -> None:
     num_patterns = num_joined = 0
     for key, value, depth in _members(schema):
         if isinstance(value, (dict, list)):
-            is_long = isinstance(value, list) and key in LONG_LISTS
+            is_long = key in LONG_LISTS and not any(isinstance(entry, (dict, list)) for entry in value)
             if len(value) > MAX_ENTRIES and not is_long:
                 what = f"{key[:60]!r}" if key else "it"
                 raise GrammarError(f"{what} has {len(value)} entries; up to {MAX_ENTRIES} are served")
             if isinstance(value, dict):
+                check_literals(value)
                 totals[key] += len(value)
             elif key in ("anyOf", "oneOf"):
                 totals["anyOf and oneOf"] += len(value)
@@ -45,6 +54,8 @@ def check_schema(schema: Any) -> None:
                 num_patterns += len(value)
             num_joined += _num_joined(value)
         elif isinstance(value, str):
+            if key not in UNSAID:
+                check_literals([value])
             if key in REFERENCES:
                 references.add(value)
             elif key in ("$id", "$anchor", "$dynamicAnchor") and depth > 1:

@@ -181,6 +181,19 @@ def test_grammar_begins_behind_the_tokens_that_it_waits_for(served, tokenizer):
     assert ids(never) == free[:12]
 
 
+def test_model_that_may_think_begins_with_the_opening_token_or_with_the_grammar(served, tokenizer):
+    engine = served()
+    [plain] = raw(engine, request("plain", ""))
+    free = ids(plain)
+    given = {"grammar_after": free[4:6], "grammar_opening": free[0]}
+    [thinks] = raw(engine, request("thinks", DIGITS, **given))
+    assert ids(thinks)[:6] == free[:6]
+    assert text(tokenizer, ids(thinks)[6:])[:-3] in ("yes", "no")
+    given = {"grammar_after": free[4:6], "grammar_opening": SEVEN, "logit_bias": {SEVEN: -100.0}}
+    [answers] = raw(engine, request("answers", DIGITS, **given))
+    assert text(tokenizer, ids(answers))[:-3] in ("yes", "no")
+
+
 def test_logprobs_are_the_models_own(served):
     engine = served()
     one = msgspec.structs.replace(request("logprobs", DIGITS), return_logprob=True, top_logprobs_num=2)

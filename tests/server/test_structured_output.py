@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
+import tiny_tokenizer
 from fake_engine import FakeEngine
 from live_server import Server, make_app, serving
 
@@ -15,6 +16,7 @@ from jaxserve.server import constraint
 from jaxserve.server.generate import reply
 from jaxserve.server.schema import GenerateBody, parse
 from jaxserve.text.grammar import of_calls, of_ebnf, of_json_schema, of_regex, of_structural_tag
+from jaxserve.text.tokenizer import Tokenizer
 
 HELLO = [{"role": "user", "content": "hello"}]
 NUMBER = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -400,6 +402,58 @@ def test_family_that_thinks_on_request_is_believed_not_to(tokenizer):
 def test_grammar_of_channels_begins_in_the_final_one(tokenizer):
     with serving(tokenizer, reasoning_parser="gpt-oss") as server:
         assert after(server) == ids_of(server, "<|channel|>final<|message|>")
+        said = [*HELLO, {"role": "assistant", "content": "[1, "}]
+        assert after(server, messages=said, continue_final_message=True) == ()
+
+
+def test_model_that_may_open_its_thoughts_has_the_choice(tokenizer, tmp_path_factory):
+    """Where the tag is one token; where it is several, the grammar waits for thoughts to be closed."""
+    fast = tiny_tokenizer.byte_level()
+    fast.add_tokens(["<think>", "</think>"])
+    wider = Tokenizer.from_dir(tiny_tokenizer.write(tmp_path_factory.mktemp("thinker"), fast))
+    [opening] = wider.encode("<think>", add_special_tokens=False)
+    for known, token in ((wider, opening), (tokenizer, None)):
+        with serving(known, reasoning_parser="qwen3") as server:
+            assert after(server) == ids_of(server, "</think>")
+            assert server.engine.requests[-1].sampling.grammar_opening == token
+            assert after(server, chat_template_kwargs={"enable_thinking": False}) == ()
+            assert server.engine.requests[-1].sampling.grammar_opening is None
+
+
+def test_grammar_says_where_an_output_may_end_even_if_eos_is_ignored(server):
+    params = {"regex": "a*", "ignore_eos": True}
+    assert 1 in sampling_of(server, "/generate", sampling_params=params).stop_token_ids
+
+
+def test_forced_calls_behind_what_is_said_before_them(tokenizer):
+    """Models of channels may speak in another channel first."""
+    spoken = (
+        "<|channel|>commentary<|message|>Let me look.<|end|><|start|>assistant<|channel|>final<|message|>"
+    )
+    with serving(tokenizer, reasoning_parser="gpt-oss", tool_call_parser="gpt-oss") as server:
+        message = forced(server, spoken + LIST).choices[0].message
+        assert [name for name, _ in calls_of(message)] == ["weather", "now"]
+        assert message.content == "Let me look."
+
+
+def test_json_object_may_have_a_schema_and_nothing_else(server):
+    form = {"type": "json_object", "schema": NUMBER}
+    assert sampling_of(server, CHAT, response_format=form).grammar == of_json_schema(NUMBER)
+    server.engine.requests.clear()
+    for kind, name in (("json_object", "foo"), ("json_schema", "strict")):
+        error = error_of(server, CHAT, response_format={"type": kind, name: True})
+        assert error["param"] == "response_format" and name in error["message"]
+
+
+def test_strict_tool_refuses_what_is_not_served(server):
+    function = {"name": "f", "parameters": {"type": "object", "not": {}}}
+    body = {"tool_choice": "required", "tools": [{"type": "function", "function": function}]}
+    assert sampling_of(server, CHAT, **body).grammar
+    server.engine.requests.clear()
+    function["strict"] = True
+    assert "not" in error_of(server, CHAT, **body)["message"]
+    function["parameters"] = {"type": "boolean"}
+    assert "must be an object" in error_of(server, CHAT, **body)["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
