@@ -31,7 +31,7 @@ __all__ = ["LIMITS", "GrammarError", "check", "of_calls", "of_ebnf", "of_json_sc
 # token. With these, the worst mask that was found takes 30 ms of 128,000 tokens, and a lexer has up to 40 MB.
 LIMITS = LLParserLimits(
     initial_lexer_fuel=500_000,
-    step_max_items=3_000,
+    step_max_items=5_000,
     max_lexer_states=20_000,
     verbose_errors=False,
 )
