@@ -8,6 +8,7 @@ are made while the device computes the step's logits (see `EngineLoop`).
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
@@ -25,6 +26,7 @@ class Constraint:
     """One request's grammar and how far its output has come.
 
     Args:
+        make: a matcher at the grammar's beginning.
         begins_after: token ids behind which the grammar begins; until then anything goes.
         opening: where the output begins with another token than this, the grammar begins with it.
         output_ids: the output so far. Raises GrammarError where the grammar does not allow it.
@@ -32,12 +34,14 @@ class Constraint:
 
     def __init__(
         self,
-        matcher: Matcher,
+        make: Callable[[], Matcher],
         begins_after: Sequence[int],
         opening: int | None = None,
         output_ids: Sequence[int] = (),
     ):
-        self.matcher = matcher
+        self._make = make
+        self.matcher = make()
+        self._taken: list[int] = []  # tokens, by the matcher
         self.opening = opening  # None once the output has begun
         self._begins_after = list(begins_after)
         self._tail: list[int] = []  # of the output, while the grammar has not begun
@@ -57,11 +61,20 @@ class Constraint:
             self._tail = [*self._tail, token][-len(self._begins_after) :]
             self.has_begun = self._tail == self._begins_after
             return None
-        if not self.matcher.consume(token):
+        if not self.matcher.consume(token) and not (self.renew() and self.matcher.consume(token)):
             return Finish("abort", message=f"the grammar: {self.error}", status_code=400)
+        self._taken.append(token)
         if not self.matcher.is_complete:
             return None
         return Finish("stop", matched=token if self.matcher.has_ended else None)
+
+    def renew(self) -> bool:
+        """Go on with a matcher of another family, where this one failed by what others have used up."""
+        family, self.matcher.family.spent = self.matcher.family, True
+        if family.num_joined > 1:
+            self.matcher = self._make()
+            return all(self.matcher.consume(token) for token in self._taken)
+        return False
 
     @property
     def is_complete(self) -> bool:
@@ -99,9 +112,9 @@ class Constraints:
         self._waiting[spec.rid] = spec, self._pool.submit(self._make, spec)
 
     def _make(self, spec: Generate) -> Constraint:
-        matcher = self._vocabulary.result().matcher(spec.sampling.grammar)
         sampling = spec.sampling
-        return Constraint(matcher, sampling.grammar_after, sampling.grammar_opening, spec.output_ids)
+        make = partial(self._vocabulary.result().matcher, sampling.grammar)
+        return Constraint(make, sampling.grammar_after, sampling.grammar_opening, spec.output_ids)
 
     def take_ready(self) -> list[tuple[Generate, Constraint | str]]:
         """The requests whose grammar is ready, or cannot be and why, in the order in which they came."""
@@ -132,7 +145,11 @@ class Constraints:
 
     def fill(self, masks_RW: np.ndarray, constraints: Sequence[Constraint]) -> None:
         """See `Vocabulary.fill`; each of them has begun. Those that cannot go on have an `error` then."""
-        self._vocabulary.result().fill(masks_RW, [constraint.matcher for constraint in constraints])
+        vocabulary = self._vocabulary.result()
+        vocabulary.fill(masks_RW, [constraint.matcher for constraint in constraints])
+        for row, constraint in enumerate(constraints):
+            if constraint.error and constraint.renew():
+                vocabulary.fill(masks_RW[row : row + 1], [constraint.matcher])
         for constraint, mask_W in zip(constraints, masks_RW.view(np.uint32)):
             if (token := constraint.opening) is not None:
                 mask_W[token // MASK_BITS] |= np.uint32(1 << token % MASK_BITS)

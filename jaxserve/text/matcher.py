@@ -23,12 +23,16 @@ MOST_MEMBERS = 64  # ever, of a family: what its lexer has learnt grows with eac
 
 
 class Family:
-    """Matchers of one grammar that share what its lexer has learnt, and a lock with it."""
+    """Matchers of one grammar that share what its lexer has learnt, and a lock with it.
+
+    What it has learnt has a limit, at which they all fail: a family that has met it is `spent`.
+    """
 
     def __init__(self, first: LLMatcher):
         self._first = first
         self._members: weakref.WeakSet[Matcher] = weakref.WeakSet()
         self.num_joined = 0
+        self.spent = False
 
     def __len__(self) -> int:
         """Members in use."""
@@ -103,7 +107,7 @@ class Vocabulary:
             families = [self._kept.get((grammar, i)) for i in range(NUM_FAMILIES)]
             number = min(range(NUM_FAMILIES), key=lambda i: len(families[i] or ()))
             family = families[number]
-            if family is not None and family.num_joined < MOST_MEMBERS:
+            if family is not None and family.num_joined < MOST_MEMBERS and not family.spent:
                 self._kept.move_to_end((grammar, number))
                 return family.join()
         first = run_deep(partial(LLMatcher, self._tokens, grammar, log_level=0, limits=LIMITS))
