@@ -13,9 +13,7 @@ from jaxserve.text.tokenizer import Tokenizer
 from tests.text import tiny_tokenizer
 
 EOS, SIZE = 1, 320
-GROWING = LLMatcher.grammar_from_regex(
-    "(?s:.*)e(?s:.{300})b(?s:.*)"
-)  # other states of the lexer for each text
+GROWING = LLMatcher.grammar_from_regex("(?s:.*)e(?s:.{300})b(?s:.*)")  # each text has states of its own
 
 
 @pytest.fixture(scope="module")
