@@ -83,11 +83,12 @@ def resume_of(events):
     return resume
 
 
-def stable(value):
+def stable(events):
     """Without what no client could hold against a second worker: names nobody had seen yet."""
-    if isinstance(value, dict):
-        return {k: stable(v) for k, v in value.items() if k not in ("id", "created")}
-    return [stable(part) for part in value] if isinstance(value, list | tuple) else value
+    return [
+        (ids, data if data == "[DONE]" else {k: v for k, v in data.items() if k not in ("id", "created")})
+        for ids, data in events
+    ]
 
 
 def check_cut_anywhere(server, path, body):
