@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from jaxserve.server.errors import RequestError
-from jaxserve.server.schema import SamplingParams, show
+from jaxserve.server.schema import SamplingParams, check_members, show
 from jaxserve.server.service import Service
 from jaxserve.text import grammar
 from jaxserve.text.deep_stack import start_deep
@@ -84,7 +84,7 @@ def format_ask(form: Mapping[str, Any] | None) -> Ask | None:
     if form is None or kind == "text":
         return None
     if kind == "json_object":
-        _check_members(form, ("type", "schema"))
+        check_members(form, ("type", "schema"), "response_format")
         return make_ask("response_format", "json_schema", form.get("schema") or {"type": "object"})
     if kind == "structural_tag":
         return make_ask("response_format", "structural_tag", form)
@@ -95,19 +95,13 @@ def format_ask(form: Mapping[str, Any] | None) -> Ask | None:
             param="response_format",
             code="unsupported_parameter",
         )
-    _check_members(form, ("type", "json_schema"))
+    check_members(form, ("type", "json_schema"), "response_format")
     given = form.get("json_schema")
     if not isinstance(given, dict) or not isinstance(given.get("schema"), (dict, bool)):
         raise RequestError(
             "response_format.json_schema must be an object with a schema", param="response_format.json_schema"
         )
-    for name in given:
-        if name not in ("name", "description", "schema", "strict"):
-            raise RequestError(
-                f"response_format.json_schema.{name[:60]} is not a known parameter",
-                param="response_format.json_schema",
-                code="unknown_parameter",
-            )
+    check_members(given, ("name", "description", "schema", "strict"), "response_format.json_schema")
     strict = given.get("strict")
     if strict is not None and not isinstance(strict, bool):
         raise RequestError(
@@ -149,16 +143,6 @@ async def resolve(service: Service, asks: Sequence[Ask | None]) -> list[str]:
         except GrammarError as error:
             raise RequestError(f"{ask.param}: {error}", param=ask.param) from None
     return [made[ask] if ask is not None else "" for ask in asks]
-
-
-def _check_members(form: Mapping[str, Any], names: Sequence[str]) -> None:
-    for name in form:
-        if name not in names:
-            raise RequestError(
-                f"response_format.{name[:60]} is not a known parameter of type {form['type']}",
-                param="response_format",
-                code="unknown_parameter",
-            )
 
 
 @functools.lru_cache(NUM_KEPT)

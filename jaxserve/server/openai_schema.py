@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxserve.server.constraint import Ask, field_asks, format_ask, make_ask, only_ask
 from jaxserve.server.errors import RequestError
-from jaxserve.server.schema import Body, SamplingParams, either, show, words
+from jaxserve.server.schema import Body, SamplingParams, check_members, either, show, words
 from jaxserve.text.tool_calls import Tools
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default
@@ -151,11 +151,7 @@ def check_messages(messages: list[dict[str, Any]] | None) -> list[dict[str, Any]
         raise RequestError("messages must have at least one message", param="messages")
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
-        for name in message:
-            if name not in MESSAGE_FIELDS:
-                raise RequestError(
-                    f"{where}.{name[:60]} is not a known parameter", param=where, code="unknown_parameter"
-                )
+        check_members(message, MESSAGE_FIELDS, where)
         for name in ("audio", "function_call"):
             if message.get(name) is not None:
                 raise RequestError(

@@ -7,7 +7,7 @@ no knowledge of the engine are checked here; lengths and token ids in `prompts`.
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
 import msgspec
@@ -168,6 +168,15 @@ def parse[B: Body](kind: type[B], values: Any, where: str = "") -> B:
         return msgspec.convert(kept, kind, str_keys=True)
     except msgspec.ValidationError as error:
         raise _type_error(str(error), kept, where) from None
+
+
+def check_members(given: Iterable[str], known: Collection[str], where: str) -> None:
+    """Raises RequestError for a name that an object of a body, `where`, does not know."""
+    for name in given:
+        if name not in known:
+            raise RequestError(
+                f"{where}.{name[:60]} is not a known parameter", param=where, code="unknown_parameter"
+            )
 
 
 def check_range(param: str, value: float, of: str | None = None) -> None:
