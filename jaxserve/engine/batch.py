@@ -352,14 +352,14 @@ def pack_prepare(num_ranks: int, request: Request) -> list[np.ndarray]:
     return buffers
 
 
-def mask_sizes(num_slots: int) -> list[int]:
-    """Numbers of masks that go to the devices at once: a step's are padded to the next."""
-    sizes = [1]
+def mask_words(vocab_size: int) -> int:
+    """Of one mask."""
+    return -(-vocab_size // MASK_BITS)
+
+
+def mask_packings(num_slots: int, vocab_size: int) -> dict[int, Packing]:
+    """By the number of masks that go to the devices at once: a step's are padded to the next."""
+    sizes, words = [1], mask_words(vocab_size)
     while sizes[-1] < num_slots:
         sizes.append(min(8 * sizes[-1], num_slots))
-    return sizes
-
-
-def mask_packing(num_masks: int, vocab_size: int) -> Packing:
-    words = -(-vocab_size // MASK_BITS)
-    return Packing(slot=(num_masks, np.int32), mask=(num_masks * words, np.int32))
+    return {n: Packing(slot=(n, np.int32), mask=(n * words, np.int32)) for n in sizes}

@@ -88,16 +88,15 @@ class RankPlan:
 
 @dataclass(slots=True)
 class StepPlan:
-    """One launch: a step, or `num_steps` of decode in one program, each row in its first `counts`."""
+    """One launch: a step, or `num_steps` of decode in one program, each row in its first `counts`.
+
+    `is_constrained`: what it samples depends on tokens of the step before, by some request's grammar.
+    """
 
     number: int
     ranks: list[RankPlan]
     num_steps: int = 1
-
-    @property
-    def is_constrained(self) -> bool:
-        """Whether what it samples depends on tokens of the step before, by some request's grammar."""
-        return any(r.constraint is not None for rank in self.ranks for r in rank.sampled)
+    is_constrained: bool = False
 
     @property
     def has_drafts(self) -> bool:

@@ -11,16 +11,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxserve.engine.batch import (
+    NUM_BIASES,
     NUM_LOGPROB_IDS,
     NUM_TOP_LOGPROBS,
     PREPARE_PACKING,
     UPDATE_PACKING,
     Bucket,
     Packing,
+    mask_words,
 )
 from jaxserve.engine.constraints import MASK_BITS
 from jaxserve.layers.attention import QueryBlocks, StepContext
@@ -454,6 +457,17 @@ def score(
 
 
 # ---- a slot's sampling state ----
+
+
+def slot_state_layout(vocab_size: int, masks: bool) -> dict[str, tuple[int, Any]]:
+    """Entries of a slot and their type, for each part of a SlotState."""
+    layout: dict[str, tuple[int, Any]] = {
+        "output_count": (vocab_size, np.int16),
+        "in_prompt": (vocab_size, np.bool_),
+        "bias_id": (NUM_BIASES, np.int32),
+        "bias_value": (NUM_BIASES, np.float32),
+    }
+    return layout | {"mask": (mask_words(vocab_size), np.int32)} if masks else layout
 
 
 def prepare_slot(mesh: Mesh | None, slots: SlotState, packed_RM: jax.Array) -> SlotState:

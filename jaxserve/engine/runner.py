@@ -21,7 +21,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxserve.engine import batch, programs
 from jaxserve.engine.batch import Bucket
 from jaxserve.engine.compiler import OVERLAP_OPTIONS, compile_program, compiler_options, lower_program
-from jaxserve.engine.constraints import MASK_BITS
 from jaxserve.engine.expert_state import ExpertState
 from jaxserve.engine.kept_programs import KeptPrograms, Task
 from jaxserve.engine.launches import Launch, Launches
@@ -124,17 +123,9 @@ class Runner:
         self._table = self._zeros((rows, sizes.pages_per_seq), np.int32)
         self._last_token = self._zeros((rows,), np.int32)
         self._samples: dict[int, jax.Array] = {}  # by their number; known once programs are traced
-        self._slots = {
-            "output_count": self._zeros((rows, sizes.vocab_size), np.int16),
-            "in_prompt": self._zeros((rows, sizes.vocab_size), np.bool_),
-            "bias_id": self._zeros((rows, batch.NUM_BIASES), np.int32),
-            "bias_value": self._zeros((rows, batch.NUM_BIASES), np.float32),
-        }
-        packings: dict[int, batch.Packing] = {}
-        if masks:
-            words = -(-sizes.vocab_size // MASK_BITS)
-            self._slots["mask"] = self._zeros((rows, words), np.int32)
-            packings = {n: batch.mask_packing(n, sizes.vocab_size) for n in batch.mask_sizes(sizes.num_slots)}
+        layout = programs.slot_state_layout(sizes.vocab_size, masks)
+        self._slots = {name: self._zeros((rows, n), dtype) for name, (n, dtype) in layout.items()}
+        packings = batch.mask_packings(sizes.num_slots, sizes.vocab_size) if masks else {}
         self.experts = experts
         self._decode_steps = decode_steps
         self.nextn: NextnLayer | None = None
@@ -158,10 +149,7 @@ class Runner:
         A step whose plan is constrained needs a call of `sample` too.
         """
         bucket = self.launches.bucket_of(plan)
-        results = self.start(self.launches.of_step(plan, bucket))
-        for array in [*results.sampled.values(), *(results.scored or {}).values()]:
-            array.copy_to_host_async()
-        return Step(plan, bucket, results)
+        return Step(plan, bucket, self._fetch(self.start(self.launches.of_step(plan, bucket))))
 
     def sample(
         self,
@@ -171,10 +159,15 @@ class Runner:
     ) -> None:
         """Sample in a launched step whose plan is constrained; returns at once. See `Launches.of_masks`."""
         launches = self.launches.of_masks(masked, fill)
-        made = self.start([*launches, *self.launches.of_sampling(step.plan, step.bucket)])
+        made = self._fetch(self.start([*launches, *self.launches.of_sampling(step.plan, step.bucket)]))
         step.results.sampled, step.results.last = made.sampled, made.last
-        for array in made.sampled.values():
+
+    @staticmethod
+    def _fetch(results: Launched) -> Launched:
+        """Let what `read` reads come to the host as soon as it is there."""
+        for array in [*results.sampled.values(), *(results.scored or {}).values()]:
             array.copy_to_host_async()
+        return results
 
     def start(self, launches: list[Launch]) -> Launched:
         """Start programs in order, on every host; whatever runs on the devices after readiness comes by."""

@@ -74,7 +74,8 @@ class Scheduler:
             assert not any(plan.table_updates for plan in ranks), "pages were given to nobody"
             return None
         self._steps += 1
-        return StepPlan(self._steps, ranks, num_steps)
+        is_constrained = any(r.constraint is not None for plan in ranks for r in plan.sampled)
+        return StepPlan(self._steps, ranks, num_steps, is_constrained)
 
     def _num_steps(self) -> int:
         """Decode steps of the next launch: all that are allowed, if some row needs them all; else one."""
