@@ -15,6 +15,7 @@ from jaxserve.engine.compiler import gemm_options
 from jaxserve.layers.channel_quant import Scheme, quantise
 from jaxserve.layers.moe import silu_gated
 from jaxserve.ops import float8_rows, gated_product, grouped_gemm, quantized_gemm
+from jaxserve.ops.block_product import BLOCK
 from jaxserve.ops.grouped_gemm import ExpertWeights
 from tools.bench_timing import Card, Row, seconds
 
@@ -204,15 +205,34 @@ def operand_rows(
 # ---- experts ----
 
 
-def bench_experts(card: Card, scheme: Scheme | None, tokens: int, sizes: ExpertSizes, iterations: int) -> Row:
+ExpertScheme = Literal["bf16", "fp8", "fp8 blocks", "int8"]
+
+
+def in_blocks(wide: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Float8 numbers [E, N, K], and scales [E, N / 128, K / 128]."""
+    E, N, K = wide.shape
+    blocks = wide.astype(jnp.float32).reshape(E, N // BLOCK, BLOCK, K // BLOCK, BLOCK)
+    scale = jnp.max(jnp.abs(blocks), axis=(2, 4)) / float8_rows.FLOAT8_MAX
+    return (blocks / scale[:, :, None, :, None]).astype(jnp.float8_e4m3fn).reshape(wide.shape), scale
+
+
+def expert_weights(scheme: ExpertScheme, sizes: ExpertSizes) -> ExpertWeights:
+    E, D, F = sizes.E, sizes.D, sizes.F
+    wide = [random(i, shape) for i, shape in enumerate(((E, F, D), (E, F, D), (E, D, F)))]
+    match scheme:
+        case "bf16":
+            return ExpertWeights(*wide)
+        case "fp8 blocks":
+            numbers, scales = zip(*map(jax.jit(in_blocks), wide))
+        case _:
+            numbers, scales = zip(*(in_8_bits(matrix, scheme, 2) for matrix in wide))
+            scales = [scale[..., None] for scale in scales]
+    return ExpertWeights(*numbers, **dict(zip(("gate_scale", "up_scale", "down_scale"), scales)))
+
+
+def bench_experts(card: Card, scheme: ExpertScheme, tokens: int, sizes: ExpertSizes, iterations: int) -> Row:
     E, X, D, F = sizes.E, sizes.X, sizes.D, sizes.F
-    shapes = ((E, F, D), (E, F, D), (E, D, F))
-    wide = [random(i, shape) for i, shape in enumerate(shapes)]
-    weights = ExpertWeights(*wide)
-    if scheme is not None:
-        numbers, scales = zip(*(in_8_bits(matrix, scheme, 2) for matrix in wide))
-        named = dict(zip(("gate_scale", "up_scale", "down_scale"), (scale[..., None] for scale in scales)))
-        weights = ExpertWeights(*numbers, **named)
+    weights = expert_weights(scheme, sizes)
     _, expert_TX = jax.lax.top_k(jax.random.normal(jax.random.key(5), (tokens, E)), X)
     weight_TX = jnp.full((tokens, X), 1 / X)
 
@@ -226,14 +246,14 @@ def bench_experts(card: Card, scheme: Scheme | None, tokens: int, sizes: ExpertS
     num_bytes = touched * sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     flops = 2 * tokens * X * 3 * D * F
     rate = f"{num_bytes / s / 1e9:.0f} GB/s, {flops / s / 1e12:.0f} TFLOP/s"
-    name = f"T{tokens} E{E} top-{X} {scheme or 'bf16'}"
-    return Row("experts", name, s * 1e6, card.floor_s(num_bytes, flops) * 1e6, rate)
+    floor_s = card.floor_s(num_bytes, flops, fp8=scheme.startswith("fp8"))
+    return Row("experts", f"T{tokens} E{E} top-{X} {scheme}", s * 1e6, floor_s * 1e6, rate)
 
 
 def expert_rows(
     card: Card, sizes: ExpertSizes | None = None, tokens: tuple[int, ...] = (8, 32, 256, 2048)
 ) -> list[Row]:
-    schemes: tuple[Scheme | None, ...] = (None, "fp8", "int8")
+    schemes: tuple[ExpertScheme, ...] = ("bf16", "fp8", "fp8 blocks", "int8")
     return [
         bench_experts(card, scheme, count, sizes or ExpertSizes(), iterations=20)
         for count in tokens

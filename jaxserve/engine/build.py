@@ -39,6 +39,7 @@ from jaxserve.engine.stats import Stats
 from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.kv import PoolLayout
 from jaxserve.layers.linear import Projections
+from jaxserve.layers.quant import BlockScaled
 from jaxserve.messages import Info, Progress
 from jaxserve.parallel.links import LinkPlan
 from jaxserve.text.matcher import Vocabulary
@@ -241,7 +242,7 @@ def _load(blueprint: Blueprint, source: _Source, mesh: Mesh, report: Report) -> 
     for _, node in nnx.iter_graph(model):
         if isinstance(node, Projections):
             node.fuse(mesh if mesh.size > 1 else None)
-        elif isinstance(node, ChannelScaled):
+        elif isinstance(node, ChannelScaled | BlockScaled):
             node.is_alone = mesh.size == 1
 
 

@@ -1,9 +1,4 @@
-"""Matrix products with weights in the checkpoint's [out, in] layout, and the one precision rule.
-
-bfloat16 and float16 products accumulate in float32 inside XLA's GEMMs on CPU and GPU whatever the
-result type, so the result is asked for in the model's dtype: asking for float32 and casting would
-write twice the bytes. float32 products ask for HIGHEST, or an NVIDIA GPU would use TF32.
-"""
+"""Matrix products with weights in the checkpoint's [out, in] layout, whatever they are kept in."""
 
 import math
 from collections.abc import Sequence
@@ -20,6 +15,7 @@ from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.operand import Operand, Product, Rows, wide
 from jaxserve.layers.quant import BlockScaled, Weight
 from jaxserve.mesh import GROUP
+from jaxserve.ops.dense_product import multiply
 from jaxserve.ops.kv_write import Heads
 from jaxserve.ops.latent_write import Columns
 
@@ -42,15 +38,10 @@ def project(
     x = _merged(x)
     if isinstance(weight, ChannelScaled):
         y = weight.product(x, out_dtype)
+    elif isinstance(weight, BlockScaled):
+        y = weight.product(wide(x), out_dtype)
     else:
-        matrix = weight.matrix(in_size, x.dtype) if isinstance(weight, BlockScaled) else weight[...]
-        y = jnp.einsum(
-            "ti,oi->to",
-            wide(x),
-            matrix.reshape(-1, in_size),
-            precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-            preferred_element_type=out_dtype,
-        )
+        y = multiply(wide(x), weight[...].reshape(-1, in_size), out_dtype)
     y = y.reshape(-1, *shape[: len(shape) - num_in])
     return y if bias is None else y + bias[...].astype(y.dtype)
 
@@ -128,15 +119,19 @@ class Projections(nnx.Module):
     def fuse(self, mesh: Mesh | None = None) -> None:
         """Join weights that are loaded; the separate ones are freed.
 
-        Those with scales for blocks stay apart, those that are not alike, products of which only some have
-        a bias, and weights of which `mesh` splits only some over an attention group.
+        Those that are not alike stay apart, products of which only some have a bias, weights of which `mesh`
+        splits only some over an attention group, and those with scales for blocks on a mesh or where blocks
+        are cut.
         """
         wide = [w for w in self.weights if isinstance(w, nnx.Param)]
         scaled = [w for w in self.weights if isinstance(w, ChannelScaled)]
+        blocks = [w for w in self.weights if isinstance(w, BlockScaled)]
         biases = [b.get_value() for b in self.biases if b is not None]
-        if len(self.weights) not in (len(wide), len(scaled)) or len(biases) < len(self.biases):
+        if len(self.weights) not in map(len, (wide, scaled, blocks)) or len(biases) < len(self.biases):
             return
-        matrices = [w.get_value() for w in wide] or [w.numbers.get_value() for w in scaled]
+        if blocks and (mesh is not None or not BlockScaled.are_joinable(blocks)):
+            return
+        matrices = [w.get_value() for w in wide] or [w.numbers.get_value() for w in scaled or blocks]
         is_split = {matrix.sharding.shard_shape(matrix.shape)[0] < matrix.shape[0] for matrix in matrices}
         if len(is_split) > 1:
             return
@@ -148,6 +143,10 @@ class Projections(nnx.Module):
         if scaled:
             scale = nnx.Param(join([w.scale.get_value() for w in scaled], shape=(-1,)))
             self.weights = nnx.List([ChannelScaled(joined, scale, is_alone=mesh is None)])
+        elif blocks:
+            scales = [w.scale.get_value() for w in blocks]
+            scale = nnx.Param(join(scales, shape=(-1, scales[0].shape[1])))
+            self.weights = nnx.List([BlockScaled(joined, scale, blocks[0].quant, is_alone=True)])
         else:
             self.weights = nnx.List([joined])
         if biases:

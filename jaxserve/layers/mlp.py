@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import jax
 from flax import nnx
@@ -13,10 +13,10 @@ from jaxserve.layers.attention import StepContext, project_split
 from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.linear import Projections
 from jaxserve.layers.operand import Operand, Rows, wide
-from jaxserve.layers.quant import BlockFP8, linear_weight
+from jaxserve.layers.quant import BlockFP8, BlockScaled, linear_weight
 from jaxserve.layers.weight import weight
 from jaxserve.mesh import GROUP
-from jaxserve.ops import gated_product
+from jaxserve.ops import block_product, gated_product
 from jaxserve.ops.gated_product import GateActivation
 
 
@@ -82,8 +82,13 @@ class Gated(Operand):
         if not gate_up.fused or gate_up.biases or (step is None and not gate_up.is_alone):
             return None
         (weight,), scales = gate_up.weights, None
+        if isinstance(weight, BlockScaled):
+            x_TD, numbers_WD = wide(hidden_TD), weight.numbers[...]
+            if not weight.is_for_kernels or not block_product.fits(x_TD, numbers_WD, num_matrices=2):
+                return None
+            arrays = x_TD, numbers_WD, weight.scale[...]
+            return block_product.by_hopper(*arrays, _gate(self.activation), self.dtype, num_matrices=2)
         matrix_WD = weight.numbers if isinstance(weight, ChannelScaled) else weight
-        assert isinstance(matrix_WD, nnx.Param), "weights with scales for blocks are not joined"
         mesh, num_ranks = (None, 1) if gate_up.is_alone or step is None else (step.mesh, step.num_ranks)
         (W, D), dtype = matrix_WD[...].shape, matrix_WD[...].dtype
         of_device = jax.ShapeDtypeStruct((W // gate_up.ways, D), dtype)
@@ -102,6 +107,12 @@ class Gated(Operand):
             key = "gated", self.activation, self.dtype, *cut
             multiply = step.once(key, partial(_on_each_device, multiply, mesh, *cut))
         return multiply(x_TD, matrix_WD[...], scales)
+
+
+@cache
+def _gate(activation: GateActivation) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """One function for all layers, so that a kernel with it is traced once."""
+    return lambda gate, up: activation(gate) * up
 
 
 def _on_each_device(

@@ -4,6 +4,8 @@ They stay in float8 on the device, half the bytes of bfloat16, and are multiplie
 on the way into a product; or they are dequantised once, when they are loaded.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,9 @@ from jax.typing import DTypeLike
 from jaxserve.config import ConfigError
 from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.weight import Assemble, Stacked, weight
+from jaxserve.ops import block_product
+from jaxserve.ops.block_product import BLOCK
+from jaxserve.ops.dense_product import multiply
 
 SCALE_SUFFIX = "_scale_inv"  # of the checkpoint's name: the factor from stored numbers to weights
 
@@ -78,24 +83,41 @@ class Dequantize:
 
 
 class BlockScaled(nnx.Module):
-    """A linear layer's weight [*out, *in] in float8, and its scales [out blocks, in blocks].
+    """A linear layer's weight: `numbers` [*out, *in] in float8, `scale` [out blocks, in blocks] in float32.
 
     The scales are whole on every device: they are a 16,384th of the weight's count.
+
+    `is_alone`: there is one device, so that the weight lies whole on it and kernels may read it. Over a mesh
+    XLA multiplies it by its scales first.
     """
 
-    def __init__(self, weight: nnx.Param, scale: nnx.Param, quant: BlockFP8):
-        self.weight, self.scale, self.quant = weight, scale, quant
+    def __init__(self, numbers: nnx.Param, scale: nnx.Param, quant: BlockFP8, *, is_alone: bool = False):
+        self.numbers, self.scale, self.quant, self.is_alone = numbers, scale, quant, is_alone
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.weight.get_value().shape
+        return self.numbers.get_value().shape
+
+    @property
+    def is_for_kernels(self) -> bool:
+        return self.is_alone and (self.quant.rows, self.quant.columns) == (BLOCK, BLOCK)
+
+    @staticmethod
+    def are_joinable(weights: "Sequence[BlockScaled]") -> bool:
+        """Whether blocks of one after the other are whole."""
+        return all(math.prod(w.shape[:-1]) % w.quant.rows == 0 for w in weights[:-1])
+
+    def product(self, x_TI: jax.Array, out_dtype: DTypeLike) -> jax.Array:
+        """x [T, in] times the weight: [T, out], both of merged dimensions."""
+        if self.is_for_kernels:
+            numbers_OI = self.numbers[...].reshape(-1, x_TI.shape[1])
+            return block_product.project(x_TI, numbers_OI, self.scale[...], out_dtype)
+        return multiply(x_TI, self.matrix(x_TI.shape[1], x_TI.dtype), out_dtype)
 
     def matrix(self, in_size: int, dtype: DTypeLike) -> jax.Array:
         """The weight as [out, in]; XLA may fuse this into the product."""
-        stored = self.weight[...].reshape(-1, in_size)
-        scale = jnp.repeat(self.scale[...], self.quant.rows, axis=0)[: stored.shape[0]]
-        scale = jnp.repeat(scale, self.quant.columns, axis=1)[:, :in_size]
-        return (stored.astype(jnp.float32) * scale).astype(dtype)
+        numbers_OI, block = self.numbers[...].reshape(-1, in_size), (self.quant.rows, self.quant.columns)
+        return block_product.dequantise(numbers_OI, self.scale[...], dtype, block)
 
 
 Weight = nnx.Param | BlockScaled | ChannelScaled

@@ -9,6 +9,7 @@ import pytest
 
 from jaxserve.ops import backend, routing
 from jaxserve.ops.grouped_gemm import rows, rows_fast
+from tests.ops import test_block_product as blocks
 from tests.ops import test_float8_rows as float8
 from tests.ops import test_gated_product as gated
 from tests.ops import test_grouped_gemm as experts
@@ -21,6 +22,13 @@ from tests.ops.test_routing import RULES
 LARGE = (
     experts.Case(T=600, X=6, E=16, D=512, F=320, dtype="bfloat16"),
     experts.Case(T=130, X=1, E=2, D=1024, F=704, dtype="bfloat16", padding=0.0),
+)
+
+LARGE_FLOAT8 = (
+    hopper_experts.Float8Case(T=600, X=6, E=16, D=512, F=384),
+    hopper_experts.Float8Case(T=9, X=2, E=20, D=1024, F=768, padding=0.0),
+    hopper_experts.Float8Case(T=600, X=6, E=16, D=512, F=320, block=None),
+    hopper_experts.Float8Case(T=130, X=1, E=2, D=1024, F=704, block=None, padding=0.0),
 )
 
 pytestmark = [
@@ -101,6 +109,24 @@ def test_experts_equal_the_dense_sum(case):
 def test_experts_for_hopper_equal_the_dense_sum(case):
     for tiles in (None, *hopper_experts.TILES):
         hopper_experts.check(case, tiles=tiles)
+
+
+@pytest.mark.parametrize("case", (*hopper_experts.FLOAT8_CASES, *LARGE_FLOAT8), ids=str)
+def test_float8_experts_for_hopper_equal_the_dense_sum(case):
+    case.check()
+
+
+@pytest.mark.parametrize("case", (*blocks.CASES, *blocks.LARGE), ids=str)
+def test_products_with_scales_for_blocks(case):
+    case.check()
+
+
+@pytest.mark.parametrize("case", [blocks.Case(T=1, N=5120, K=2048), blocks.Case(T=8, N=200, K=7168)], ids=str)
+def test_few_rows_by_scaled_blocks_are_multiplied_as_they_are(case):
+    with backend.use("fast"):
+        product = functools.partial(blocks.block_product.project, out_dtype=case.dtype)
+        got = np.asarray(jax.jit(product)(*case.arguments()), np.float64)
+    np.testing.assert_allclose(got, case.expected(in_float8_too=False), rtol=2**-8, atol=1e-3)
 
 
 @pytest.mark.parametrize("case", (*gated.CASES, *gated.LARGE), ids=str)

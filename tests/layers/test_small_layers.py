@@ -1,5 +1,6 @@
 """Norm, feed-forward, vocabulary and products against plain numpy."""
 
+import math
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +18,10 @@ from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.mlp import Gated, GatedMLP
 from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.operand import wide
+from jaxserve.layers.quant import BlockFP8, BlockScaled
 from jaxserve.mesh import GROUP, Layout, make_mesh
-from jaxserve.ops import backend, gated_product
+from jaxserve.ops import backend, block_product, gated_product
 from tests.ops.test_gated_product import by_definition
 
 rng = np.random.default_rng(0)
@@ -42,8 +45,8 @@ def test_norm_with_offset_one_scales_by_one_plus_weight():
 def test_norm_of_bfloat16_is_rounded_once_at_the_end():
     norm = filled(RMSNorm("n", 8, eps=1e-6, dtype=jnp.bfloat16))
     x = jnp.asarray(rng.normal(size=(5, 8)), jnp.bfloat16)
-    wide = np.asarray(x, np.float32)
-    want = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(norm.weight[...], np.float32)
+    full = np.asarray(x, np.float32)
+    want = full / np.sqrt((full**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(norm.weight[...], np.float32)
     got = norm(x)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(
@@ -125,6 +128,54 @@ def test_projections_of_which_a_mesh_splits_some_stay_apart():
     projections = Projections(weights)
     projections.fuse(mesh)
     assert not projections.fused and len(projections.weights) == 2
+
+
+def block_scaled(shape, block: int, *, is_alone: bool = False) -> BlockScaled:
+    """A weight [*out, in] with a scale for each `block` x `block`."""
+    numbers = jnp.asarray(rng.normal(size=shape), jnp.float8_e4m3fn)
+    blocks = -(-math.prod(shape[:-1]) // block), -(-shape[-1] // block)
+    scale = jnp.asarray(rng.uniform(0.5, 2, blocks) * shape[-1] ** -0.5, jnp.float32)
+    return BlockScaled(nnx.Param(numbers), nnx.Param(scale), BlockFP8(block, block), is_alone=is_alone)
+
+
+@pytest.mark.parametrize(
+    "shapes, on_a_mesh, are_joined",
+    [
+        (((4, 4, 16), (2, 4, 16), (3, 4, 16)), False, True),  # the last block alone is cut
+        (((3, 4, 16), (2, 4, 16)), False, False),
+        (((4, 4, 16), (2, 4, 16)), True, False),
+    ],
+)
+def test_weights_with_scales_for_blocks_are_joined_where_blocks_stay_whole(shapes, on_a_mesh, are_joined):
+    projections = Projections([block_scaled(shape, 8) for shape in shapes])
+    x_TD = jnp.asarray(rng.normal(size=(5, 16)), jnp.float32)
+    separate = projections(x_TD)
+    projections.fuse(make_mesh(Layout(4), jax.devices()) if on_a_mesh else None)
+    assert projections.fused == are_joined
+    for got, want in zip(projections(x_TD), separate, strict=True):
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, atol=EXACT)
+
+
+@pytest.mark.parametrize("rows, by_kernel", [(20, True), (8, False)])
+def test_weights_with_scales_for_blocks_meet_float8_rows_in_a_kernel(monkeypatch, rows, by_kernel):
+    mlp = GatedMLP("m", 128, 256, activation="silu", dtype=jnp.bfloat16)
+    mlp.gate_up = Projections([block_scaled((256, 128), 128) for _ in range(2)])
+    mlp.down = block_scaled((128, 256), 128, is_alone=True)
+    x = jnp.asarray(rng.normal(size=(rows, 128)), jnp.bfloat16)
+    want, calls, kernel = np.asarray(wide(mlp(x)), np.float32), [], block_product.by_hopper
+
+    def interpreted(*args, **options):
+        calls.append(options.get("num_matrices", 1))
+        return kernel(*args, **options, interpret=plgpu.InterpretGPUParams())
+
+    monkeypatch.setattr(block_product, "is_supported", lambda: True)
+    monkeypatch.setattr(block_product, "by_hopper", interpreted)
+    mlp.gate_up.fuse()
+    with backend.use("fast"):
+        got = np.asarray(wide(mlp(x)), np.float32)
+    assert calls == ([2, 1] if by_kernel else []), "gate and up in one, down"
+    assert np.sqrt(np.mean((got - want) ** 2)) < (0.05 if by_kernel else 0.01) * want.std()
 
 
 def test_mlp_gates_with_the_tanh_form_of_gelu():

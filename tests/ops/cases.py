@@ -214,3 +214,11 @@ def tolerance(heads: Heads) -> float:
     """float32: summation order. The short types: rounding of the weights and of the result, for
     values that are sums of about 1..3 in size (eps 2**-8 of bfloat16, 2**-11 of float16)."""
     return {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[heads.dtype]
+
+
+def in_float8(x, group: int) -> np.ndarray:
+    """x [..., K] as float8 numbers and a scale for each group of them stand for it, in float64."""
+    groups = np.asarray(x, np.float32).reshape(*x.shape[:-1], -1, group)
+    scale = np.maximum(np.abs(groups).max(-1, keepdims=True), 1e-12) / np.float32(448)
+    numbers = np.asarray(jnp.asarray(groups / scale).astype(jnp.float8_e4m3fn), np.float64)
+    return (numbers * scale).reshape(x.shape)

@@ -1,7 +1,7 @@
 """The grouped products for Hopper GPUs, interpreted on a CPU and lowered for one; tests/gpu runs them."""
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jaxserve.layers.moe import silu_gated
 from jaxserve.ops import backend, grouped_gemm
 from jaxserve.ops.grouped_gemm import ExpertWeights, hopper, rows_fast
 from jaxserve.ops.grouped_gemm.hopper import Tile
-from tests.ops.cases import H100
+from tests.ops.cases import H100, in_float8
 from tests.ops.test_grouped_gemm import Case, clamped
 
 CASES = (
@@ -23,12 +23,65 @@ CASES = (
     Case(T=20, X=4, E=40, D=64, F=64, dtype="bfloat16"),
     Case(T=12, X=2, E=3, D=64, F=64, dtype="bfloat16", padding=1.1),
 )
+
+
+@dataclass(frozen=True)
+class Float8Case(Case):
+    """Weights in float8 with scales for blocks of 128 x 128, or channels; activations meet them in float8."""
+
+    dtype: str = "bfloat16"
+    block: int | None = 128
+
+    def arguments(self):
+        hidden, expert, weight, weights = super().arguments()
+        if self.block:
+            return hidden, expert, weight, weights
+        rng = np.random.default_rng(self.seed)
+        for name in ("gate_EFD", "up_EFD", "down_EDF"):
+            matrix = getattr(weights, name)
+            scale = jnp.asarray(rng.uniform(0.5, 2, (*matrix.shape[:2], 1)), jnp.float32)
+            short = {name: matrix.astype(jnp.float8_e4m3fn), name.split("_")[0] + "_scale": scale}
+            weights = weights._replace(**short)
+        return hidden, expert, weight, weights
+
+    def short(self, x) -> np.ndarray:
+        return in_float8(x, self.block or x.shape[-1])
+
+    def expected(self) -> np.ndarray:
+        hidden, expert, weight, weights = self.arguments()
+        gate, up, down = (self.dense(weights, name)[0] for name in ("gate", "up", "down"))
+        x = self.short(hidden)
+        gate, up = (np.einsum("td,efd->tef", x, matrix).astype(np.float32) for matrix in (gate, up))
+        inner = jnp.asarray(self.activation(jnp.asarray(gate), jnp.asarray(up)), self.dtype)
+        out = np.einsum("tef,edf->ted", self.short(inner), down)
+        named = np.asarray(expert)[..., None]
+        picked = np.take_along_axis(out, np.maximum(named, 0), axis=1) * np.asarray(weight)[..., None]
+        return np.where(named >= 0, picked, 0).sum(axis=1)
+
+    def dense(self, weights, name):
+        matrix, bias = super().dense(weights, name)
+        return (matrix if self.block else matrix * np.asarray(getattr(weights, f"{name}_scale"))), bias
+
+    def check(self, **options) -> None:
+        """A number halfway between two of float8, 2**-4 apart, goes either way: so the mean error counts."""
+        error = run(self, **options) - self.expected()
+        assert np.sqrt(np.mean(error**2)) < 0.02 * np.sqrt(np.mean(self.expected() ** 2)) + 1e-9
+
+
+FLOAT8_CASES = (
+    Float8Case(T=70, X=2, E=3, D=256, F=128),
+    Float8Case(T=9, X=3, E=30, D=384, F=256, activation=clamped, padding=0.1),  # a block for each pair
+    Float8Case(T=40, X=4, E=40, D=128, F=128, dtype="float16"),
+    Float8Case(T=70, X=2, E=3, D=320, F=192, block=None),
+    Float8Case(T=16, X=1, E=20, D=128, F=64, block=None, padding=0.0),
+    Float8Case(T=5, X=2, E=4, D=256, F=128, block=None, padding=1.1),
+)
 TILES = ((Tile(1, 64, 64, 3), Tile(1, 64, 64, 2)), (Tile(2, 64, 64, 2), Tile(2, 64, 64, 3)))
 
 
 def run(case, tiles=None, **options):
     """`tiles`: those that are chosen for the case unless given."""
-    tiles = tiles or hopper.choose_tiles(case.T * case.X / case.E, arguments_of(case)[3])
+    tiles = tiles or hopper.choose_tiles(case.T * case.X / case.E, jax.eval_shape(case.arguments)[3])
     function = functools.partial(hopper.feed_forward, activation=case.activation, tiles=tiles, **options)
     return np.asarray(jax.jit(function)(*case.arguments()))
 
@@ -37,6 +90,18 @@ def check(case, **options):
     got = run(case, **options)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, case.expected(), rtol=0, atol=case.tolerance())
+
+
+@pytest.mark.parametrize("case", FLOAT8_CASES, ids=str)
+def test_float8_rows_meet_float8_weights(case):
+    case.check(interpret=plgpu.InterpretGPUParams())
+
+
+@pytest.mark.parametrize("block", [128, None])
+def test_float8_rows_fill_several_warpgroups(block):
+    tile = Tile(2, 64, 128 if block else 64, 2)
+    case = Float8Case(T=140, X=1, E=2, D=128, F=128, block=block)
+    case.check(tiles=(tile, tile), interpret=plgpu.InterpretGPUParams())
 
 
 @pytest.mark.parametrize("tiles", (None, *TILES), ids=str)
@@ -87,10 +152,13 @@ def test_experts_rows_begin_with_a_block_of_their_own(M, E, block_rows, padding)
     assert max(taken, default=0) < places.num_rows
 
 
-@pytest.mark.parametrize("T", [256, 2048], ids=["few_rows", "many_rows"])
-def test_kernels_lower_to_cuda_without_a_gpu(T):
-    case = Case(T=T, X=6, E=64, D=2048, F=1408, dtype="bfloat16")
-    arguments = arguments_of(case)
+@pytest.mark.parametrize("T", [4, 256, 2048], ids=["few_tokens", "few_rows", "many_rows"])
+@pytest.mark.parametrize("kind", ["bfloat16", "a_scale_a_channel", "a_scale_a_block"])
+def test_kernels_lower_to_cuda_without_a_gpu(T, kind):
+    sizes: Any = dict(T=T, X=6, E=64, D=2048, F=1408, dtype="bfloat16")
+    is_wide = kind == "bfloat16"
+    case = Case(**sizes) if is_wide else Float8Case(**sizes, block=128 if kind == "a_scale_a_block" else None)
+    arguments = arguments_of(case) if is_wide else case.shapes()
     tiles = hopper.choose_tiles(T * 6 / 64, arguments[3])
     function = functools.partial(hopper.feed_forward, activation=silu_gated, tiles=tiles)
     with jax.sharding.use_abstract_mesh(H100):
@@ -134,9 +202,19 @@ def test_what_it_does_not_compute_or_not_faster_stays_with_the_other_kernels():
     assert not fits(F=96)
     assert not fits(D=96)
     short = jax.ShapeDtypeStruct((32, 128, 128), jnp.float8_e4m3fn)
+    bias = {"gate_bias_EF": jax.ShapeDtypeStruct((32, 128), jnp.bfloat16)}
     assert not fits(weights={"gate_EFD": short})
-    assert not fits(weights={"gate_scale": jax.ShapeDtypeStruct((32, 128, 1), jnp.float32)})
-    assert not fits(weights={"gate_bias_EF": jax.ShapeDtypeStruct((32, 128), jnp.bfloat16)})
+    assert not fits(weights=bias)
+
+    def scaled(*scales, matrix=short):
+        return {"gate_EFD": matrix, "gate_scale": jax.ShapeDtypeStruct((32, *scales), jnp.float32)}
+
+    for scales in ((128, 1), (1, 1)):
+        assert fits(1.0, weights=scaled(*scales)), "a channel's, a block's: any number of rows"
+        assert not fits(weights=scaled(*scales) | bias)
+        assert not fits(weights=scaled(*scales), dtype="float32")
+        assert not fits(weights=scaled(*scales, matrix=jax.ShapeDtypeStruct((32, 128, 128), jnp.int8)))
+    assert not fits(weights=scaled(2, 2)), "blocks of another size"
 
 
 @pytest.mark.parametrize(

@@ -63,10 +63,18 @@ def test_a_gated_product_is_given_to_the_kernel_as_to_xla(monkeypatch, way):
     np.testing.assert_allclose(got, want, rtol=2**-5, atol=2**-7 * np.abs(want).max())
 
 
-def test_experts_count_the_bytes_of_those_that_tokens_choose():
-    row = bench_products.bench_experts(CARD, "int8", 64, ExpertSizes(E=4, X=2, D=16, F=8), 2)
-    count, scales = 4 * 3 * 16 * 8, 4 * 4 * (8 + 8 + 16)
-    assert row.floor_us == pytest.approx((count + scales) / 1e3)
+@pytest.mark.parametrize(
+    "scheme, sizes, scales",
+    [
+        ("int8", ExpertSizes(E=4, X=2, D=16, F=8), 8 + 8 + 16),
+        ("fp8", ExpertSizes(E=4, X=2, D=16, F=8), 8 + 8 + 16),
+        ("fp8 blocks", ExpertSizes(E=2, X=1, D=128, F=256), 3 * 2),
+    ],
+)
+def test_experts_count_the_bytes_of_those_that_tokens_choose(scheme, sizes, scales):
+    row = bench_products.bench_experts(CARD, scheme, 64, sizes, 2)
+    numbers = 3 * sizes.D * sizes.F
+    assert row.floor_us == pytest.approx(sizes.E * (numbers + 4 * scales) / 1e3)
 
 
 def test_float8_pools_are_timed_as_such(monkeypatch):

@@ -68,6 +68,18 @@ def group(expert_TX: jax.Array, num_experts: int, block_rows: int) -> Blocks:
     )
 
 
+def place_unsorted(expert_TX: jax.Array, block_rows: int) -> Places:
+    """A block for each pair: all tokens, in their order, for the expert of a pair that is its first."""
+    (T, X), expert_M = expert_TX.shape, expert_TX.reshape(-1)
+    pair_M = jnp.arange(T * X, dtype=jnp.int32)
+    is_same_MM = expert_M[:, None] == expert_M[None]
+    first_M = jnp.min(jnp.where(is_same_MM, pair_M[None], T * X), axis=1)
+    start_M = pair_M * block_rows
+    count_M = jnp.where((first_M == pair_M) & (expert_M >= 0), T, 0)
+    row_M = first_M * block_rows + pair_M // X
+    return Places(row_M, jnp.maximum(expert_M, 0), start_M, start_M + count_M, block_rows)
+
+
 def num_blocks(num_pairs: int, num_experts: int, block_rows: int) -> int:
     """As many as there can be: every expert may have one that is not full."""
     return min(num_pairs, num_pairs // block_rows + num_experts)
