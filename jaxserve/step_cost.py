@@ -17,6 +17,7 @@ from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.kv import LatentSpec
 from jaxserve.layers.lightning import LightningAttention
 from jaxserve.layers.moe import MoE
+from jaxserve.layers.quant import BlockScaled
 from jaxserve.mesh import AXES, GROUP, weight_sharding
 from jaxserve.ops.quantized_gemm import takes_float8
 from jaxserve.parallel.dispatch import Exchange
@@ -48,7 +49,9 @@ class StepCost:
         self.layout = blueprint.layout
         model = blueprint.model
         self.hidden, self.top_k, self.windows = _hidden(model), _top_k(model), _windows(model)
-        scaled = {id(n.numbers) for _, n in nnx.iter_graph(model) if isinstance(n, ChannelScaled)}
+        # Weights with scales for blocks are multiplied by those first where a mesh splits them.
+        kinds = ChannelScaled | BlockScaled if self.layout.num_devices == 1 else ChannelScaled
+        scaled = {id(n.numbers) for _, n in nnx.iter_graph(model) if isinstance(n, kinds)}
         self.weights = [_weight(blueprint, p, id(p) in scaled) for p in _params(model)]
         self.itemsize = jnp.dtype(blueprint.dtype).itemsize
         self.links = self._links()
@@ -177,7 +180,8 @@ class StepCost:
             touched = experts_touched(experts.num_slots, self.top_k, every)
             params = sum(w.local_params for w in ours)
             flops = 2 * every * self.top_k / experts.num_slots * params
-            works.append(Work("experts", touched * sum(w.local_bytes for w in ours), flops))
+            kind = "fp8_gemm" if self.itemsize == 2 and any(w.is_float8 for w in ours) else "gemm"
+            works.append(Work("experts", touched * sum(w.local_bytes for w in ours), flops, kind))
         head = [w for w in self.weights if w.part == "head"]
         works.append(
             Work("head", sum(w.local_bytes for w in head), 2 * samples * sum(w.local_params for w in head))
@@ -321,7 +325,7 @@ def _params(model: nnx.Module) -> list[nnx.Param]:
     return [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Param)]
 
 
-def _weight(blueprint: Blueprint, param: nnx.Param, has_channel_scales: bool) -> Weight:
+def _weight(blueprint: Blueprint, param: nnx.Param, meets_float8: bool) -> Weight:
     value, axes = param.get_value(), param.logical
     sharding = weight_sharding(blueprint.mesh, blueprint.table, param)
     local, whole = math.prod(sharding.shard_shape(value.shape)), math.prod(value.shape)
@@ -337,7 +341,7 @@ def _weight(blueprint: Blueprint, param: nnx.Param, has_channel_scales: bool) ->
     split = {axis for axis in axes[1:] if axis and set(blueprint.table[axis]) & set(GROUP)}
     sums = part == "dense" and is_matrix and axes[0] == "embed" and bool(split)
     count = 0 if is_scale else 1
-    is_float8 = has_channel_scales and value.dtype == jnp.float8_e4m3fn
+    is_float8 = (meets_float8 or part == "expert") and value.dtype == jnp.float8_e4m3fn
     return Weight(
         part=part,
         num_params=whole * count,
