@@ -49,9 +49,8 @@ class StepCost:
         self.layout = blueprint.layout
         model = blueprint.model
         self.hidden, self.top_k, self.windows = _hidden(model), _top_k(model), _windows(model)
-        # Weights with scales for blocks are multiplied by those first where a mesh splits them.
-        kinds = ChannelScaled | BlockScaled if self.layout.num_devices == 1 else ChannelScaled
-        scaled = {id(n.numbers) for _, n in nnx.iter_graph(model) if isinstance(n, kinds)}
+        nodes = (node for _, node in nnx.iter_graph(model))
+        scaled = {id(node.numbers) for node in nodes if isinstance(node, ChannelScaled | BlockScaled)}
         self.weights = [_weight(blueprint, p, id(p) in scaled) for p in _params(model)]
         self.itemsize = jnp.dtype(blueprint.dtype).itemsize
         self.links = self._links()

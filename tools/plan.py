@@ -304,8 +304,8 @@ def report(model: str, rows: Sequence[Row | Refused], setting: Setting) -> Itera
         "(data sheets)"
     )
     yield from (f"  {line}" for line in setting.assumed.lines())
-    yield "  float8 weights meet float8: of experts always; of dense layers (with scales for blocks on one"
-    yield f"  device alone) from {W8A8_MIN_ROWS} rows on; else they are multiplied in bfloat16, as int8 is"
+    yield f"  float8 weights meet float8: of experts always, of dense layers from {W8A8_MIN_ROWS} rows on;"
+    yield "  else they are multiplied in bfloat16, as int8 is"
     yield "  embedding rows are not counted, a tied head is"
     yield "  tokens choose experts evenly; work and collectives follow each other, nothing overlaps"
     yield "  prefill computes causal attention on half of the prompt, MLA absorbed, weights once a step"

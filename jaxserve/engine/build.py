@@ -240,10 +240,13 @@ def _load(blueprint: Blueprint, source: _Source, mesh: Mesh, report: Report) -> 
     else:
         load(model, source.checkpoint, blueprint.sharding, progress)
     for _, node in nnx.iter_graph(model):
+        if isinstance(node, ChannelScaled):
+            node.is_alone = mesh.size == 1
+        elif isinstance(node, BlockScaled):
+            node.place(blueprint.sharding(node.numbers))
+    for _, node in nnx.iter_graph(model):
         if isinstance(node, Projections):
             node.fuse(mesh if mesh.size > 1 else None)
-        elif isinstance(node, ChannelScaled | BlockScaled):
-            node.is_alone = mesh.size == 1
 
 
 def _make_runner(blueprint: Blueprint, mesh: Mesh, num_pages: int) -> Runner:

@@ -344,28 +344,34 @@ def project_split(x_TX: Rows, weight: Weight, bias: nnx.Param | None, step: Step
     if step is None or links is None:
         return project_leaving_scales(x_TX, weight, bias)
     array_TX = wide(x_TX)
-    parts = _split_parts(weight, array_TX)
+    kind, parts = _split_parts(weight, array_TX)
     shape = x_TX.shape[0] // step.num_ranks, parts[0].shape[0]
     count = links.count(jax.ShapeDtypeStruct(shape, x_TX.dtype), GROUP)
     if not count:
         return project_leaving_scales(x_TX, weight, bias)
-    key = "project_split", array_TX.ndim, len(parts)
-    product = step.once(key, lambda: _project_split(step.mesh, links.plan, len(parts)))
+    key = "project_split", array_TX.ndim, kind
+    product = step.once(key, lambda: _project_split(step.mesh, links.plan, kind))
     ahead = links.claim(GROUP, count)
     out_TD = links.last = product(array_TX, parts, ahead, links.arrays, links.last)
     return out_TD if bias is None else out_TD + bias[...].astype(out_TD.dtype)
 
 
-def _split_parts(weight: Weight, x_TX: jax.Array) -> tuple[jax.Array, ...]:
-    """The matrix of a weight [D, *in]; or its numbers in 8 bits, and the scale of each output."""
+SplitKind = Literal["matrix", "channels", "blocks"]
+
+
+def _split_parts(weight: Weight, x_TX: jax.Array) -> tuple[SplitKind, tuple[jax.Array, ...]]:
+    """The matrix of a weight [D, *in]; or its numbers in 8 bits, and the scales of outputs, or of blocks."""
     if isinstance(weight, ChannelScaled):
-        return weight.numbers[...], weight.scale[...]
+        return "channels", (weight.numbers[...], weight.scale[...])
     if isinstance(weight, BlockScaled):
-        return (weight.matrix(math.prod(x_TX.shape[1:]), x_TX.dtype).reshape(weight.shape),)
-    return (weight[...],)
+        in_size = math.prod(x_TX.shape[1:])
+        if weight.split(in_size) is not None:
+            return "blocks", (weight.numbers[...], weight.scale[...])
+        return "matrix", (weight.matrix(in_size, x_TX.dtype).reshape(weight.shape),)
+    return "matrix", (weight[...],)
 
 
-def _project_split(mesh: Mesh | None, plan: LinkPlan, num_parts: int) -> Callable[..., jax.Array]:
+def _project_split(mesh: Mesh | None, plan: LinkPlan, kind: SplitKind) -> Callable[..., jax.Array]:
     def on_device(
         x_tX: jax.Array,
         parts: tuple[jax.Array, ...],
@@ -374,18 +380,21 @@ def _project_split(mesh: Mesh | None, plan: LinkPlan, num_parts: int) -> Callabl
         last: jax.Array,
     ) -> jax.Array:
         weight: Any = parts[0]
-        if num_parts == 2:
+        if kind == "channels":
             weight = ChannelScaled(*map(nnx.Param, parts), is_alone=True)
+        elif kind == "blocks":
+            numbers, scale = map(nnx.Param, parts)
+            weight = BlockScaled(numbers, scale, BlockFP8(), is_alone=True)
         out_tD = Links(plan, arrays, last, {GROUP: ahead}).sum(project(x_tX, weight), GROUP)
         assert out_tD is not None
         return out_tD
 
     P = PartitionSpec
-    specs = P(None, GROUP), P()  # a matrix or numbers, and the scale of each output
+    scales = {"matrix": (), "channels": (P(),), "blocks": (P(None, GROUP),)}
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(P("dp", GROUP), specs[:num_parts], P(), *Links.SPECS),
+        in_specs=(P("dp", GROUP), (P(None, GROUP), *scales[kind]), P(), *Links.SPECS),
         out_specs=P("dp"),
         check_vma=False,
     )

@@ -84,7 +84,7 @@ class Gated(Operand):
         (weight,), scales = gate_up.weights, None
         if isinstance(weight, BlockScaled):
             x_TD, numbers_WD = wide(hidden_TD), weight.numbers[...]
-            if not weight.is_for_kernels or not block_product.fits(x_TD, numbers_WD, num_matrices=2):
+            if not (weight.is_alone and weight.has_kernels and block_product.fits(x_TD, numbers_WD, 2)):
                 return None
             arrays = x_TD, numbers_WD, weight.scale[...]
             return block_product.by_hopper(*arrays, _gate(self.activation), self.dtype, num_matrices=2)

@@ -7,12 +7,13 @@ on the way into a product; or they are dequantised once, when they are loaded.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxserve.config import ConfigError
@@ -22,6 +23,7 @@ from jaxserve.ops import block_product
 from jaxserve.ops.block_product import BLOCK
 from jaxserve.ops.dense_product import multiply
 
+Axes = tuple[str, ...]  # of a mesh
 SCALE_SUFFIX = "_scale_inv"  # of the checkpoint's name: the factor from stored numbers to weights
 
 
@@ -87,20 +89,29 @@ class BlockScaled(nnx.Module):
 
     The scales are whole on every device: they are a 16,384th of the weight's count.
 
-    `is_alone`: there is one device, so that the weight lies whole on it and kernels may read it. Over a mesh
-    XLA multiplies it by its scales first.
+    Where the numbers lie is known once they are loaded. Before that XLA multiplies the weight by its scales
+    first, as it does where a mesh cuts blocks.
     """
 
     def __init__(self, numbers: nnx.Param, scale: nnx.Param, quant: BlockFP8, *, is_alone: bool = False):
-        self.numbers, self.scale, self.quant, self.is_alone = numbers, scale, quant, is_alone
+        self.numbers, self.scale, self.quant = numbers, scale, quant
+        self.is_alone = is_alone  # on one device
+        self.mesh: Mesh | None = None
+        self.spec = PartitionSpec()
+
+    def place(self, sharding: NamedSharding) -> None:
+        """The numbers lie on one device, or their first output or input dimension is split over several."""
+        self.is_alone = sharding.mesh.size == 1
+        if not self.is_alone:
+            self.mesh, self.spec = cast(Mesh, sharding.mesh), sharding.spec
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.numbers.get_value().shape
 
     @property
-    def is_for_kernels(self) -> bool:
-        return self.is_alone and (self.quant.rows, self.quant.columns) == (BLOCK, BLOCK)
+    def has_kernels(self) -> bool:
+        return (self.quant.rows, self.quant.columns) == (BLOCK, BLOCK)
 
     @staticmethod
     def are_joinable(weights: "Sequence[BlockScaled]") -> bool:
@@ -109,10 +120,27 @@ class BlockScaled(nnx.Module):
 
     def product(self, x_TI: jax.Array, out_dtype: DTypeLike) -> jax.Array:
         """x [T, in] times the weight: [T, out], both of merged dimensions."""
-        if self.is_for_kernels:
-            numbers_OI = self.numbers[...].reshape(-1, x_TI.shape[1])
-            return block_product.project(x_TI, numbers_OI, self.scale[...], out_dtype)
+        arrays = x_TI, self.numbers[...].reshape(-1, x_TI.shape[1]), self.scale[...]
+        if self.is_alone and self.has_kernels:
+            return block_product.project(*arrays, out_dtype)
+        split = self.split(x_TI.shape[1]) if block_product.has_kernels(x_TI) else None
+        if split is not None:
+            return block_product.over_mesh(self.mesh, *split, jnp.dtype(out_dtype).name)(*arrays)
         return multiply(x_TI, self.matrix(x_TI.shape[1], x_TI.dtype), out_dtype)
+
+    def split(self, in_size: int) -> tuple[Axes, Axes] | None:
+        """The axes that split outputs and inputs; None where a device's part has no whole blocks of 128."""
+        if self.mesh is None or not self.has_kernels:
+            return None
+        num_out = next(n for n in range(len(self.shape)) if math.prod(self.shape[n:]) == in_size)
+        spec = (*self.spec, *(None,) * (len(self.shape) - len(self.spec)))
+        axes = tuple(
+            tuple(axis for axis in spec[at] or () if self.mesh.shape[axis] > 1) for at in (0, num_out)
+        )
+        sizes = math.prod(self.shape[:num_out]), in_size
+        ways = (math.prod(self.mesh.shape[axis] for axis in each) for each in axes)
+        are_whole = all(n == 1 or size % (n * BLOCK) == 0 for size, n in zip(sizes, ways))
+        return (axes[0], axes[1]) if are_whole else None
 
     def matrix(self, in_size: int, dtype: DTypeLike) -> jax.Array:
         """The weight as [out, in]; XLA may fuse this into the product."""

@@ -1,6 +1,7 @@
 """Products with weights in float8 that have a float32 scale for each block of 128 x 128, as DeepSeek's.
 
-Rows and weights lie whole on one device. How they meet is chosen when a program is traced:
+Rows and weights lie whole on one device, or on each of a mesh. How they meet is chosen when a program is
+traced:
 
 - on GPUs for Hopper, from 16 rows on, both in float8, rows with a scale for each 128 numbers (DeepSeek-AI
   2024, "DeepSeek-V3 Technical Report", section 3.3): a dense layer is one expert to `grouped_gemm`;
@@ -10,11 +11,13 @@ Rows and weights lie whole on one device. How they meet is chosen when a program
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxserve.ops import backend, dense_product
@@ -31,11 +34,37 @@ STAGES = 5
 
 def project(x_TK: jax.Array, numbers_NK: jax.Array, scale: jax.Array, out_dtype: DTypeLike) -> jax.Array:
     """x times the weight: [T, N]. Scales are [N / 128, K / 128], rounded up."""
-    if backend.chosen() == "fast" and is_few(x_TK):
+    if has_kernels(x_TK) and is_few(x_TK):
         return by_block(x_TK, numbers_NK, scale, out_dtype)
     if fits(x_TK, numbers_NK):
         return by_hopper(x_TK, numbers_NK, scale, alone, out_dtype)
     return dense_product.multiply(x_TK, dequantise(numbers_NK, scale, x_TK.dtype), out_dtype)
+
+
+@cache
+def over_mesh(
+    mesh: Mesh, out_axes: tuple[str, ...], in_axes: tuple[str, ...], out_dtype: str
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """`project` on each device of what it has, and the sum of those that share the inputs.
+
+    Rows are dp ranks'; `out_axes` split the weight's outputs, `in_axes` its inputs, each into whole blocks.
+    One function for all layers, so that a kernel in it is lowered once a program.
+    """
+
+    def on_device(x_tK: jax.Array, numbers_nk: jax.Array, scale: jax.Array) -> jax.Array:
+        part_tn = project(x_tK, numbers_nk, scale, out_dtype)
+        return lax.psum(part_tn, in_axes) if in_axes else part_tn
+
+    weight = PartitionSpec(out_axes or None, in_axes or None)
+    return jax.jit(
+        jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(PartitionSpec("dp", in_axes or None), weight, weight),
+            out_specs=PartitionSpec("dp", out_axes or None),
+            check_vma=False,
+        )
+    )
 
 
 def dequantise(
@@ -47,9 +76,14 @@ def dequantise(
     return (numbers_NK.astype(jnp.float32) * scale_NK).astype(dtype)
 
 
+def has_kernels(x_TK: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether rows of this dtype are multiplied without making the weight first."""
+    return backend.chosen() == "fast" and x_TK.dtype in (jnp.bfloat16, jnp.float16)
+
+
 def is_few(x_TK: jax.Array) -> bool:
-    """Whether rows are so few that reading the weight is all that takes time, and are no multiple of it."""
-    return x_TK.shape[0] < W8A8_MIN_ROWS and x_TK.dtype.itemsize == 2 and x_TK.shape[1] % BLOCK == 0
+    """Whether rows are so few that widening the weight's numbers on the way costs nothing."""
+    return x_TK.shape[0] < W8A8_MIN_ROWS and x_TK.shape[1] % BLOCK == 0
 
 
 def by_block(x_TK: jax.Array, numbers_NK: jax.Array, scale: jax.Array, out_dtype: DTypeLike) -> jax.Array:
@@ -73,9 +107,8 @@ def fits(x_TK: jax.Array | jax.ShapeDtypeStruct, numbers_NK: jax.Array, num_matr
     """Whether `by_hopper` can compute this here, of so many matrices that are joined in one."""
     (T, K), N = x_TK.shape, numbers_NK.shape[0] // num_matrices
     return (
-        backend.chosen() == "fast"
+        has_kernels(x_TK)
         and is_supported()
-        and x_TK.dtype in (jnp.bfloat16, jnp.float16)
         and T >= W8A8_MIN_ROWS
         and N % (BLOCK if num_matrices > 1 else COLUMNS[-1]) == 0
         and K % BLOCK == 0

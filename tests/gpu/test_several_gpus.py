@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxserve
 from jaxserve.layers.channel_quant import ChannelQuant, quantise_model
 from jaxserve.layers.mlp import Gated, GatedMLP
+from jaxserve.layers.quant import BlockFP8, BlockScaled
 from jaxserve.mesh import GROUP, Layout, make_mesh
 from jaxserve.ops import backend
 from tests.engine.asking import check_greedy
@@ -117,3 +118,24 @@ def test_gate_and_up_that_two_gpus_share_go_through_the_kernel(in_float8):
     (text, got), (_, want) = run("fast"), run("reference")
     assert "hopper_gated_product" in text
     np.testing.assert_allclose(got, want, rtol=2**-5, atol=2**-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("rows, kernel", [(8, "by_block"), (64, "hopper_block_product")])
+@pytest.mark.parametrize("spec", [(GROUP,), (None, GROUP)], ids=["outputs", "inputs"])
+def test_each_of_two_gpus_multiplies_its_blocks(spec, rows, kernel):
+    if len(jax.devices()) < 2:
+        pytest.skip("needs 2 GPUs")
+    sharding = NamedSharding(make_mesh(Layout(2), jax.devices()[:2]), PartitionSpec(*spec))
+    rng = np.random.default_rng(0)
+    numbers = jnp.asarray(rng.normal(size=(2048, 1024)), jnp.float8_e4m3fn)
+    scale = jnp.asarray(rng.uniform(0.5, 2, (16, 8)) / 32, jnp.float32)
+    weight = BlockScaled(nnx.Param(jax.device_put(numbers, sharding)), nnx.Param(scale), BlockFP8())
+    x = jnp.asarray(rng.normal(size=(rows, 1024)), jnp.bfloat16)
+    want = np.asarray(x, np.float32) @ np.asarray(weight.matrix(1024, jnp.float32)).T
+    weight.place(sharding)
+    x = jax.device_put(x, NamedSharding(sharding.mesh, PartitionSpec()))
+    with backend.use("fast"):
+        lowered = jax.jit(lambda x: weight.product(x, jnp.bfloat16)).lower(x)
+    assert ("hopper_block_product" in lowered.as_text()) == (kernel == "hopper_block_product")
+    error = np.asarray(lowered.compile()(x), np.float32) - want
+    assert np.sqrt(np.mean(error**2)) < 0.05 * want.std()

@@ -130,12 +130,15 @@ def test_projections_of_which_a_mesh_splits_some_stay_apart():
     assert not projections.fused and len(projections.weights) == 2
 
 
-def block_scaled(shape, block: int, *, is_alone: bool = False) -> BlockScaled:
-    """A weight [*out, in] with a scale for each `block` x `block`."""
+def block_scaled(
+    shape: tuple[int, ...], block: int, *, num_in: int = 1, is_alone: bool = False
+) -> BlockScaled:
+    """A weight [*out, *in] with a scale for each `block` x `block`; products of size 1."""
+    sizes = math.prod(shape[:-num_in]), math.prod(shape[-num_in:])
+    scale = rng.uniform(0.5, 2, [-(-size // block) for size in sizes]) * sizes[1] ** -0.5
     numbers = jnp.asarray(rng.normal(size=shape), jnp.float8_e4m3fn)
-    blocks = -(-math.prod(shape[:-1]) // block), -(-shape[-1] // block)
-    scale = jnp.asarray(rng.uniform(0.5, 2, blocks) * shape[-1] ** -0.5, jnp.float32)
-    return BlockScaled(nnx.Param(numbers), nnx.Param(scale), BlockFP8(block, block), is_alone=is_alone)
+    scale = nnx.Param(jnp.asarray(scale, jnp.float32))
+    return BlockScaled(nnx.Param(numbers), scale, BlockFP8(block, block), is_alone=is_alone)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +158,34 @@ def test_weights_with_scales_for_blocks_are_joined_where_blocks_stay_whole(shape
     for got, want in zip(projections(x_TD), separate, strict=True):
         assert got.shape == want.shape
         np.testing.assert_allclose(got, want, atol=EXACT)
+
+
+@pytest.mark.parametrize("rows", [8, 64], ids=["few_rows", "many_rows"])
+@pytest.mark.parametrize("dp", [1, 2, 4])
+@pytest.mark.parametrize(
+    "shape, spec, split",
+    [
+        ((4, 128, 256), (GROUP,), "outputs"),
+        ((128, 4, 128), (None, GROUP), "inputs"),
+        ((256, 256), (), "nothing"),
+        ((4, 64, 256), (GROUP,), "blocks"),
+        ((128, 4, 64), (None, GROUP), "blocks"),
+    ],
+)
+def test_each_device_of_a_mesh_multiplies_its_blocks(shape, spec, split, dp, rows):
+    mesh = make_mesh(Layout(4, dp=dp), jax.devices())
+    num_in = 2 if spec[:1] == (None,) else 1
+    weight, in_size = block_scaled(shape, 128, num_in=num_in), math.prod(shape[-num_in:])
+    x = jax.random.normal(jax.random.key(rows), (rows, in_size), jnp.bfloat16)
+    want = np.asarray(weight.product(x, jnp.bfloat16), np.float32)
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    weight.numbers.set_raw_value(jax.device_put(weight.numbers.get_value(), sharding))
+    weight.place(sharding)
+    x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("dp")))
+    assert (weight.split(in_size) is None) == (split == "blocks" and dp == 1)
+    with backend.use("fast"):
+        got = np.asarray(jax.jit(lambda x: weight.product(x, jnp.bfloat16))(x), np.float32)
+    np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("rows, by_kernel", [(20, True), (8, False)])

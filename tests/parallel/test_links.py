@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxserve
@@ -133,22 +134,28 @@ def test_sums_of_products_take_what_the_one_before_made():
     "kind, dtype, far",
     [
         ("wide", jnp.float32, 1e-5),
-        ("blocks", jnp.float32, 1e-5),
+        ("blocks", jnp.float32, 1e-5),  # cut by the mesh
+        ("blocks that stay whole", jnp.float32, 1e-5),
+        ("blocks that stay whole", jnp.bfloat16, 0.01),
         ("int8", jnp.float32, 1e-5),
         ("fp8", jnp.float32, 1e-5),
         ("fp8", jnp.bfloat16, 0.06),  # rows of float8 too, with a scale on each device
     ],
 )
 def test_sums_of_products_are_those_of_one_device(split_mesh, kind, dtype, far):
-    mesh, T, D, H, K = split_mesh, 32, 256, 4, 64
+    mesh, T, D, H = split_mesh, 32, 256, 4
+    K = 128 if kind == "blocks that stay whole" else 64
     x_THK = jax.random.normal(jax.random.key(0), (T, H, K), dtype)
     wide = jax.random.normal(jax.random.key(1), (D, H, K)) / 16
     match kind:
         case "wide":
             weight = nnx.Param(wide.astype(dtype))
-        case "blocks":
-            scale = nnx.Param(jax.random.uniform(jax.random.key(2), (2, 2), minval=0.5))
+        case "blocks" | "blocks that stay whole":
+            scale = nnx.Param(jax.random.uniform(jax.random.key(2), (2, H * K // 128), minval=0.5))
             weight = BlockScaled(nnx.Param(wide.astype(jnp.float8_e4m3fn)), scale, BlockFP8())
+            weight.place(NamedSharding(mesh, P(None, GROUP)))
+            of_device = H * K // (mesh.shape["ep"] * mesh.shape["tp"])
+            assert (weight.split(H * K) is None) == (of_device % 128 > 0)
         case _:
             weight = ChannelScaled(*map(nnx.Param, quantise(wide, kind, 1)))
     wanted = project(x_THK, weight)

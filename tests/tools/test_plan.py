@@ -97,7 +97,7 @@ def test_report_says_what_part_of_the_claimed_speed_up_is_explained():
     assert "8.00x for each GiB of KV (a token's KV is kept tp 8 times, dpa+ep 1 times)" in text
     assert "5.17x in all: 94.9 instead of 79.4 GiB a device go to weights" in text
     assert '"Up to 5x"' in text and "explain 2.16x in decode for dpa, 29% of the gain" in text
-    assert "4.09x, 77% of the gain, with MLA kernels at 0.66" in text
+    assert "4.15x, 79% of the gain, with MLA kernels at 0.66" in text
     for name in ("bandwidth_fraction", "latent_attention_fraction", "exchange_latency_s", "nothing overlaps"):
         assert name in text
 
@@ -108,7 +108,7 @@ def test_causes_of_the_speed_up_multiply_to_all_of_it():
     larger = dpa.tokens_per_s(dpa.max_batch) / dpa.tokens_per_s(tp.max_batch)
     total = dpa.tokens_per_s(dpa.max_batch) / tp.tokens_per_s(tp.max_batch)
     assert same_batch * larger == pytest.approx(total)
-    assert same_batch == pytest.approx(0.99, abs=0.01) and larger > 2
+    assert same_batch == pytest.approx(0.97, abs=0.01) and larger > 2
 
 
 def test_deepseek_v3_does_not_fit_eight_80_gb_devices():
