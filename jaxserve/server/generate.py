@@ -17,7 +17,7 @@ from jaxserve.messages import Generate, Info
 from jaxserve.server.constraint import native_asks, resolve
 from jaxserve.server.errors import RequestError
 from jaxserve.server.sampling import (
-    Constraint,
+    GrammarSpec,
     check_batch,
     check_entries,
     check_prompt,
@@ -96,7 +96,7 @@ async def prepare(service: Service, body: GenerateBody, tracked: bool = False) -
         arrived_s=arrived_s,
         param=param,
         name=native_name,
-        constraints=[Constraint(grammar) for grammar in grammars],
+        constraints=[GrammarSpec(grammar) for grammar in grammars],
         logprobs=[_logprob_fields(service, body, i, len(prompts), len(p)) for i, p in enumerate(prompts)],
         rid=body.rid,
         priority=body.priority,
@@ -118,7 +118,7 @@ def build_sequences(
     arrived_s: float,
     param: str,
     name: Callable[[str], str],
-    constraints: list[Constraint],
+    constraints: list[GrammarSpec],
     logprobs: list[dict[str, Any]],
     rid: str | list[str] | None,
     priority: int,

@@ -47,7 +47,7 @@ from jaxserve.server.openai_schema import (
     forced_tools,
     sampling_params,
 )
-from jaxserve.server.sampling import Constraint, check_entries, check_prompt, openai_name
+from jaxserve.server.sampling import GrammarSpec, check_entries, check_prompt, openai_name
 from jaxserve.server.schema import MAX_TOP_LOGPROBS, SamplingParams, out_of_range, parse, show
 from jaxserve.server.sequence import Sequence
 from jaxserve.server.service import Service, new_rid
@@ -136,7 +136,7 @@ async def completions(request: Request) -> Response:
         raise RequestError("resume does not go with echo", param="resume")
     (grammar,) = await resolve(service, [ask_of(body)])
     answer = _answer(
-        "text_completion", request, arrived_s, body, include_usage, prompts, params, Constraint(grammar),
+        "text_completion", request, arrived_s, body, include_usage, prompts, params, GrammarSpec(grammar),
         logprobs, "prompt",
     )  # fmt: skip
     echoes = texts if body.echo else [None] * len(prompts)
@@ -187,10 +187,10 @@ async def chat_completions(request: Request) -> Response:
     ask = ask_of(body, parsers.tools if parsers.forced else None)
     prompt, param = await _chat_prompt(request, body)
     (grammar,) = await resolve(service, [ask])
-    constraint = Constraint()
+    constraint = GrammarSpec()
     if grammar:
         opening, end = _around_thoughts(service, body, parsers, prompt)
-        constraint = Constraint(grammar, tuple(service.tokenizer.encode(end, False)) if end else (), opening)
+        constraint = GrammarSpec(grammar, tuple(service.tokenizer.encode(end, False)) if end else (), opening)
         if parsers.reasoning is None and not parsers.have_channels:
             parsers = parsers._replace(behind=end)
     logprobs = {"return_logprob": True, "top_logprobs_num": body.top_logprobs} if body.logprobs else {}
@@ -321,7 +321,7 @@ def _answer(
     include_usage: bool,
     prompts: list[list[int]],
     params: SamplingParams,
-    constraint: Constraint,
+    constraint: GrammarSpec,
     logprobs: dict[str, Any],
     param: str,
     new_parts: Callable[[str, int], ChatParts] | None = None,

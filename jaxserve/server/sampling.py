@@ -45,7 +45,7 @@ class TextRules:
 
 
 @dataclass(frozen=True)
-class Constraint:
+class GrammarSpec:
     """The grammar of an output, from its first token on or behind the tokens `after`. Empty: none.
 
     `opening`: `after` counts only where the output begins with this token.
@@ -118,7 +118,7 @@ def resolve_sampling(
     info: Info,
     eos_token_ids: frozenset[int],
     name: Callable[[str], str],
-    constraint: Constraint,
+    constraint: GrammarSpec,
 ) -> Sampling:
     """The engine's Sampling for sample number `sample` of a prompt. Raises RequestError."""
     room = sequence_limit(info) - prompt_len
