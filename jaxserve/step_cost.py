@@ -49,8 +49,9 @@ class StepCost:
         self.layout = blueprint.layout
         model = blueprint.model
         self.hidden, self.top_k, self.windows = _hidden(model), _top_k(model), _windows(model)
-        nodes = (node for _, node in nnx.iter_graph(model))
-        scaled = {id(node.numbers) for node in nodes if isinstance(node, ChannelScaled | BlockScaled)}
+        nodes = [node for _, node in nnx.iter_graph(model)]
+        scaled = {id(node.numbers) for node in nodes if isinstance(node, ChannelScaled)}
+        scaled |= {id(node.numbers) for node in nodes if isinstance(node, BlockScaled) and node.has_kernels}
         self.weights = [_weight(blueprint, p, id(p) in scaled) for p in _params(model)]
         self.itemsize = jnp.dtype(blueprint.dtype).itemsize
         self.links = self._links()

@@ -304,7 +304,7 @@ def report(model: str, rows: Sequence[Row | Refused], setting: Setting) -> Itera
         "(data sheets)"
     )
     yield from (f"  {line}" for line in setting.assumed.lines())
-    yield f"  float8 weights meet float8: of experts always, of dense layers from {W8A8_MIN_ROWS} rows on;"
+    yield f"  float8 weights meet float8: of experts, and of dense layers from {W8A8_MIN_ROWS} rows on;"
     yield "  else they are multiplied in bfloat16, as int8 is"
     yield "  embedding rows are not counted, a tied head is"
     yield "  tokens choose experts evenly; work and collectives follow each other, nothing overlaps"

@@ -1,7 +1,7 @@
 """Weights in float8 with a float32 scale for each block, as DeepSeek-V3 and others ship them.
 
-They stay in float8 on the device, half the bytes of bfloat16, and are multiplied by their scales
-on the way into a product; or they are dequantised once, when they are loaded.
+They stay in float8 on the device, half the bytes of bfloat16 (`ops.block_product` and `ops.grouped_gemm`
+multiply with them); or they are dequantised once, when they are loaded.
 """
 
 import math
@@ -132,15 +132,20 @@ class BlockScaled(nnx.Module):
         """The axes that split outputs and inputs; None where a device's part has no whole blocks of 128."""
         if self.mesh is None or not self.has_kernels:
             return None
-        num_out = next(n for n in range(len(self.shape)) if math.prod(self.shape[n:]) == in_size)
-        spec = (*self.spec, *(None,) * (len(self.shape) - len(self.spec)))
-        axes = tuple(
-            tuple(axis for axis in spec[at] or () if self.mesh.shape[axis] > 1) for at in (0, num_out)
-        )
-        sizes = math.prod(self.shape[:num_out]), in_size
-        ways = (math.prod(self.mesh.shape[axis] for axis in each) for each in axes)
-        are_whole = all(n == 1 or size % (n * BLOCK) == 0 for size, n in zip(sizes, ways))
-        return (axes[0], axes[1]) if are_whole else None
+        num_out = next(n for n in range(1, len(self.shape)) if math.prod(self.shape[n:]) == in_size)
+        out_axes, in_axes = self._axes(0), self._axes(num_out)
+        for size, axes in ((math.prod(self.shape[:num_out]), out_axes), (in_size, in_axes)):
+            ways = math.prod(self.mesh.shape[axis] for axis in axes)
+            if ways > 1 and size % (ways * BLOCK):
+                return None
+        return out_axes, in_axes
+
+    def _axes(self, dimension: int) -> Axes:
+        """Of several devices, that split a dimension."""
+        assert self.mesh is not None
+        axes = self.spec[dimension] if dimension < len(self.spec) else None
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        return tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
 
     def matrix(self, in_size: int, dtype: DTypeLike) -> jax.Array:
         """The weight as [out, in]; XLA may fuse this into the product."""

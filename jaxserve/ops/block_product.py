@@ -5,9 +5,9 @@ traced:
 
 - on GPUs for Hopper, from 16 rows on, both in float8, rows with a scale for each 128 numbers (DeepSeek-AI
   2024, "DeepSeek-V3 Technical Report", section 3.3): a dense layer is one expert to `grouped_gemm`;
-- on any GPU, few rows are multiplied with the numbers of each block, which are converted on the way into
+- on any GPU, fewer rows are multiplied with the numbers of each block, which are converted on the way into
   the product, and those products are scaled;
-- else the weight is multiplied by its scales first.
+- in float32, and where sizes do not allow it, the weight is multiplied by its scales first.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from jaxserve.ops import backend, dense_product
 from jaxserve.ops.grouped_gemm import hopper_rows
-from jaxserve.ops.grouped_gemm.hopper_product import BLOCK, Matrices, Tile, alone, multiply
+from jaxserve.ops.grouped_gemm.hopper_product import BLOCK, MAX_DEPTH, Matrices, Tile, alone, multiply
 from jaxserve.ops.grouped_gemm.rows import Places
 from jaxserve.ops.hopper import NUM_SMS, ROWS, is_supported
 from jaxserve.ops.quantized_gemm import W8A8_MIN_ROWS
@@ -36,7 +36,7 @@ def project(x_TK: jax.Array, numbers_NK: jax.Array, scale: jax.Array, out_dtype:
     """x times the weight: [T, N]. Scales are [N / 128, K / 128], rounded up."""
     if has_kernels(x_TK) and is_few(x_TK):
         return by_block(x_TK, numbers_NK, scale, out_dtype)
-    if fits(x_TK, numbers_NK):
+    if fits(x_TK, numbers_NK) and jnp.dtype(out_dtype).itemsize == 2:  # else shared memory is short
         return by_hopper(x_TK, numbers_NK, scale, alone, out_dtype)
     return dense_product.multiply(x_TK, dequantise(numbers_NK, scale, x_TK.dtype), out_dtype)
 
@@ -82,10 +82,11 @@ def has_kernels(x_TK: jax.Array | jax.ShapeDtypeStruct) -> bool:
 
 
 def is_few(x_TK: jax.Array) -> bool:
-    """Whether rows are so few that widening the weight's numbers on the way costs nothing."""
+    """Whether rows are so few, and of whole blocks, that widening the numbers on the way costs nothing."""
     return x_TK.shape[0] < W8A8_MIN_ROWS and x_TK.shape[1] % BLOCK == 0
 
 
+@partial(jax.jit, static_argnames="out_dtype")
 def by_block(x_TK: jax.Array, numbers_NK: jax.Array, scale: jax.Array, out_dtype: DTypeLike) -> jax.Array:
     """`project` of few rows. XLA:GPU makes two kernels of it, and no copy of the weight."""
     (T, K), N = x_TK.shape, numbers_NK.shape[0]
@@ -112,6 +113,7 @@ def fits(x_TK: jax.Array | jax.ShapeDtypeStruct, numbers_NK: jax.Array, num_matr
         and T >= W8A8_MIN_ROWS
         and N % (BLOCK if num_matrices > 1 else COLUMNS[-1]) == 0
         and K % BLOCK == 0
+        and K <= MAX_DEPTH
     )
 
 

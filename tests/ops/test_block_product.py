@@ -80,6 +80,7 @@ LARGE = (  # for GPUs
     Case(T=256, N=5120, K=2048),
     Case(T=2048, N=576, K=7168),
     Case(T=256, N=1536, K=2048, gated=True),
+    Case(T=16, N=128, K=128 * 253),
 )
 
 
@@ -132,6 +133,7 @@ def test_tiles_are_those_that_end_soonest(T, N, num_matrices, groups, columns):
         (Case(T=16, N=128, K=256, dtype="float32"), "fast", True, "dequantise"),
         (Case(T=15, N=128, K=256, dtype="float32"), "fast", True, "dequantise"),
         (Case(T=16, N=136, K=256), "fast", True, "dequantise"),
+        (Case(T=16, N=128, K=128 * 254), "fast", True, "dequantise"),
     ],
     ids=str,
 )
@@ -148,5 +150,7 @@ def test_how_rows_meet_the_weight(monkeypatch, case, where, is_supported, expect
     monkeypatch.setattr(block_product, "is_supported", lambda: is_supported)
     with backend.use(where):
         out = jax.eval_shape(functools.partial(block_product.project, out_dtype=case.dtype), *case.shapes())
-    assert asked == [expected]
+        assert asked == [expected]
+        jax.eval_shape(functools.partial(block_product.project, out_dtype=jnp.float32), *case.shapes())
+    assert asked[-1] == ("dequantise" if expected == "by_hopper" else expected), "of float32 results"
     assert (out.shape, out.dtype) == ((case.T, case.N), case.dtype)

@@ -5,7 +5,7 @@ the products meet them in float8 too, with a scale a row, or each 128 numbers wh
 
 Only what `fits` says is computed here; the rest is `fast.feed_forward`'s.
 
-Measured on H200s (docs/performance.md), us a layer, `fast.feed_forward` in brackets; in bfloat16 for
+Measured on H200s (docs/kernels.md), us a layer, `fast.feed_forward` in brackets; in bfloat16 for
 DeepSeek-V2-Lite (64 experts, 6 a token), tokens that spread and such that choose the same six: 315 and 86
 (303 and 123) at 128, 380 and 220 (414 and 273) at 1,024. In float8 for Qwen3-30B-A3B (128 experts, 8 a
 token), spread, a scale a channel and a block: 36 and 35 (41 and 53) for one token, 226 and 229 (284 and 291)
@@ -18,14 +18,22 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.ops.grouped_gemm import hopper_rows
-from jaxserve.ops.grouped_gemm.hopper_product import BLOCK, Matrices, Rows, Tile, alone, multiply
+from jaxserve.ops.grouped_gemm.hopper_product import (
+    BLOCK,
+    FEW,
+    MAX_DEPTH,
+    Matrices,
+    Rows,
+    Tile,
+    alone,
+    multiply,
+)
 from jaxserve.ops.grouped_gemm.parts import WORKSPACE_BYTES, in_parts, num_parts
 from jaxserve.ops.grouped_gemm.rows import Places, num_blocks, place_unsorted
 from jaxserve.ops.grouped_gemm.rows_fast import place
 from jaxserve.ops.hopper import ROWS
 
-MIN_ROWS = 12  # of an expert on average, were they spread evenly; float8 numbers are taken from one row on
-FEW_TOKENS = 16  # as many as one copy brings: sorting them is not worth a kernel
+MIN_ROWS = 12  # of an expert in 16 bits on average, were they spread evenly
 
 
 def choose_tiles(rows_per_expert: float, weights) -> tuple[Tile, Tile]:
@@ -60,7 +68,8 @@ def fits(hidden_TD, weights, rows_per_expert: float) -> bool:
         return False
     if weights.gate_scale.shape[1:] == (F, 1):
         return F % 64 == 0 and D % 64 == 0
-    return (F % BLOCK, D % BLOCK) == (0, 0) and weights.gate_scale.shape[1:] == (F // BLOCK, D // BLOCK)
+    has_blocks = weights.gate_scale.shape[1:] == (F // BLOCK, D // BLOCK)
+    return has_blocks and F % BLOCK == D % BLOCK == 0 and max(F, D) <= MAX_DEPTH
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "interpret", "tiles", "workspace_bytes"))
@@ -115,9 +124,9 @@ def feed_forward(
 
 
 def _place(expert_TX, num_experts: int, block_rows: int, is_interpreted: bool) -> Places:
-    """Sorted by expert, unless tokens are so few that each pair may have a block of its own."""
+    """Sorted by expert, unless one copy brings all tokens, and each pair may have a block of its own."""
     T, pairs = expert_TX.shape[0], expert_TX.size
-    if T <= FEW_TOKENS and num_blocks(pairs, num_experts, block_rows) == pairs:
+    if T <= FEW and num_blocks(pairs, num_experts, block_rows) == pairs:
         return place_unsorted(expert_TX, block_rows)
     return place(expert_TX, num_experts, block_rows, interpret=is_interpreted)
 

@@ -27,8 +27,9 @@ MAX_COLUMNS = 256  # of all matrices of a product: what an instruction takes, an
 BLOCK = 128  # numbers that share a scale, where blocks of a matrix have their own
 STORED = 128  # columns of a result at a time: what the ring leaves of shared memory
 FEW = 16  # rows of a first copy for a warpgroup: its others are not copied where a block has no more
-SCALES = 32  # of blocks: a copy is a multiple of so many numbers, and begins at a multiple of
-ALIGNED = 4
+SCALES = 32  # a copy of blocks' scales is a multiple of so many
+ALIGNED = 4  # and begins at a multiple of so many
+MAX_DEPTH = BLOCK * (256 - ALIGNED + 1)  # of matrices with blocks: a copy is of 256 numbers at most
 
 
 class Tile(NamedTuple):
@@ -102,9 +103,9 @@ def multiply(
         # An iteration sees one scale of each row and matrix; sums are held twice.
         assert tile.depth == BLOCK and BLOCK % tile.columns == 0 and width <= MAX_COLUMNS // 2
         copies += 1
-        length = _up_to(K // BLOCK + ALIGNED - 1, SCALES)
+        length = pl.cdiv(K // BLOCK + ALIGNED - 1, SCALES) * SCALES
         flat = [scale.reshape(-1) for scale in matrices.scales]
-        missing = max(length, _up_to(flat[0].size, ALIGNED)) - flat[0].size
+        missing = max(length, pl.cdiv(flat[0].size, ALIGNED) * ALIGNED) - flat[0].size
         scales = rows.scale_SM, *(jnp.pad(scale, (0, missing)) for scale in flat)
         scratch = dict(
             row_scale_smem=plgpu.SMEM((tile.stages, tile.groups * ROWS), jnp.float32),
@@ -169,8 +170,8 @@ def _kernel(
     num_rows = end_ref[block] - start_ref[block]
     steps = x_ref.shape[1] // tile.depth
 
-    def rows(first, count):
-        return pl.ds(pl.multiple_of(first_row + first, count), count)
+    def rows(first, size):
+        return pl.ds(pl.multiple_of(first_row + first, size), size)
 
     def stage_of(step):
         return lax.rem(step, jnp.int32(tile.stages))
@@ -196,7 +197,7 @@ def _kernel(
             """Of each matrix, [ROWS, columns]."""
             return [sums[:, i * tile.columns : (i + 1) * tile.columns] for i in range(count)]
 
-        def multiply(sums):
+        def sum_up(sums):
             @pl.loop(0, steps)
             def _(step):
                 stage = stage_of(step)
@@ -207,7 +208,7 @@ def _kernel(
 
             return sums[...]
 
-        def add_scaled_product(step, totals, places):
+        def add_scaled_product(step, totals, first_scales):
             stage = stage_of(step)
             plgpu.barrier_wait(filled.at[stage])
 
@@ -220,8 +221,8 @@ def _kernel(
             of_row = _load(scales, axis=0, shape=totals[0].shape)
             plgpu.barrier_arrive(emptied.at[stage])
             return tuple(
-                total + sum * (of_row * block_scale_smem[i, places[i] + step])
-                for i, (total, sum) in enumerate(zip(totals, apart(sums)))
+                total + part * (of_row * block_scale_smem[i, first_scales[i] + step])
+                for i, (total, part) in enumerate(zip(totals, apart(sums)))
             )
 
         accumulator = plgpu.WGMMAAccumulatorRef((ROWS, count * tile.columns), jnp.float32)
@@ -229,11 +230,11 @@ def _kernel(
             plgpu.barrier_wait(scaled)
             zeros = plgpu.layout_cast(jnp.zeros((ROWS, tile.columns), jnp.float32), plgpu.Layout.WGMMA)
             add = functools.partial(
-                add_scaled_product, places=[place_of_scales(begin)[1] for begin in begins]
+                add_scaled_product, first_scales=[place_of_scales(begin)[1] for begin in begins]
             )
             sums = lax.fori_loop(0, steps, add, (zeros,) * count)
         else:
-            sums = apart(pl.run_scoped(multiply, accumulator))
+            sums = apart(pl.run_scoped(sum_up, accumulator))
             plgpu.barrier_arrive(emptied.at[(steps - 1) % tile.stages])
             if scale_refs:
                 shape, columns = sums[0].shape, pl.ds(first_column, tile.columns)
@@ -241,7 +242,7 @@ def _kernel(
                 of_column = [
                     _load(ref.at[expert_ref[block], columns], axis=1, shape=shape) for ref in scale_refs[1:]
                 ]
-                sums = [sum * (of_row * scale) for sum, scale in zip(sums, of_column)]
+                sums = [part * (of_row * scale) for part, scale in zip(sums, of_column)]
         out, width = finish(*sums).astype(out_smem.dtype), out_smem.shape[-1]
         for column in range(0, tile.columns, width):
             out_smem[warpgroup] = out[:, column : column + width]
@@ -292,8 +293,3 @@ def _load(ref, *, axis, shape):
     """Numbers of rows (axis 0) or columns (1) as an array of products."""
     layout = plgpu.Layout.WGMMA.reduce(1 - axis)
     return lax.broadcast_in_dim(plgpu.load(ref, layout=layout, optimized=False), shape, [axis])
-
-
-def _up_to(n: int, step: int) -> int:
-    """The least multiple of `step` that is not below n."""
-    return -(-n // step) * step

@@ -41,7 +41,10 @@ def _call(value, expert_TX, row_TX, shape, programs, group, interpret, name, in_
             functools.partial(_kernel, group=group, in_place=in_place),
             grid=(programs,),
             out_shape=(numbers, *scales),
-            compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+            # 16 numbers a thread up to rows of 16,384, two loads of 16 bytes.
+            compiler_params=plt.CompilerParams(
+                num_warps=min(32, max(1, pl.next_power_of_2(width) // 512)), num_stages=1
+            ),
             interpret=interpret,
             name=name,
         )(value, expert_TX, row_TX)

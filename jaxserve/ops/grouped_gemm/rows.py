@@ -69,7 +69,10 @@ def group(expert_TX: jax.Array, num_experts: int, block_rows: int) -> Blocks:
 
 
 def place_unsorted(expert_TX: jax.Array, block_rows: int) -> Places:
-    """A block for each pair: all tokens, in their order, for the expert of a pair that is its first."""
+    """A block for each pair: if it is the first of its expert, of all tokens in their order, else empty.
+
+    Rows of tokens that do not name the expert are nobody's.
+    """
     (T, X), expert_M = expert_TX.shape, expert_TX.reshape(-1)
     pair_M = jnp.arange(T * X, dtype=jnp.int32)
     is_same_MM = expert_M[:, None] == expert_M[None]
