@@ -50,13 +50,14 @@ class Rows(NamedTuple):
 
 class Matrices(NamedTuple):
     """Of one shape, [E, N, K]; those in float8 with a scale a channel, [E, N, 1], or for each block of
-    128 x 128, [E, N / 128, K / 128], rounded up."""
+    128 x 128, [E, N / 128, K / 128], rounded up.
+
+    Joined ones lie one after the other in one array, [E, count * N, K], which is named `count` times.
+    """
 
     values: tuple[jax.Array, ...]
     scales: tuple[jax.Array, ...] = ()
-    is_joined: bool = (
-        False  # one after the other in one array, [E, count * N, K], which is named `count` times
-    )
+    is_joined: bool = False
 
     @classmethod
     def joined(cls, values: jax.Array, scales: jax.Array, count: int) -> "Matrices":
