@@ -58,6 +58,12 @@ def store_rows(ref, value):
         store(ref, value, optimized=False)
 
 
+def load_along(ref, *, axis, shape):
+    """Numbers of rows (axis 0) or columns (1) as an array of products."""
+    layout = plgpu.Layout.WGMMA.reduce(1 - axis)
+    return lax.broadcast_in_dim(plgpu.load(ref, layout=layout, optimized=False), shape, [axis])
+
+
 def columns(values, shape):
     """[rows] as `shape`, the same in all columns."""
     return lax.broadcast_in_dim(values, shape, [0])

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from jaxserve.ops.hopper import NUM_SMS, ROWS, TILE_ROWS, cdiv, swizzled
+from jaxserve.ops.hopper import NUM_SMS, ROWS, TILE_ROWS, cdiv, load_along, swizzled
 
 GROUPS = 2  # warpgroups that compute
 STAGES = 4  # of the ring
@@ -154,9 +154,9 @@ def _kernel(x_ref, weight_ref, *refs, x_smem, weight_smem, out_smem, filled, emp
             gate, up = sums[:, :columns], sums[:, columns:]
             if scale_refs:
                 x_scale_ref, weight_scale_ref = scale_refs
-                of_row = _load(x_scale_ref.at[rows(row)], axis=0, shape=gate.shape)
-                gate *= of_row * _load(weight_scale_ref.at[of_weight(column)], axis=1, shape=gate.shape)
-                up *= of_row * _load(weight_scale_ref.at[of_weight(column + F)], axis=1, shape=up.shape)
+                of_row = load_along(x_scale_ref.at[rows(row)], axis=0, shape=gate.shape)
+                gate *= of_row * load_along(weight_scale_ref.at[of_weight(column)], axis=1, shape=gate.shape)
+                up *= of_row * load_along(weight_scale_ref.at[of_weight(column + F)], axis=1, shape=up.shape)
             out = (activation(gate) * up).astype(out_smem.dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # for the tile before, whose place this takes
             out_smem[warpgroup] = out
@@ -193,9 +193,3 @@ def _kernel(x_ref, weight_ref, *refs, x_smem, weight_smem, out_smem, filled, emp
         @pl.loop(jnp.maximum(end - STAGES, 0), end)
         def _(step):  # the program ends when all buffers are free again
             plgpu.barrier_wait(emptied.at[stage_of(step)])
-
-
-def _load(ref, *, axis, shape):
-    """Numbers of rows (axis 0) or columns (1) as an array of products."""
-    layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-    return lax.broadcast_in_dim(plgpu.load(ref, layout=layout, optimized=False), shape, [axis])

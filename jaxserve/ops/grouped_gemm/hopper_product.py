@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from jaxserve.ops.grouped_gemm.rows import Places
-from jaxserve.ops.hopper import ROWS, swizzled
+from jaxserve.ops.hopper import ROWS, load_along, swizzled
 
 MAX_COLUMNS = 256  # of all matrices of a product: what an instruction takes, and a warpgroup's registers hold
 BLOCK = 128  # numbers that share a scale, where blocks of a matrix have their own
@@ -219,7 +219,7 @@ def _kernel(
 
             sums = pl.run_scoped(product, accumulator)
             scales = row_scale_smem.at[stage, pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)]
-            of_row = _load(scales, axis=0, shape=totals[0].shape)
+            of_row = load_along(scales, axis=0, shape=totals[0].shape)
             plgpu.barrier_arrive(emptied.at[stage])
             return tuple(
                 total + part * (of_row * block_scale_smem[i, first_scales[i] + step])
@@ -239,9 +239,10 @@ def _kernel(
             plgpu.barrier_arrive(emptied.at[(steps - 1) % tile.stages])
             if scale_refs:
                 shape, columns = sums[0].shape, pl.ds(first_column, tile.columns)
-                of_row = _load(scale_refs[0].at[0, my_rows], axis=0, shape=shape)
+                of_row = load_along(scale_refs[0].at[0, my_rows], axis=0, shape=shape)
                 of_column = [
-                    _load(ref.at[expert_ref[block], columns], axis=1, shape=shape) for ref in scale_refs[1:]
+                    load_along(ref.at[expert_ref[block], columns], axis=1, shape=shape)
+                    for ref in scale_refs[1:]
                 ]
                 sums = [part * (of_row * scale) for part, scale in zip(sums, of_column)]
         out, width = finish(*sums).astype(out_smem.dtype), out_smem.shape[-1]
@@ -288,9 +289,3 @@ def _kernel(
 
         for stage in range(min(tile.stages, steps)):  # the program ends when all buffers are free again
             plgpu.barrier_wait(emptied.at[stage])
-
-
-def _load(ref, *, axis, shape):
-    """Numbers of rows (axis 0) or columns (1) as an array of products."""
-    layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-    return lax.broadcast_in_dim(plgpu.load(ref, layout=layout, optimized=False), shape, [axis])
