@@ -240,10 +240,8 @@ def _kernel(
             if scale_refs:
                 shape, columns = sums[0].shape, pl.ds(first_column, tile.columns)
                 of_row = load_along(scale_refs[0].at[0, my_rows], axis=0, shape=shape)
-                of_column = [
-                    load_along(ref.at[expert_ref[block], columns], axis=1, shape=shape)
-                    for ref in scale_refs[1:]
-                ]
+                expert = expert_ref[block]
+                of_column = [load_along(r.at[expert, columns], axis=1, shape=shape) for r in scale_refs[1:]]
                 sums = [part * (of_row * scale) for part, scale in zip(sums, of_column)]
         out, width = finish(*sums).astype(out_smem.dtype), out_smem.shape[-1]
         for column in range(0, tile.columns, width):
