@@ -12,9 +12,11 @@ from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.overlap import run_blocks
+from jaxserve.layers.quant import BlockFP8
 from jaxserve.models.hf_config import Dimensions, one_of, rope_and_reach
 
 ARCHITECTURES = ("LlamaForCausalLM",)
+QUANTIZATIONS = ("fp8",)
 
 
 class LlamaForCausalLM(nnx.Module):
@@ -24,6 +26,7 @@ class LlamaForCausalLM(nnx.Module):
         activation = one_of(hf_config, "hidden_act", ("silu",), "silu")
         attention_bias, mlp_bias = hf_config.get("attention_bias", False), hf_config.get("mlp_bias", False)
         tied = hf_config.get("tie_word_embeddings", False)
+        quant = BlockFP8.read(hf_config)
 
         self.kv = KVSpec(size.num_layers, size.G, size.K)
         self.num_q_heads, self.vocab_size = size.H, size.V
@@ -37,9 +40,18 @@ class LlamaForCausalLM(nnx.Module):
                 qkv_bias=attention_bias,
                 out_bias=attention_bias,
                 dtype=dtype,
+                quant=quant,
                 **size.heads,
             )
-            mlp = GatedMLP(f"{name}.mlp", size.D, size.F, activation=activation, bias=mlp_bias, dtype=dtype)
+            mlp = GatedMLP(
+                f"{name}.mlp",
+                size.D,
+                size.F,
+                activation=activation,
+                bias=mlp_bias,
+                dtype=dtype,
+                quant=quant,
+            )
             return PreNormBlock(name, attention, mlp, hidden=size.D, eps=size.eps, dtype=dtype)
 
         self.vocabulary = Vocabulary("model.", size.V, size.D, tied=tied, dtype=dtype)

@@ -12,9 +12,11 @@ from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.overlap import run_blocks
+from jaxserve.layers.quant import BlockFP8
 from jaxserve.models.hf_config import Dimensions, one_of, rope_and_reach, upper_layer_windows
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
+QUANTIZATIONS = ("fp8",)
 DEFAULTS = {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768}
 
 
@@ -27,6 +29,7 @@ class Qwen3ForCausalLM(nnx.Module):
         activation = one_of(config, "hidden_act", ("silu",), "silu")
         bias = config.get("attention_bias", False)
         tied = config.get("tie_word_embeddings", False)
+        quant = BlockFP8.read(config)
 
         self.kv = KVSpec(size.num_layers, size.G, size.K)
         self.num_q_heads, self.vocab_size = size.H, size.V
@@ -42,9 +45,10 @@ class Qwen3ForCausalLM(nnx.Module):
                 qk_norm_eps=size.eps,
                 window=window_of[layer],
                 dtype=dtype,
+                quant=quant,
                 **size.heads,
             )
-            mlp = GatedMLP(f"{name}.mlp", size.D, size.F, activation=activation, dtype=dtype)
+            mlp = GatedMLP(f"{name}.mlp", size.D, size.F, activation=activation, dtype=dtype, quant=quant)
             return PreNormBlock(name, attention, mlp, hidden=size.D, eps=size.eps, dtype=dtype)
 
         self.vocabulary = Vocabulary("model.", size.V, size.D, tied=tied, dtype=dtype)

@@ -23,7 +23,8 @@ FP8 = {
     "activation_scheme": "dynamic",
     "weight_block_size": [BLOCK, BLOCK],
 }
-FAMILIES = ("deepseek_v3", "deepseek_v2_lite", "qwen3_moe")
+DENSE = ("llama", "qwen3")
+FAMILIES = ("deepseek_v3", "deepseek_v2_lite", "qwen3_moe", *DENSE)
 
 
 def is_quantised(name, tensor):
@@ -93,15 +94,16 @@ def test_kept_weights_are_float8_on_the_device_and_dequantised_ones_are_not(chec
         sizes = [(leaf.dtype == jnp.float8_e4m3fn, leaf.size) for leaf in leaves]
         return sum(size for is_float8, size in sizes if is_float8) / sum(size for _, size in sizes)
 
-    assert float8_share(load_model(stored)) > 0.6
+    assert float8_share(load_model(stored)) > 0.5
     assert float8_share(load_model(stored, dequantize=True)) == 0
 
 
 def test_router_norms_and_vocabulary_are_not_expected_in_float8(checkpoints):
     family, stored, _ = checkpoints
     model = load_model(stored)
-    assert model.blocks[1].feed.router.get_value().dtype == jnp.float32
     assert model.vocabulary.head.get_value().dtype == jnp.float32
+    if family not in DENSE:
+        assert model.blocks[1].feed.router.get_value().dtype == jnp.float32
     if family != "qwen3_moe":
         assert isinstance(model.blocks[0].feed.down, BlockScaled)
 
@@ -117,7 +119,7 @@ def test_whole_engine_on_a_mesh_gives_the_tokens_of_one_device(checkpoints, engi
 
     one = tokens()
     assert tokens(dequantize_weights=True) == one
-    assert tokens(tp=4, dp_size=2, ep=4, enable_dp_attention=True) == one
+    assert tokens(tp=4, dp_size=2, ep=1 if family in DENSE else 4, enable_dp_attention=True) == one
 
 
 @pytest.mark.parametrize("checkpoints", ["deepseek_v3"], indirect=True)
@@ -136,6 +138,7 @@ def test_dense_blocks_may_lie_on_several_devices(checkpoints, engine):
     assert split == one
 
 
+@pytest.mark.parametrize("checkpoints", ["deepseek_v3", "qwen3_moe"], indirect=True)
 def test_experts_whose_blocks_do_not_divide_over_the_devices_are_refused_with_what_works(checkpoints, engine):
     """Two blocks of 8 rows in an expert of 16, over 8 devices."""
     _, stored, _ = checkpoints
