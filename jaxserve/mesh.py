@@ -5,10 +5,11 @@ dense FFN are split over (`ep`, `tp`); experts over (`dp`, `ep`) and their FFN o
 ep = 1, expert FFN over all three axes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -109,3 +110,11 @@ def weight_sharding(mesh: Mesh | AbstractMesh, table: Rules, param: nnx.Param) -
             )
         spec.append(axes or None)
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def per_rank(mesh: Mesh | None, function: Callable, *args: Any) -> Any:
+    """Run `function` on each dp rank's part (axis 0) of every argument and result."""
+    if mesh is None:
+        return function(*args)
+    spec = PartitionSpec("dp")
+    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*args)

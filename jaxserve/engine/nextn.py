@@ -22,9 +22,10 @@ from jax.sharding import Mesh
 from jaxserve.engine.batch import Bucket, Packing, set_blocks
 from jaxserve.engine.drafting import num_right
 from jaxserve.engine.plan import RankPlan, StepPlan
-from jaxserve.engine.programs import ModelFunction, per_rank, step_context
+from jaxserve.engine.programs import ModelFunction, step_context
 from jaxserve.engine.request import Request
 from jaxserve.layers.attention import StepContext
+from jaxserve.mesh import per_rank
 from jaxserve.ops import sampling
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.engine import batch, programs
+from jaxserve.engine import batch, programs, slot_state
 from jaxserve.engine.batch import Bucket
 from jaxserve.engine.compiler import OVERLAP_OPTIONS, compile_program, compiler_options, lower_program
 from jaxserve.engine.expert_state import ExpertState
@@ -123,7 +123,7 @@ class Runner:
         self._table = self._zeros((rows, sizes.pages_per_seq), np.int32)
         self._last_token = self._zeros((rows,), np.int32)
         self._samples: dict[int, jax.Array] = {}  # by their number; known once programs are traced
-        layout = programs.slot_state_layout(sizes.vocab_size, masks)
+        layout = slot_state.layout_of(sizes.vocab_size, masks)
         self._slots = {name: self._zeros((rows, n), dtype) for name, (n, dtype) in layout.items()}
         packings = batch.mask_packings(sizes.num_slots, sizes.vocab_size) if masks else {}
         self.experts = experts
@@ -459,14 +459,14 @@ class Runner:
             rank,
         )
         tasks["prepare_slot"] = (
-            partial(programs.prepare_slot, self._map_mesh),
+            partial(slot_state.prepare_slot, self._map_mesh),
             (slots, packed(batch.PREPARE_PACKING)),
             (0,),
             rank,
         )
         for size, packing in self.launches.masks.items():
             tasks["set_masks", size] = (
-                partial(programs.set_masks, packing, self._map_mesh),
+                partial(slot_state.set_masks, packing, self._map_mesh),
                 (slots["mask"], packed(packing)),
                 (0,),
                 rank,

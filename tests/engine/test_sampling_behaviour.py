@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.engine import batch, programs
+from jaxserve.engine import batch, slot_state
 from jaxserve.messages import Generate, Logprobs, Sampling
 from tests.engine.asking import NOISE, Golden, Row, ask, check_greedy, greedy, raw, tokens
 from tests.models.tiny import Chunk, TinyEngine, load_tiny
@@ -330,10 +330,10 @@ def test_most_biases_and_stops_fit_together(engine):
 
 def test_counts_of_a_token_end_at_what_16_bits_hold():
     """A step later, and after a request came back with an output of that token alone."""
-    most = programs.LARGEST_COUNT
+    most = slot_state.LARGEST_COUNT
     count = jnp.array([[most - 1, most, 5]], jnp.int16)
     for token in (0, 0, 1, 2):
-        count = programs._count_rows(count, jnp.array([0, -1]), jnp.array([token, token]))
+        count = slot_state.count_rows(count, jnp.array([0, -1]), jnp.array([token, token]))
     assert count.tolist() == [[most, most, 6]]
     packed = np.full((1, batch.PREPARE_PACKING.length), -1, np.int32)
     f = batch.PREPARE_PACKING.views(packed[0])
@@ -345,6 +345,6 @@ def test_counts_of_a_token_end_at_what_16_bits_hold():
         "bias_id": bias,
         "bias_value": bias.astype(jnp.float32),
     }
-    slots = programs._prepare_rank(slots, packed)
+    slots = slot_state._prepare_rank(slots, packed)
     assert slots["output_count"].dtype == jnp.int16
     assert slots["output_count"].tolist() == [[most, most, most]]

@@ -87,14 +87,14 @@ def test_kept_and_dequantised_weights_give_the_dense_files_logits(checkpoints):
 
 
 def test_kept_weights_are_float8_on_the_device_and_dequantised_ones_are_not(checkpoints):
-    _, stored, _ = checkpoints
+    family, stored, _ = checkpoints
 
     def float8_share(model):
         leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
         sizes = [(leaf.dtype == jnp.float8_e4m3fn, leaf.size) for leaf in leaves]
         return sum(size for is_float8, size in sizes if is_float8) / sum(size for _, size in sizes)
 
-    assert float8_share(load_model(stored)) > 0.5
+    assert float8_share(load_model(stored)) > (0.5 if family == "llama" else 0.6), "tiny Llama is vocabulary"
     assert float8_share(load_model(stored, dequantize=True)) == 0
 
 

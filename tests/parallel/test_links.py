@@ -16,11 +16,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxserve
-from jaxserve.layers.attention import project_split
 from jaxserve.layers.channel_quant import ChannelScaled, quantise
 from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.linear import project
 from jaxserve.layers.quant import BlockFP8, BlockScaled
+from jaxserve.layers.split_product import project_split
 from jaxserve.mesh import AXES, GROUP, Layout, make_mesh
 from jaxserve.ops import backend, peer_exchange
 from jaxserve.parallel import links as links_module
