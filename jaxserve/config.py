@@ -72,8 +72,10 @@ class ServerConfig:
         "auto", "dummy: random weights of the right shapes"
     )
     dequantize_weights: bool = key(False, "dequantize float8 weights when they are loaded")
-    quantization: Literal["fp8", "int8"] | None = key(
-        None, "keep linear weights in 8 bits with a scale a channel; default: as the checkpoint has them"
+    quantization: Literal["fp8", "int8", "mxfp4"] | None = key(
+        None,
+        "fp8, int8: keep linear weights in 8 bits with a scale a channel; mxfp4: keep a checkpoint's experts "
+        "in its own 4 bits; default: as the checkpoint has them, 4 bits widened",
     )
     context_length: int | None = key(None, "longest sequence in tokens; default: the model's own", least=2)
     sampling_defaults: Literal["model", "openai"] = key(

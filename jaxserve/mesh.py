@@ -105,6 +105,8 @@ def weight_sharding(mesh: Mesh | AbstractMesh, table: Rules, param: nnx.Param) -
             cure = ""
             if param.sources[0].endswith("_scale_inv"):
                 cure = ": a block of float8 weights has one scale; use a larger ep, or --dequantize-weights"
+            elif param.get_value().dtype == np.uint8:
+                cure = ": 32 numbers of MXFP4 have one; use a larger ep, or leave --quantization mxfp4 out"
             raise ConfigError(
                 f"{param.sources[0]}: dimension {axis}={size} does not divide over {ways} devices{cure}"
             )

@@ -340,7 +340,7 @@ def _weight(blueprint: Blueprint, param: nnx.Param, meets_float8: bool) -> Weigh
         part = "head" if vocabulary.head is None or param is vocabulary.head else "embedding"
     split = {axis for axis in axes[1:] if axis and set(blueprint.table[axis]) & set(GROUP)}
     sums = part == "dense" and is_matrix and axes[0] == "embed" and bool(split)
-    count = 0 if is_scale else 1
+    count = 0 if is_scale else 2 if value.dtype == jnp.uint8 else 1  # MXFP4: two in a byte
     is_float8 = (meets_float8 or part == "expert") and value.dtype == jnp.float8_e4m3fn
     return Weight(
         part=part,

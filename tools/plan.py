@@ -327,7 +327,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--chunk", type=int, default=2048, help="prompt tokens of a step and dp rank")
     parser.add_argument("--mem-fraction-static", type=float, help="of device memory, for weights and KV")
     parser.add_argument("--dequantize-weights", action="store_true", help="float8 weights as bfloat16")
-    parser.add_argument("--quantization", choices=("fp8", "int8"), help="of linear weights, at load")
+    parser.add_argument(
+        "--quantization", choices=("fp8", "int8", "mxfp4"), help="of weights, as the server's"
+    )
     parser.add_argument(
         "--kv-cache-dtype", choices=("auto", "bfloat16", "fp8_e4m3"), default="auto", help="of the KV cache"
     )

@@ -1,4 +1,4 @@
-"""Which 8-bit types a configuration and a checkpoint ask for: of the weights, and of the KV cache."""
+"""Which types of 8 and 4 bits a configuration and a checkpoint ask for: of weights, and of the KV cache."""
 
 import logging
 from typing import Any
@@ -33,6 +33,12 @@ def declare_model(config: ServerConfig, hf_config: dict[str, Any], dtype: Any) -
         hf_config = {key: value for key, value in hf_config.items() if key != "quantization_config"}
     if config.dequantize_weights and given:
         hf_config = {**hf_config, "quantization_config": {**given, "dequantize": True}}
+    if asked == "mxfp4":
+        if given.get("quant_method") != "mxfp4":
+            raise ConfigError(
+                "quantization=mxfp4 keeps a checkpoint's own numbers in MXFP4, and this one has none; use fp8"
+            )
+        hf_config = {**hf_config, "quantization_config": {**given, "keep": True}}
     model = declare(hf_config, dtype, with_nextn=speculation.uses_nextn(config))
     if stored is not None:
         quantise_model(model, stored)
@@ -40,7 +46,7 @@ def declare_model(config: ServerConfig, hf_config: dict[str, Any], dtype: Any) -
         if asked != given.get("quant_method"):
             raise _is_already(asked, f"{given.get('quant_method')} with a scale for each block")
         logger.info("quantization=%s: the checkpoint's weights are float8 in blocks, and stay so", asked)
-    elif asked:
+    elif asked and asked != "mxfp4":
         quantise_model(model, ChannelQuant(asked))
     return model
 

@@ -409,7 +409,9 @@ class Attention(nnx.Module):
         self.q_norm = None if qk_norm_eps is None else norm(f"{name}.q_norm", q_size, eps=qk_norm_eps)
         self.k_norm = None if qk_norm_eps is None else norm(f"{name}.k_norm", k_size, eps=qk_norm_eps)
         self.norm_over = qk_norm_over
-        self.sinks = declare((H,), ("q_heads",), f"{name}.sinks", init="zeros") if sinks else None
+        # As attention takes them: a step would convert them anew.
+        sink = partial(weight, (H,), ("q_heads",), f"{name}.sinks", dtype=jnp.float32, init="zeros")
+        self.sinks = sink() if sinks else None
 
     def __call__(self, hidden_TD: Rows, step: StepContext) -> Rows:
         query, key, value = self.qkv.heads(hidden_TD)

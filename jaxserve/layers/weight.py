@@ -63,7 +63,7 @@ def weight(
     *sources: str,
     dtype: Any,
     assemble: Assemble | None = None,
-    init: Literal["ones", "zeros", "random"] | None = None,
+    init: Literal["ones", "zeros", "random"] | int | None = None,
     stored: tuple[int, ...] | None = None,
     num_out: int | None = None,
     is_scale: bool = False,
@@ -77,7 +77,8 @@ def weight(
         sources: checkpoint tensors by their Hugging Face names.
         assemble: maps the source arrays to one of `shape`; by default one source, reshaped.
         dtype: what it is kept in on the device.
-        init: what dummy weights put here; by default ones at rank 1, zeros for biases, else random.
+        init: what dummy weights put here, a number everywhere; by default ones at rank 1, zeros for
+            biases, else random.
         stored: the shape in the checkpoint, when zeros behind it make up `shape`.
         num_out: leading dimensions that are outputs, of a linear weight that may be quantised.
         is_scale: it is the scales of another parameter.

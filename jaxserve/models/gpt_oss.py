@@ -1,7 +1,7 @@
 """GPT-OSS: attention sinks, a window on every other layer, experts with biases and a clamped gate.
 
-Published files hold the experts in MXFP4, which is dequantised at load; other files hold them as
-they are, [E, in, out]. In both, gate and up alternate along the output.
+Published files hold the experts in MXFP4, which is widened at load unless `--quantization mxfp4` says
+otherwise; other files hold them as they are, [E, in, out]. In both, gate and up alternate along the output.
 """
 
 from dataclasses import dataclass
@@ -22,14 +22,13 @@ from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.overlap import run_blocks
 from jaxserve.layers.weight import Assemble, Sliced, weight
 from jaxserve.models.hf_config import Dimensions, num_experts, one_of, rope_and_reach, windows
+from jaxserve.ops import mxfp4
 from jaxserve.ops.grouped_gemm import ExpertWeights
 
 ARCHITECTURES = ("GptOssForCausalLM",)
 QUANTIZATIONS = ("mxfp4",)
+DUMMY_EXPONENT = 127 - 7  # keeps the size of activations at published widths
 DEFAULTS = {"num_key_value_heads": 8, "head_dim": 64, "rope_theta": 150_000.0, "rms_norm_eps": 1e-5}
-MXFP4_GROUP = 32  # numbers that share a scale
-# The 16 values of an e2m1 number: one sign, two exponent bits, one of mantissa.
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
 class GptOssForCausalLM(nnx.Module):
@@ -43,7 +42,7 @@ class GptOssForCausalLM(nnx.Module):
         routing = Routing(num_experts(config), chosen, score="softmax_of_chosen")
         activation = ClampedGate(config.get("swiglu_alpha", 1.702), config.get("swiglu_limit", 7.0))
         bias = config.get("attention_bias", True)
-        is_mxfp4 = bool(config.get("quantization_config"))
+        stored = config.get("quantization_config") or {}
         tied = config.get("tie_word_embeddings", False)
 
         self.kv = KVSpec(size.num_layers, size.G, size.K)
@@ -64,7 +63,13 @@ class GptOssForCausalLM(nnx.Module):
                 **size.heads,
             )
             experts = BiasedExperts(
-                f"{name}.mlp.experts", routing.num_experts, size.D, size.F, is_mxfp4=is_mxfp4, dtype=dtype
+                f"{name}.mlp.experts",
+                routing.num_experts,
+                size.D,
+                size.F,
+                is_mxfp4=bool(stored),
+                keep=bool(stored.get("keep")),
+                dtype=dtype,
             )
             feed = MoE(
                 layer,
@@ -104,24 +109,49 @@ class ClampedGate:
 
 
 class BiasedExperts(nnx.Module):
-    """The stacked experts of a layer and their biases."""
+    """The stacked experts of a layer and their biases.
+
+    Args:
+        is_mxfp4: in the checkpoint. keep: on the device too, see `jaxserve.ops.mxfp4`.
+    """
 
     def __init__(
-        self, name: str, num_experts: int, hidden: int, ffn: int, *, is_mxfp4: bool, dtype: DTypeLike
+        self,
+        name: str,
+        num_experts: int,
+        hidden: int,
+        ffn: int,
+        *,
+        is_mxfp4: bool,
+        keep: bool,
+        dtype: DTypeLike,
     ):
         E, F, D = num_experts, ffn, hidden
-        if is_mxfp4 and (F % MXFP4_GROUP or D % MXFP4_GROUP):
+        if is_mxfp4 and (F % mxfp4.GROUP or D % mxfp4.GROUP):
             raise ConfigError(
-                f"config.json: hidden_size={D} and intermediate_size={F} must be multiples of {MXFP4_GROUP} "
+                f"config.json: hidden_size={D} and intermediate_size={F} must be multiples of {mxfp4.GROUP} "
                 "for quant_method='mxfp4'"
             )
 
-        def matrix(part: str, shape: tuple[int, ...], axes: tuple[str, ...], take: Assemble) -> nnx.Param:
-            if is_mxfp4:
-                sources, each = (f"{name}.{part}_blocks", f"{name}.{part}_scales"), _Mxfp4(take)
-            else:
-                sources, each = (f"{name}.{part}",), _Transposed(take)
-            return weight(shape, axes, *sources, dtype=dtype, assemble=Sliced(each), num_out=2)
+        def matrix(
+            part: str, shape: tuple[int, int, int], axes: tuple[str, ...], take: Assemble
+        ) -> tuple[nnx.Param, nnx.Param | None]:
+            """And exponents, of what is kept."""
+            blocks, exponents = f"{name}.{part}_blocks", f"{name}.{part}_scales"
+            if not keep:
+                sources, each = (blocks, exponents), _Widened(take)
+                if not is_mxfp4:
+                    sources, each = (f"{name}.{part}",), _Transposed(take)
+                return weight(shape, axes, *sources, dtype=dtype, assemble=Sliced(each), num_out=2), None
+            lead, size = shape[:2], shape[2]
+
+            def stored(source: str, size: int, each: Assemble, **more: Any) -> nnx.Param:
+                return weight((*lead, size), axes, source, dtype=np.uint8, assemble=Sliced(each), **more)
+
+            return (
+                stored(blocks, size // 2, _Repacked(take)),
+                stored(exponents, size // mxfp4.GROUP, _Exponents(take), init=DUMMY_EXPONENT, is_scale=True),
+            )
 
         def bias(part: str, size: int, axis: str, take: Assemble) -> nnx.Param:
             return weight(
@@ -130,15 +160,13 @@ class BiasedExperts(nnx.Module):
 
         even, odd, all_rows = _Every(2, 0), _Every(2, 1), _Every(1, 0)
         up_axes = ("expert", "expert_ffn", "embed")
-        self.gate = matrix("gate_up_proj", (E, F, D), up_axes, even)
-        self.up = matrix("gate_up_proj", (E, F, D), up_axes, odd)
-        self.down = matrix("down_proj", (E, D, F), ("expert", "embed", "expert_ffn"), all_rows)
+        self.gate, self.gate_scale = matrix("gate_up_proj", (E, F, D), up_axes, even)
+        self.up, self.up_scale = matrix("gate_up_proj", (E, F, D), up_axes, odd)
+        down_axes = ("expert", "embed", "expert_ffn")
+        self.down, self.down_scale = matrix("down_proj", (E, D, F), down_axes, all_rows)
         self.gate_bias = bias("gate_up_proj", F, "expert_ffn", even)
         self.up_bias = bias("gate_up_proj", F, "expert_ffn", odd)
         self.down_bias = bias("down_proj", D, "embed", all_rows)
-        self.gate_scale: nnx.Param | None = None
-        self.up_scale: nnx.Param | None = None
-        self.down_scale: nnx.Param | None = None
 
     def weights(self) -> ExpertWeights:
         scales = (self.gate_scale, self.up_scale, self.down_scale)
@@ -178,17 +206,39 @@ class _Transposed:
 
 
 @dataclass(frozen=True)
-class _Mxfp4:
-    """Of a matrix stored as [out, groups, 16] pairs of numbers and [out, groups] exponents.
-
-    Source: OCP Microscaling Formats (MX) 1.0, sections 5.3.3 and 5.4.1. The low half of a byte is
-    the first number.
-    """
+class _Widened:
+    """Of a matrix stored as [out, groups, 16] pairs of numbers, the first in a byte's low half, and
+    [out, groups] exponents."""
 
     take: Assemble
 
     def __call__(self, blocks: np.ndarray, exponents: np.ndarray) -> np.ndarray:
         blocks, exponents = self.take(blocks), self.take(exponents)
-        numbers = np.stack([E2M1[blocks & 15], E2M1[blocks >> 4]], axis=-1).reshape(*exponents.shape, -1)
+        numbers = np.stack([mxfp4.E2M1[blocks & 15], mxfp4.E2M1[blocks >> 4]], axis=-1)
+        numbers = numbers.reshape(*exponents.shape, -1)
         scaled = np.ldexp(numbers, exponents.astype(np.int32)[..., None] - 127)
         return scaled.reshape(len(scaled), -1)
+
+
+@dataclass(frozen=True)
+class _Repacked:
+    """The same pairs as `mxfp4` wants them, [out, in / 2]."""
+
+    take: Assemble
+
+    def __call__(self, blocks: np.ndarray) -> np.ndarray:
+        return mxfp4.repack(self.take(blocks))
+
+
+@dataclass(frozen=True)
+class _Exponents:
+    """The same exponents, [out, in / 32]. Raises ValueError for what no weight needs."""
+
+    take: Assemble
+
+    def __call__(self, exponents: np.ndarray) -> np.ndarray:
+        if (largest := int(exponents.max())) > mxfp4.MAX_EXPONENT:
+            raise ValueError(
+                f"an exponent of {largest} is above {mxfp4.MAX_EXPONENT}; leave quantization out"
+            )
+        return self.take(exponents)

@@ -75,8 +75,9 @@ def load_dummy(model: nnx.Module, shardings: Shardings, seed: int, progress: Pro
 
     Norm scales (rank 1) are ones, biases zeros; `init="ones"` or `"zeros"` in a parameter's
     metadata says otherwise. Everything else is uniform with variance 1 / its last dimension, the
-    fan-in of an [out, in] layer, so that activations keep their size. Values depend on `seed` and
-    the parameter's path alone, not on the sharding. One compiled program a distinct shape.
+    fan-in of an [out, in] layer, so that activations keep their size; of packed numbers (uint8) any is
+    as likely. Values depend on `seed` and the parameter's path alone, not on the sharding. One compiled
+    program a distinct shape.
     """
     weights = list(declared(model))
     total, done = sum(weight.num_bytes for weight in weights), 0
@@ -306,7 +307,7 @@ def _report_unused(checkpoint: Checkpoint, used: set[str], unserved: tuple[str, 
 # ---- random ----
 
 
-def _dummy_kind(param: nnx.Param) -> str:
+def _dummy_kind(param: nnx.Param) -> str | int:
     kind = param.get_metadata().get("init")
     if kind is not None:
         return kind
@@ -317,19 +318,19 @@ def _dummy_kind(param: nnx.Param) -> str:
 
 @cache
 def _dummy_program(
-    shape: tuple[int, ...], dtype: Any, kind: str, sharding: Sharding, order: tuple[int, ...] | None
+    shape: tuple[int, ...], dtype: Any, kind: str | int, sharding: Sharding, order: tuple[int, ...] | None
 ) -> Callable[..., jax.Array]:
-    assert kind in ("ones", "zeros", "random"), kind
-
     def make(seed, path_hash):
         if kind != "random":
-            return jnp.full(shape, 1 if kind == "ones" else 0, dtype)
+            return jnp.full(shape, {"ones": 1, "zeros": 0}[kind] if isinstance(kind, str) else kind, dtype)
         bits = _mix(_mix(seed) ^ path_hash)
         for axis in range(len(shape)):
             number = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
             if axis == 0 and order is not None:  # equal slices, as from a checkpoint
                 number = jnp.asarray(order, jnp.uint32).reshape(-1, *(1,) * (len(shape) - 1))
             bits = _mix(bits ^ number)
+        if dtype == jnp.uint8:
+            return (bits >> 24).astype(dtype)
         unit = (bits >> 8).astype(jnp.float32) * 2.0**-23 - 1  # in [-1, 1), as 24 bits allow
         return (unit * math.sqrt(3 / shape[-1])).astype(dtype)
 

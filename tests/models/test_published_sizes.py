@@ -31,6 +31,12 @@ def build(name, **change):
         ("kimi-k2", 1026.4),
         ("minimax-m2", 228.7),
         ("minimax-text-01", 456.1),
+        ("gpt-oss-20b", 20.9),
+        ("gpt-oss-120b", 116.8),
+        ("gemma-3-12b", 11.8),
+        ("glm-4.5-air", 106.9),
+        ("mixtral-8x7b", 46.7),
+        ("qwen3-8b", 8.2),
     ],
 )
 def test_model_has_as_many_parameters_as_published(name, billions):
@@ -43,6 +49,13 @@ def test_deepseek_v3_takes_a_byte_a_parameter_in_float8():
     _, params = build("deepseek-v3")
     size = sum(math.prod(p.get_value().shape) * p.get_value().dtype.itemsize for p in params)
     assert size / 671e9 == pytest.approx(1.0, abs=0.02)
+
+
+def test_experts_of_gpt_oss_120b_in_four_bits_leave_room_on_a_card_of_80_gb():
+    kept = json.loads((SHAPES / "gpt-oss-120b.json").read_text())["quantization_config"] | {"keep": True}
+    _, params = build("gpt-oss-120b", quantization_config=kept)
+    size = sum(math.prod(p.get_value().shape) * p.get_value().dtype.itemsize for p in params)
+    assert size / 1e9 == pytest.approx(65.2, abs=0.1)  # 4.25 bits a parameter of experts
 
 
 def test_deepseek_v3_keeps_1152_bytes_of_a_token_and_layer():

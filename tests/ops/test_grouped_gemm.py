@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.ops import backend, grouped_gemm
+from jaxserve.ops import backend, grouped_gemm, mxfp4
 from jaxserve.ops.grouped_gemm import ExpertWeights, rows_fast
 from jaxserve.ops.grouped_gemm.fast import Tile
 from jaxserve.ops.grouped_gemm.rows import group
@@ -36,6 +36,7 @@ class Case:
     dtype: str = "float32"
     biases: bool = False
     block: int | None = None  # of float8 weights
+    is_mxfp4: bool = False
     padding: float = 0.3  # share of ids that are -1
     activation: Any = silu
     seed: int = 0
@@ -71,6 +72,13 @@ class Case:
                         f"{name}_scale": jnp.asarray(scale, jnp.float32),
                     }
                 )
+        if self.is_mxfp4:
+            for name, field in (("gate", "gate_EFD"), ("up", "up_EFD"), ("down", "down_EDF")):
+                *lead, size = getattr(weights, field).shape
+                packed = rng.integers(0, 256, (*lead, size // 2)).astype(np.uint8)
+                exponent = rng.integers(120, 123, (*lead, size // mxfp4.GROUP)).astype(np.uint8)
+                parts = {field: jnp.asarray(packed), f"{name}_scale": jnp.asarray(exponent)}
+                weights = weights._replace(**parts)
         weight = jnp.asarray(rng.uniform(0.1, 1, expert.shape), jnp.float32)
         return normal(self.T, D), jnp.asarray(expert), weight, weights
 
@@ -94,7 +102,10 @@ class Case:
         return picked
 
     def dense(self, weights, name):
-        matrix = np.asarray(getattr(weights, f"{name}_EDF" if name == "down" else f"{name}_EFD"), np.float64)
+        matrix = getattr(weights, f"{name}_EDF" if name == "down" else f"{name}_EFD")
+        if self.is_mxfp4:
+            matrix = mxfp4.widen(matrix, getattr(weights, f"{name}_scale"))
+        matrix = np.asarray(matrix, np.float64)
         if self.block:
             scale = np.asarray(getattr(weights, f"{name}_scale"))
             matrix = matrix * scale.repeat(self.block, 1).repeat(self.block, 2)
@@ -150,6 +161,8 @@ KERNEL_CASES = (
     Case(T=20, D=64, F=96, block=32),
     Case(T=9, D=64, F=32, dtype="bfloat16", block=16, biases=True),
     Case(T=300, X=2, E=2, D=32, F=32, dtype="bfloat16"),  # more than 64 rows an expert
+    Case(T=20, D=96, F=32, is_mxfp4=True, biases=True, activation=clamped),
+    Case(T=90, X=2, E=3, D=160, F=224, dtype="bfloat16", is_mxfp4=True),  # the last iteration is not full
 )
 FEW_TOKENS = (
     Case(T=1, X=8, E=16, D=64, F=32, dtype="bfloat16"),
@@ -159,6 +172,7 @@ FEW_TOKENS = (
     Case(T=3, X=8, E=40, D=64, F=32, block=16, biases=True),
     Case(T=9, X=6, E=64, padding=0.0),
     Case(T=7, X=2, E=16, padding=1.1, biases=True),
+    Case(T=3, X=4, E=32, D=96, F=64, dtype="bfloat16", is_mxfp4=True, biases=True),
 )
 
 

@@ -22,7 +22,8 @@ class ExpertWeights(NamedTuple):
     """What `feed_forward` multiplies with. Biases and scales are None where a model has none.
 
     A scale belongs to weights in float8: one float32 for each block of a weight matrix, so
-    `gate_scale` is [E, F / block, D / block] and the block sizes follow from the shapes.
+    `gate_scale` is [E, F / block, D / block] and the block sizes follow from the shapes. Weights in
+    `ops.mxfp4` are uint8, half as many along the input, with exponents in uint8 for each 32 of it.
     """
 
     gate_EFD: jax.Array

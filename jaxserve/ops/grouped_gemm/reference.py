@@ -7,6 +7,7 @@ work follows the tokens that are real, not the shape.
 import jax.numpy as jnp
 from jax import lax
 
+from jaxserve.ops import mxfp4
 from jaxserve.ops.grouped_gemm.rows import group
 
 
@@ -42,7 +43,9 @@ def _expert(hidden_BD, weights, expert, activation):
 
 def _product(x, matrices, scales, biases, expert):
     matrix = matrices[expert]
-    if scales is not None:
+    if matrix.dtype == jnp.uint8:
+        matrix = mxfp4.widen(matrix, scales[expert]).astype(x.dtype)
+    elif scales is not None:
         scale = scales[expert]
         for axis in (0, 1):
             scale = jnp.repeat(scale, matrix.shape[axis] // scale.shape[axis], axis)
