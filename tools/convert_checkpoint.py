@@ -18,11 +18,12 @@ layers beyond 1 GiB are cut into several items.
 
 import argparse
 import fcntl
+import logging
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,12 @@ from rich.progress import (
 
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.blueprint import draw_on_paper
-from jaxserve.layers.channel_quant import STORED_SUFFIX, Scheme
+from jaxserve.layers.channel_quant import Scheme
 from jaxserve.layers.weight import Stacked
 from jaxserve.weights import Checkpoint, CheckpointError, open_checkpoint
 from jaxserve.weights.checkpoint import DTYPES, read_json
 from jaxserve.weights.declared import declared
+from jaxserve.weights.fill import SCALE_SUFFIXES
 from jaxserve.weights.orbax import (
     BEGUN,
     ITEMS,
@@ -99,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     console = Console(stderr=True)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's, which tells of what it raises too
     try:
         source = open_checkpoint(args.source, revision=args.revision)
         if args.quantization:
@@ -129,7 +132,8 @@ def convert(source: Checkpoint, target: Path, dtype: str, progress: Progress) ->
     Raises: CheckpointError when `target` holds anything else.
     """
     described = describe(source, dtype)
-    plan = plan_items(source, dtype)
+    dtypes = target_dtypes(source, dtype)
+    plan = plan_items(source, dtypes)
     with _owned(target):
         if (target / MANIFEST).exists():
             _refuse_other(target, read_json(target / MANIFEST).get("source"), described)
@@ -141,7 +145,7 @@ def convert(source: Checkpoint, target: Path, dtype: str, progress: Progress) ->
             progress.update(bar, item=item)
             record = item_record(target, item)
             if record is None or set(record) != set(names):
-                arrays = {name: read_as(source, name, dtype) for name in names}
+                arrays = {name: read_as(source, name, dtypes[name]) for name in names}
                 write_item(target, item, arrays)
                 record = item_record(target, item)
                 del arrays
@@ -165,11 +169,12 @@ def verify(source: Checkpoint, target: Path, dtype: str, progress: Progress) -> 
     wrong += [
         f"tensor {name} is not in {source.path}" for name in result.tensors if name not in source.tensors
     ]
+    dtypes = target_dtypes(source, dtype)
     both = [name for name in source.tensors if name in result.tensors]
     bar = progress.add_task("verifying", total=sum(result.tensors[n].num_bytes for n in both), item="")
     for name in both:
         progress.update(bar, item=name)
-        expected = read_as(source, name, dtype)
+        expected = read_as(source, name, dtypes[name])
         try:
             got = result.read(name)
         except CheckpointError as error:
@@ -208,7 +213,7 @@ def linear_weights(source: Checkpoint, scheme: Scheme) -> list[str]:
     return names
 
 
-def plan_items(source: Checkpoint, dtype: str) -> list[tuple[str, list[str], int]]:
+def plan_items(source: Checkpoint, dtypes: Mapping[str, np.dtype]) -> list[tuple[str, list[str], int]]:
     """(item, its tensors, bytes to write), one a layer and one a tensor outside the layers."""
     groups: dict[str, list[str]] = {}
     for name in source.tensors:
@@ -219,7 +224,7 @@ def plan_items(source: Checkpoint, dtype: str) -> list[tuple[str, list[str], int
         parts: list[tuple[list[str], int]] = []
         for name in names:
             size = source.tensors[name].num_bytes
-            size = size // source.tensors[name].dtype.itemsize * target_dtype(source, name, dtype).itemsize
+            size = size // source.tensors[name].dtype.itemsize * dtypes[name].itemsize
             if not parts or parts[-1][1] + size > MAX_ITEM_BYTES:
                 parts.append(([], 0))
             parts[-1] = ([*parts[-1][0], name], parts[-1][1] + size)
@@ -228,22 +233,41 @@ def plan_items(source: Checkpoint, dtype: str) -> list[tuple[str, list[str], int
     return plan
 
 
-def target_dtype(source: Checkpoint, name: str, dtype: str) -> np.dtype:
-    stored = source.tensors[name].dtype
-    if stored.name not in _CONVERTIBLE or name.endswith(STORED_SUFFIX):
-        return stored  # integers and fp8 mean something only as they are
-    if dtype != "auto":
-        return DTYPES[dtype]
+def target_dtypes(source: Checkpoint, dtype: str) -> dict[str, np.dtype]:
+    """What each tensor is written in: `dtype`, or with "auto" its own.
+
+    What a model reads in float32 whatever its dtype (scales, biases of a router's choice) stays as it is.
+    """
+    wide = _read_wide(source) if dtype != "auto" else set()
     is_quantised = getattr(source, "is_quantised", None)
-    if is_quantised is not None and is_quantised(name):
-        return DTYPES[source.config["torch_dtype"]]
-    return stored
+
+    def target(name: str) -> np.dtype:
+        stored = source.tensors[name].dtype
+        if stored.name not in _CONVERTIBLE or name.endswith(SCALE_SUFFIXES) or name in wide:
+            return stored  # integers and fp8 mean something only as they are
+        if dtype != "auto":
+            return DTYPES[dtype]
+        if is_quantised is not None and is_quantised(name):
+            return DTYPES[source.config["torch_dtype"]]
+        return stored
+
+    return {name: target(name) for name in source.tensors}
 
 
-def read_as(source: Checkpoint, name: str, dtype: str) -> np.ndarray:
+def _read_wide(source: Checkpoint) -> set[str]:
+    """Tensors that a server in bfloat16 has in float32; none of a model that is not served."""
+    config = ServerConfig.from_keywords(model_path=str(source.path), dtype="bfloat16")
+    try:
+        model = draw_on_paper(config, source.config).model
+    except ConfigError:
+        return set()
+    params = [weight.param for weight in declared(model)]
+    return {name for p in params if p.get_raw_value().dtype == np.float32 for name in p.sources}
+
+
+def read_as(source: Checkpoint, name: str, want: np.dtype) -> np.ndarray:
     """The source's tensor in the dtype that is written. Raises CheckpointError when it overflows."""
     values = source.read(name)
-    want = target_dtype(source, name, dtype)
     if values.dtype == want:
         return values
     with np.errstate(over="ignore"):
@@ -305,13 +329,14 @@ def _owned(target: Path) -> Iterator[None]:
 def _begin(target: Path, described: dict[str, Any]) -> bool:
     """Claim an empty directory, or clear what an interrupted run left incomplete. True: resumed."""
     if not (target / BEGUN).exists():
-        others = sorted(entry.name for entry in target.iterdir())
+        unwritten = f".{BEGUN}.partial"
+        others = sorted(entry.name for entry in target.iterdir() if entry.name != unwritten)
         if others:
             raise CheckpointError(
                 f"{target}: not empty and not a conversion ({', '.join(others[:5])}); choose another --to"
             )
-        (target / ITEMS).mkdir()
         write_json(target / BEGUN, described)
+        (target / ITEMS).mkdir()
         return False
     _refuse_other(target, read_json(target / BEGUN), described)
     (target / ITEMS).mkdir(exist_ok=True)

@@ -42,6 +42,7 @@ from jaxserve.messages import (
 
 logger = logging.getLogger(__name__)
 
+AUDIT_AFTER_S = 0.5  # of idleness: who asks one thing at a time does not wait for it
 GRAMMAR_WAIT_S = 0.002  # between two looks whether a grammar is ready, when there is nothing else to do
 LOAD_INTERVAL_S = 0.02  # between two reports of the load; one costs a walk over the waiting requests
 
@@ -78,6 +79,7 @@ class EngineLoop:
         self._clock = clock
         self._in_flight: Step | None = None
         self._drain_until_s: float | None = None
+        self._is_audited = False  # nothing came since
         self._prompt_logprobs: dict[str, list[Logprobs]] = {}
         self._cache_watch = CacheWatch([rank.tree for rank in scheduler.ranks])
         self._load_told_s = 0.0
@@ -90,6 +92,7 @@ class EngineLoop:
             while not self._drained():
                 self._receive()
                 self._step()
+            self.scheduler.check()
         finally:
             self.stats.loop_thread = None
             if self._constraints is not None:
@@ -98,14 +101,19 @@ class EngineLoop:
     # ---- messages ----
 
     def _receive(self) -> None:
-        timeout_s = 0.0
+        timeout_s, is_idle = 0.0, False
         if self._in_flight is None and not self.scheduler.has_work:
             if self._waiting_for_grammars:
                 timeout_s = GRAMMAR_WAIT_S
-            else:
-                self.scheduler.check()  # the audit runs when there is nothing better to do
-                timeout_s = None if self._drain_until_s is None else 0.0
-        for message in self._endpoint.receive(timeout_s):
+            elif self._drain_until_s is None:
+                timeout_s, is_idle = None if self._is_audited else AUDIT_AFTER_S, True
+        messages = self._endpoint.receive(timeout_s)
+        if messages:
+            self._is_audited = False
+        elif is_idle:
+            self.scheduler.check()
+            self._is_audited = True
+        for message in messages:
             match message:
                 case Generate():
                     self._submit(message)

@@ -8,8 +8,7 @@ a running request needs one more page and none can be evicted, the last in order
 first in order always goes on, and no request may be longer than the pool.
 """
 
-import heapq
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -22,6 +21,7 @@ from jaxserve.engine.radix import Node, RadixTree
 from jaxserve.engine.request import Request, SamplingWork
 from jaxserve.engine.states import Checkpoints
 
+ORDER = attrgetter("order")
 GROWTH_TOKENS = 64  # how far ahead admission leaves room for each running request to grow
 
 
@@ -53,10 +53,20 @@ class Rank:
             self.checkpoints = Checkpoints(limits.num_slots, limits.num_checkpoints)
         drop_state = self.checkpoints and self.checkpoints.forget
         self.tree = RadixTree(limits.page_size, self.pool, share_prefixes, drop_state)
-        self.waiting: list[tuple[tuple[int, int], Request]] = []  # a heap by order
+        self.waiting: list[Request] = []  # by order
         self.running: list[Request] = []  # by order
         self.free_slots = list(range(limits.num_slots - 1, -1, -1))
         self.updates: list[tuple[int, int, int]] = []
+
+    # ---- waiting ----
+
+    def queue(self, request: Request) -> None:
+        insort(self.waiting, request, key=ORDER)
+
+    def unqueue(self, request: Request) -> None:
+        place = bisect_left(self.waiting, request.order, key=ORDER)
+        assert self.waiting[place] is request
+        del self.waiting[place]
 
     # ---- a step ----
 
@@ -199,7 +209,7 @@ class Rank:
         """
         if not self.waiting or not self.free_slots:
             return None
-        request = self.waiting[0][1]
+        request = self.waiting[0]
         if request.pending:  # retracted, and its last token is still on the device
             return None
         node, shared = self._match(request)
@@ -209,7 +219,7 @@ class Rank:
         if needed + headroom > room:
             self.tree.unlock(node)
             return None
-        heapq.heappop(self.waiting)
+        self.waiting.pop(0)
         self._make_room(needed)
         request.slot, request.in_prefill = self.free_slots.pop(), True
         request.node, request.num_shared = node, len(shared)
@@ -219,7 +229,7 @@ class Rank:
             request.cached_tokens = min(request.computed, request.prompt_len)
             request.admitted_s = now_s
         self.updates.extend((request.slot, i, page) for i, page in enumerate(request.pages))
-        insort(self.running, request, key=attrgetter("order"))
+        insort(self.running, request, key=ORDER)
         return request
 
     def _match(self, request: Request) -> tuple[Node, list[int]]:
@@ -269,7 +279,7 @@ class Rank:
         """Take a running request's pages; it waits at its old place and resumes exactly."""
         request.num_retractions += 1
         self.release(request)
-        heapq.heappush(self.waiting, (request.order, request))
+        self.queue(request)
 
     # ---- pages ----
 
@@ -324,7 +334,7 @@ class Rank:
 
     @property
     def num_waiting_tokens(self) -> int:
-        return sum(len(r.tokens) for _, r in self.waiting)
+        return sum(len(r.tokens) for r in self.waiting)
 
     @property
     def num_queued_tokens(self) -> int:

@@ -5,7 +5,6 @@ planned step are known; `retire` hands them in afterwards, in order. It knows to
 and nothing of jax.
 """
 
-import heapq
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -57,7 +56,7 @@ class Scheduler:
         )
         self._arrivals += 1
         self.requests[spec.rid] = request
-        heapq.heappush(self.ranks[request.rank].waiting, (request.order, request))
+        self.ranks[request.rank].queue(request)
         return request
 
     @property
@@ -157,8 +156,7 @@ class Scheduler:
         if request.slot >= 0:
             rank.release(request)
         else:
-            rank.waiting = [entry for entry in rank.waiting if entry[1] is not request]
-            heapq.heapify(rank.waiting)
+            rank.unqueue(request)
 
     def _choose_rank(self, spec: Generate) -> Rank:
         """The rank with the fewest tokens to compute before this request would be done."""

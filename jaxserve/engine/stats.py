@@ -100,7 +100,7 @@ class Stats:
                         "waiting": waiting,
                         "grammar": num_grammars if i == 0 else 0,
                         "paused": 0,
-                        "retracted": sum(1 for _, r in rank.waiting if r.num_retractions),
+                        "retracted": sum(1 for r in rank.waiting if r.num_retractions),
                     },
                 }
             )

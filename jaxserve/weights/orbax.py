@@ -93,14 +93,18 @@ def tensor_hash(array: np.ndarray) -> str:
 def write_item(path: Path, item: str, arrays: dict[str, np.ndarray]) -> None:
     """Write one item of a conversion and, when it is complete, the record of its hashes.
 
-    An item with a record is complete; anything else of that name is replaced.
+    An item with a record is complete; anything else of that name is replaced. Raises CheckpointError for
+    what tensorstore cannot write, such as to a full disk.
     """
     import orbax.checkpoint as ocp  # 1 s of imports that serving a checkpoint does not need
 
     folder = (path / ITEMS / item).absolute()
     save_args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-        writer.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=save_args), force=True)
+        try:
+            writer.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=save_args), force=True)
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: not written: {str(error).splitlines()[0]}") from error
     record = {
         name: {"shape": list(array.shape), "dtype": array.dtype.name, "xxh3_128": tensor_hash(array)}
         for name, array in arrays.items()

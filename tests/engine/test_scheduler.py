@@ -362,6 +362,16 @@ def test_higher_priority_is_served_first():
     assert [c.request.spec.rid for c in scheduler.plan().ranks[0].chunks] == ["high"]
 
 
+def test_waiting_request_is_aborted_wherever_it_stands_and_the_others_keep_their_order():
+    scheduler, _ = make(num_slots=1)
+    for number in range(6):
+        scheduler.submit(ask(str(number), [number] * 5, priority=number % 3))
+    for rid in ("4", "0"):
+        scheduler.abort(rid, Finish("abort"))
+    [rank] = scheduler.ranks
+    assert [request.spec.rid for request in rank.waiting] == ["2", "5", "1", "3"]
+
+
 def test_rows_and_prompts_share_the_tokens_of_a_step():
     scheduler, device = make(num_pages=200, num_slots=9, prefill_tokens=24, step_tokens=24, chunks=9)
     for rid in "abcdefgh":

@@ -15,6 +15,7 @@ import pytest
 
 from jaxserve.weights import Checkpoint, CheckpointError, open_checkpoint
 from jaxserve.weights.orbax import BEGUN, MANIFEST
+from tests.models.tiny import read_config, read_tensors
 from tests.weights.tiny import LLAMA, llama_tensors, to_gguf_names, write_directory, write_gguf
 from tools import convert_checkpoint
 
@@ -92,7 +93,8 @@ def test_there_is_one_item_a_layer_and_one_a_tensor_outside(source, tmp_path):
 
 def test_a_large_layer_becomes_several_items(source, tmp_path, monkeypatch):
     monkeypatch.setattr(convert_checkpoint, "MAX_ITEM_BYTES", 2 * 96 * 64 * 2)
-    plan = convert_checkpoint.plan_items(open_checkpoint(source), "auto")
+    opened = open_checkpoint(source)
+    plan = convert_checkpoint.plan_items(opened, convert_checkpoint.target_dtypes(opened, "auto"))
     parts = [(item, len(names), size) for item, names, size in plan if "layers.1." in item]
     # Seven matrices of 12, 12, 12, 8, 8, 4 and 4 KiB and two norms of 128 bytes, in at most 24 KiB each.
     assert [item for item, _, _ in parts] == [f"model.layers.1.part{n}" for n in range(len(parts))]
@@ -133,6 +135,27 @@ def test_a_value_beyond_float16_is_refused_not_made_infinite(tmp_path, capsys):
     write_directory(tmp_path / "source", {"a.weight": np.array([[1e5]], np.float32)})
     assert run(tmp_path / "source", tmp_path / "out", "--dtype", "float16") == 1
     assert "tensor a.weight has values beyond float16's 65504" in unwrapped(capsys)
+
+
+def test_what_a_model_reads_in_float32_is_not_narrowed(tmp_path):
+    """Scales of blocks, and the biases of a router's choice, of which 2**-8 of 5 is more than they differ."""
+    rng, tensors = np.random.default_rng(0), dict(read_tensors("deepseek_v3"))
+    config = read_config("deepseek_v3")
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    wide = [name for name in tensors if name.endswith("e_score_correction_bias")]
+    for name in wide:
+        tensors[name] = rng.uniform(5, 6, tensors[name].shape).astype(np.float32)
+    name = "model.layers.0.mlp.up_proj.weight"
+    rows, columns = tensors[name].shape
+    tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+    scale = f"{name}_scale_inv"
+    tensors[scale] = rng.uniform(1, 2, (-(-rows // 16), -(-columns // 16))).astype(np.float32)
+    source = write_directory(tmp_path / "source", tensors, config)
+    assert run(source, tmp_path / "out", "--dtype", "bfloat16", "--verify") == 0
+    got = open_checkpoint(tmp_path / "out")
+    assert wide and all(got.tensors[name].dtype == np.float32 for name in (*wide, scale))
+    np.testing.assert_array_equal(got.read(scale), tensors[scale])
+    assert got.tensors["model.norm.weight"].dtype.name == "bfloat16"
 
 
 def test_a_gguf_file_converts_with_its_tokenizer(tmp_path):
@@ -214,6 +237,37 @@ def test_a_killed_conversion_is_no_checkpoint_and_can_be_completed(source, tmp_p
         open_checkpoint(target)
     assert run(source, target, "--verify") == 0
     assert_same_tensors(open_checkpoint(target), open_checkpoint(source))
+
+
+def test_a_full_disk_is_an_error_message_and_the_conversion_can_be_completed(source, tmp_path):
+    target = tmp_path / "out"
+    program = (
+        "import resource, signal\n"
+        "from tools import convert_checkpoint\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))\n"
+        f"raise SystemExit(convert_checkpoint.main(['--from', {str(source)!r}, '--to', {str(target)!r}]))\n"
+    )
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=120)
+    said = " ".join(done.stderr.decode().split())
+    assert done.returncode == 1 and "not written" in said and "Traceback" not in said, said
+    assert run(source, target, "--verify") == 0
+    assert_same_tensors(open_checkpoint(target), open_checkpoint(source))
+
+
+def test_a_conversion_that_ends_before_it_wrote_anything_can_be_begun_again(source, tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / f".{BEGUN}.partial").write_text("{")
+    assert run(source, target, "--verify") == 0
+    (tmp_path / "marked").mkdir()
+    described = convert_checkpoint.describe(open_checkpoint(source), "auto")
+    (tmp_path / "marked" / BEGUN).write_text(json.dumps(described))
+    assert run(source, tmp_path / "marked", "--verify") == 0
 
 
 def test_a_resumed_conversion_refuses_another_source_or_dtype(source, tmp_path, monkeypatch, capsys):
