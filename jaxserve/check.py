@@ -22,8 +22,8 @@ from jaxserve.replicas import replica_configs
 from jaxserve.roofline import DEVICES, GIB, Assumptions, Device, Step, find_device
 from jaxserve.step_cost import StepCost
 from jaxserve.weights import CheckpointError, open_checkpoint
-from jaxserve.weights.checkpoint import read_json
 from jaxserve.weights.hub import is_hub_id
+from jaxserve.weights.safetensors import read_config
 
 DEFAULT_GPU = "h100"
 
@@ -79,7 +79,7 @@ def find_hf_config(config: ServerConfig) -> dict[str, Any]:
     if config.load_format == "dummy":
         return read_dummy_config(config.model_path)[0]
     if config.load_format == "auto" and path.is_dir() and (path / "config.json").exists():
-        return read_json(path / "config.json")  # weights need not be there
+        return read_config(path)  # weights need not be there
     if path.exists() or not is_hub_id(config.model_path):  # headers are read, or it is said what is wrong
         return open_checkpoint(config.model_path, load_format=config.load_format).config
     from huggingface_hub import try_to_load_from_cache
@@ -90,7 +90,7 @@ def find_hf_config(config: ServerConfig) -> dict[str, Any]:
             f"{config.model_path}: its config.json is not in the hub cache, and a check downloads nothing; "
             "download it, or give --load-format dummy and --model-path a config.json"
         )
-    return read_json(Path(cached))
+    return read_config(Path(cached).parent)
 
 
 # ---- what is printed ----

@@ -128,7 +128,7 @@ class Blueprint:
         if config.max_total_tokens is not None:
             wanted = -(-config.max_total_tokens // config.page_size)
         elif self.on_cpu and config.mem_fraction_static is None:
-            wanted = min(fits, max(CPU_POOL_TOKENS, self.context_len) // config.page_size)
+            wanted = min(fits, -(-max(CPU_POOL_TOKENS, self.context_len) // config.page_size))
         if fits < 1:
             also = f" and recurrent states {states / 2**30:.2f} GiB" if states else ""
             or_fewer = f", or lower max_running_requests={self.num_slots}" if states else ""
@@ -186,9 +186,8 @@ class Blueprint:
         if self.draft_rows or self.states is not None:
             if asked is not None and asked > 1:
                 logger.info(
-                    "num_continuous_decode_steps=%d is off: the host has to see every step of a model with "
-                    "recurrent states",
-                    asked,
+                    "num_continuous_decode_steps=%d is off: the host has to see every step of %s",
+                    *(asked, "a model with recurrent states" if self.states else "one that guesses"),
                 )
             return 1
         if asked is not None:

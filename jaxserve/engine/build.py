@@ -32,6 +32,7 @@ from jaxserve.engine.follow import compile_alike, model_facts
 from jaxserve.engine.kept_programs import KeptPrograms
 from jaxserve.engine.multihost import Hosts, config_facts, shared_keys
 from jaxserve.engine.programs import ModelFunction
+from jaxserve.engine.quantization import declare_model
 from jaxserve.engine.rank import Limits
 from jaxserve.engine.runner import Runner, Sizes
 from jaxserve.engine.scheduler import Scheduler
@@ -43,8 +44,9 @@ from jaxserve.layers.quant import BlockScaled
 from jaxserve.messages import Info, Progress
 from jaxserve.parallel.links import LinkPlan
 from jaxserve.text.matcher import Vocabulary
-from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.text.tokenizer import Tokenizer, TokenizerError
 from jaxserve.weights import Checkpoint, load, load_dummy, open_checkpoint
+from jaxserve.weights.safetensors import read_config
 
 logger = logging.getLogger(__name__)
 
@@ -210,8 +212,19 @@ def _check_process(config: ServerConfig, hosts: Hosts | None) -> None:
 def _open(config: ServerConfig) -> _Source:
     if config.load_format == "dummy":
         return _Source(*read_dummy_config(config.model_path), None)
-    checkpoint = open_checkpoint(config.model_path, config.revision, config.load_format)
+    check = functools.partial(_refuse_early, config)
+    checkpoint = open_checkpoint(config.model_path, config.revision, config.load_format, check)
     return _Source(checkpoint.config, checkpoint.generation_config, str(checkpoint.tokenizer_dir), checkpoint)
+
+
+def _refuse_early(config: ServerConfig, directory: Path) -> None:
+    """Before weights are fetched. Raises ConfigError for a model or a tokenizer that is not served."""
+    declare_model(config, read_config(directory), jnp.bfloat16)
+    if not config.skip_tokenizer_init and config.tokenizer_path is None:
+        try:
+            Tokenizer.from_dir(str(directory))
+        except TokenizerError as error:
+            raise ConfigError(f"{error}; --skip-tokenizer-init serves token ids without one") from error
 
 
 def _constraints(config: ServerConfig, source: _Source, blueprint: Blueprint) -> Constraints | None:

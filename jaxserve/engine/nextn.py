@@ -24,7 +24,7 @@ from jaxserve.engine.drafting import num_right
 from jaxserve.engine.plan import RankPlan, StepPlan
 from jaxserve.engine.programs import ModelFunction, step_context
 from jaxserve.engine.request import Request
-from jaxserve.layers.attention import StepContext
+from jaxserve.layers.step_context import StepContext
 from jaxserve.mesh import per_rank
 from jaxserve.ops import sampling
 

@@ -22,9 +22,9 @@ from jaxserve.engine.batch import (
     Packing,
 )
 from jaxserve.engine.slot_state import SlotState, adjust, count_rows
-from jaxserve.layers.attention import QueryBlocks, StepContext
 from jaxserve.layers.kv import StateBlocks
 from jaxserve.layers.moe import ExpertSpec
+from jaxserve.layers.step_context import QueryBlocks, StepContext
 from jaxserve.mesh import GROUP, per_rank
 from jaxserve.ops import sampling
 from jaxserve.parallel.dispatch import Backend, Collectives

@@ -5,9 +5,9 @@ from typing import Protocol
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import StepContext
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.operand import Rows, add
+from jaxserve.layers.step_context import StepContext
 
 
 class Sublayer(Protocol):

@@ -28,6 +28,7 @@ from jaxserve.ops.quantized_gemm import multiply_float8, multiply_wide, takes_fl
 Scheme = Literal["fp8", "int8"]
 DTYPES: dict[Scheme, Any] = {"fp8": jnp.float8_e4m3fn, "int8": jnp.int8}
 LARGEST: dict[Scheme, float] = {"fp8": FLOAT8_MAX, "int8": 127.0}
+PLAIN_FORMATS = ("dense", "float-quantized", "int-quantized", "naive-quantized")  # a number a byte
 STORED_SUFFIX = "_scale"  # of the scales' names in checkpoints that hold the numbers
 
 
@@ -212,7 +213,13 @@ def read_stored(config: dict[str, Any]) -> ChannelQuant | None:
             raise ConfigError(
                 f"config.json: {name} of quantization_config is not read; weights would mean others"
             )
-    groups = (given.get("config_groups") or {}).values()
+    groups = [*(given.get("config_groups") or {}).values()]
+    for holder in (given, *groups):
+        if (kind := holder.get("format") or PLAIN_FORMATS[0]) not in PLAIN_FORMATS:
+            raise ConfigError(
+                f"config.json: compressed-tensors in format={kind!r} are not read; use one of "
+                f"{', '.join(PLAIN_FORMATS)}"
+            )
     schemes: set[Scheme | None] = {_scheme(group.get("weights") or {}) for group in groups}
     scheme = schemes.pop() if len(schemes) == 1 else None
     if scheme is None:

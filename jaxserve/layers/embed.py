@@ -8,8 +8,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import StepContext
 from jaxserve.layers.linear import project
+from jaxserve.layers.step_context import StepContext
 from jaxserve.layers.weight import weight
 from jaxserve.mesh import GROUP
 from jaxserve.parallel.links import LinkArrays, Links

@@ -20,12 +20,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import StepContext
 from jaxserve.layers.linear import project
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.operand import Rows
 from jaxserve.layers.quant import linear_weight
 from jaxserve.layers.split_product import project_split
+from jaxserve.layers.step_context import StepContext
 from jaxserve.mesh import GROUP
 
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)

@@ -19,18 +19,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import (
-    StepContext,
-    decode_slots,
-    project_split,
-    read_first,
-    write_address,
-)
 from jaxserve.layers.linear import Projections, project
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.operand import Rows
 from jaxserve.layers.quant import BlockFP8, linear_weight
 from jaxserve.layers.rope import Rope
+from jaxserve.layers.split_product import project_split
+from jaxserve.layers.step_context import StepContext, decode_slots, read_first, write_address
 from jaxserve.layers.weight import weight
 from jaxserve.mesh import GROUP
 from jaxserve.ops import mla_attention

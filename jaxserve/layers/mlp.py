@@ -9,12 +9,12 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import StepContext
 from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.linear import Projections
 from jaxserve.layers.operand import Operand, Rows, wide
 from jaxserve.layers.quant import BlockFP8, BlockScaled, linear_weight
 from jaxserve.layers.split_product import project_split
+from jaxserve.layers.step_context import StepContext
 from jaxserve.layers.weight import weight
 from jaxserve.mesh import GROUP
 from jaxserve.ops import block_product, gated_product

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import StepContext
 from jaxserve.layers.linear import project
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.operand import Rows, wide
 from jaxserve.layers.quant import BlockFP8, stacked_weight
+from jaxserve.layers.step_context import StepContext
 from jaxserve.layers.weight import weight
 from jaxserve.ops.grouped_gemm import Activation, ExpertWeights
 from jaxserve.ops.routing import Routing, choose

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import StepContext
 from jaxserve.layers.block import PreNormBlock
 from jaxserve.layers.linear import project
 from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.step_context import StepContext
 from jaxserve.layers.weight import weight
 
 

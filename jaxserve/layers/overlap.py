@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxserve.layers.attention import QueryBlocks, StepContext
 from jaxserve.layers.operand import Rows, wide
+from jaxserve.layers.step_context import QueryBlocks, StepContext
 
 Block = Callable[[Any, StepContext], Rows]  # takes what its like gives: arrays, or Rows
 

@@ -130,8 +130,8 @@ def _yarn(plain: np.ndarray, parameters: dict[str, Any]) -> tuple[np.ndarray, fl
         numerator, denominator = parameters.get("mscale"), parameters.get("mscale_all_dim")
         if numerator and denominator:
             amplitude = yarn_amplitude(factor, numerator) / yarn_amplitude(factor, denominator)
-        else:
-            amplitude = yarn_amplitude(factor, 1.0)
+        else:  # transformers leaves `attn_factor` out; DeepSeek-R1-0528-Qwen3-8B has one that gives 1
+            amplitude = yarn_amplitude(factor, 1.0) * (parameters.get("attn_factor") or 1.0)
     return frequencies, float(amplitude)
 
 

@@ -16,7 +16,7 @@ from jaxserve.mesh import GROUP
 from jaxserve.parallel.links import LinkArrays, LinkPlan, Links
 
 if TYPE_CHECKING:
-    from jaxserve.layers.attention import StepContext
+    from jaxserve.layers.step_context import StepContext
 
 SplitKind = Literal["matrix", "channels", "blocks"]
 

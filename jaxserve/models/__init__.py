@@ -79,7 +79,7 @@ def declare(hf_config: dict[str, Any], dtype: Any, *, with_nextn: bool = False) 
     if key is None:
         raise ConfigError(
             f"speculative_algorithm=NEXTN: no layer for multi-token prediction is served of "
-            f"{family.__name__}, only of DeepseekV3ForCausalLM; use 'NGRAM'"
+            f"{family.__name__}, only of DeepSeek's; use 'NGRAM'"
         )
     if not hf_config.get(key):
         raise ConfigError(

@@ -13,9 +13,9 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import LatentSpec, StepContext
 from jaxserve.layers.block import PreNormBlock, Sublayer
 from jaxserve.layers.embed import Vocabulary
+from jaxserve.layers.kv import LatentSpec
 from jaxserve.layers.mla import LatentAttention, LatentSizes
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.moe import Experts, ExpertSpec, MoE, Routing
@@ -24,6 +24,7 @@ from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.overlap import run_blocks
 from jaxserve.layers.quant import BlockFP8
 from jaxserve.layers.rope import rope_parameters, yarn_amplitude
+from jaxserve.layers.step_context import StepContext
 from jaxserve.models.hf_config import (
     Dimensions,
     extra_layers,

@@ -13,12 +13,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxserve.config import ConfigError
-from jaxserve.layers.attention import Attention, KVSpec, StepContext
+from jaxserve.layers.attention import Attention
 from jaxserve.layers.embed import Vocabulary
+from jaxserve.layers.kv import KVSpec
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.overlap import run_blocks
 from jaxserve.layers.rope import Rope, rope_parameters
+from jaxserve.layers.step_context import StepContext
 from jaxserve.models.hf_config import Dimensions, one_of, windows
 
 ARCHITECTURES = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")

@@ -7,13 +7,15 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import Attention, KVSpec, StepContext
+from jaxserve.layers.attention import Attention
 from jaxserve.layers.block import PreNormBlock, Sublayer
 from jaxserve.layers.embed import Vocabulary
+from jaxserve.layers.kv import KVSpec
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.moe import Experts, ExpertSpec, MoE, Routing
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.overlap import run_blocks
+from jaxserve.layers.step_context import StepContext
 from jaxserve.models.hf_config import (
     Dimensions,
     extra_layers,
@@ -25,14 +27,17 @@ from jaxserve.models.hf_config import (
 )
 
 ARCHITECTURES = ("Glm4MoeForCausalLM",)
-DEFAULTS = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "first_k_dense_replace": 1}
+DEFAULTS = {
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "first_k_dense_replace": 1,
+    "partial_rotary_factor": 0.5,
+}
 
 
 class Glm4MoeForCausalLM(nnx.Module):
     def __init__(self, hf_config: dict[str, Any], dtype: DTypeLike):
         config = {**DEFAULTS, **hf_config}
-        if not config.get("rope_parameters"):
-            config.setdefault("partial_rotary_factor", 0.5)
         size = Dimensions.read(config)
         rope, self.max_position = rope_and_reach(config, size)
         activation = one_of(config, "hidden_act", ("silu",), "silu")

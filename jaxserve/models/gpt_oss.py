@@ -14,12 +14,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxserve.config import ConfigError
-from jaxserve.layers.attention import Attention, KVSpec, StepContext
+from jaxserve.layers.attention import Attention
 from jaxserve.layers.block import PreNormBlock
 from jaxserve.layers.embed import Vocabulary
+from jaxserve.layers.kv import KVSpec
 from jaxserve.layers.moe import ExpertSpec, MoE, Routing
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.overlap import run_blocks
+from jaxserve.layers.step_context import StepContext
 from jaxserve.layers.weight import Assemble, Sliced, weight
 from jaxserve.models.hf_config import Dimensions, num_experts, one_of, rope_and_reach, windows
 from jaxserve.ops import mxfp4

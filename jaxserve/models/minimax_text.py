@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxserve.config import ConfigError
-from jaxserve.layers.attention import Attention, StepContext
+from jaxserve.layers.attention import Attention
 from jaxserve.layers.block import Sublayer
 from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.kv import KVSpec, StateSpec
@@ -21,6 +21,7 @@ from jaxserve.layers.lightning import LightningAttention, slopes
 from jaxserve.layers.moe import Experts, ExpertSpec, MoE, Routing
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.operand import wide
+from jaxserve.layers.step_context import StepContext
 from jaxserve.models.hf_config import Dimensions, need, num_experts, one_of, rope_and_reach
 
 ARCHITECTURES = ("MiniMaxText01ForCausalLM", "MiniMaxM1ForCausalLM", "MiniMaxForCausalLM")

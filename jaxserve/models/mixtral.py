@@ -6,12 +6,14 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import Attention, KVSpec, StepContext
+from jaxserve.layers.attention import Attention
 from jaxserve.layers.block import PreNormBlock
 from jaxserve.layers.embed import Vocabulary
+from jaxserve.layers.kv import KVSpec
 from jaxserve.layers.moe import Experts, ExpertSpec, MoE, Routing
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.overlap import run_blocks
+from jaxserve.layers.step_context import StepContext
 from jaxserve.models.hf_config import Dimensions, need, one_of, rope_and_reach, windows
 
 ARCHITECTURES = ("MixtralForCausalLM",)

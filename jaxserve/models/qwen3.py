@@ -6,13 +6,15 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxserve.layers.attention import Attention, KVSpec, StepContext
+from jaxserve.layers.attention import Attention
 from jaxserve.layers.block import PreNormBlock
 from jaxserve.layers.embed import Vocabulary
+from jaxserve.layers.kv import KVSpec
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.overlap import run_blocks
 from jaxserve.layers.quant import BlockFP8
+from jaxserve.layers.step_context import StepContext
 from jaxserve.models.hf_config import Dimensions, one_of, rope_and_reach, upper_layer_windows
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)

@@ -4,6 +4,7 @@
 model is known here: the caller says which sharding each parameter gets.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxserve.weights import hub, orbax
@@ -22,22 +23,28 @@ FORMATS: dict[str, type] = {
 }
 
 
-def open_checkpoint(path: str | Path, revision: str | None = None, load_format: str = "auto") -> Checkpoint:
+def open_checkpoint(
+    path: str | Path,
+    revision: str | None = None,
+    load_format: str = "auto",
+    check: Callable[[Path], None] | None = None,
+) -> Checkpoint:
     """Open a Hugging Face directory, a hub id, a GGUF file or a converted (orbax) directory.
 
-    Reads headers only. What exists on disk is never looked up on the hub; `revision` is for hub ids.
+    Reads headers only. What exists on disk is never looked up on the hub; `revision` is for hub ids, and
+    `check` (see `hub.download`) too.
 
     Raises: CheckpointError when it is none of these, is damaged or incomplete, or is of another format
     than `load_format`, a key of FORMATS.
     """
-    checkpoint = _open(path, revision)
+    checkpoint = _open(path, revision, check)
     if load_format != "auto" and not isinstance(checkpoint, FORMATS[load_format]):
         found = next(name for name, kind in FORMATS.items() if isinstance(checkpoint, kind))
         raise CheckpointError(f"load_format={load_format}: {path} holds {found}; leave load_format out")
     return checkpoint
 
 
-def _open(path: str | Path, revision: str | None) -> Checkpoint:
+def _open(path: str | Path, revision: str | None, check: Callable[[Path], None] | None) -> Checkpoint:
     local = Path(path).expanduser()
     if local.is_file():
         if local.suffix != ".gguf":
@@ -54,5 +61,5 @@ def _open(path: str | Path, revision: str | None) -> Checkpoint:
             )
         return SafetensorsCheckpoint(local)
     if hub.is_hub_id(str(path)):
-        return SafetensorsCheckpoint(hub.download(str(path), revision))
+        return SafetensorsCheckpoint(hub.download(str(path), revision, check))
     raise CheckpointError(f"{path}: no such file or directory, and not a hub id of the form owner/name")

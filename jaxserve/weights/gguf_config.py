@@ -37,6 +37,10 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
             f"{file.path}: GGUF architecture {arch!r} is not known; known are {', '.join(ARCHITECTURES)}"
         )
     get = _Getter(file, arch)
+    if experts := get("expert_count", 0):
+        raise CheckpointError(
+            f"{file.path}: {arch} with {experts} experts is not read from GGUF; use safetensors"
+        )
     hidden, heads = get("embedding_length"), get("attention.head_count")
     window = get("attention.sliding_window", None)
     class_name, model_type = ARCHITECTURES[arch]

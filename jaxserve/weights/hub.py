@@ -6,12 +6,14 @@ also draws the progress bars.
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxserve.weights.checkpoint import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
-_WANTED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model")
+_SMALL = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
+_WEIGHTS = ("*.safetensors",)
 # Other copies of the weights: sub-folders of the original release, one file of all the shards.
 _UNWANTED = ("*/*", "consolidated*")
 
@@ -20,12 +22,24 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def download(repo: str, revision: str | None = None) -> Path:
+def download(repo: str, revision: str | None = None, check: Callable[[Path], None] | None = None) -> Path:
     """The directory of a hub model, complete.
+
+    `check` is called with the directory when all but the weights is there, which may be hundreds of GB;
+    what it raises goes on to the caller.
 
     Raises: CheckpointError when it is missing, private, gated, not reachable, or has no weights
     that can be read; the message says what to do.
     """
+    if check is not None:
+        check(_fetch(repo, revision, _SMALL))
+    path = _fetch(repo, revision, _SMALL + _WEIGHTS)
+    if not any(path.glob("*.safetensors")):
+        raise CheckpointError(f"{repo}: has no safetensors files; for GGUF download the file and name it")
+    return path
+
+
+def _fetch(repo: str, revision: str | None, wanted: tuple[str, ...]) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     # The package reads the variable once, when it is imported; a test or a program may set it later.
@@ -35,18 +49,13 @@ def download(repo: str, revision: str | None = None) -> Path:
             repo,
             revision=revision,
             endpoint=endpoint,
-            allow_patterns=list(_WANTED),
+            allow_patterns=list(wanted),
             ignore_patterns=list(_UNWANTED),
         )
     except Exception as error:
         # HTTP, offline, file-system and library errors share no base class.
         raise CheckpointError(_explain(error, repo, revision, endpoint)) from error
-    path = Path(folder)
-    if not any(path.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{repo}: has no safetensors files at {endpoint}; for GGUF download the file and name it"
-        )
-    return path
+    return Path(folder)
 
 
 def _explain(error: BaseException, repo: str, revision: str | None, endpoint: str) -> str:

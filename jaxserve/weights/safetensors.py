@@ -48,6 +48,20 @@ _FORMAT_DTYPES = {
 _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 
 
+# Where tools write how they quantised, when config.json does not say so.
+QUANTISED_BY = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a directory, with the name of a quantization that another file tells of."""
+    config = read_json(path / "config.json")
+    if not config.get("quantization_config"):
+        for name, method in QUANTISED_BY.items():
+            if (path / name).is_file():
+                config["quantization_config"] = {"quant_method": method}
+    return config
+
+
 class SafetensorsCheckpoint:
     """A directory with `config.json` and one safetensors file, or shards and their index.
 
@@ -56,7 +70,7 @@ class SafetensorsCheckpoint:
 
     def __init__(self, path: Path):
         self.path = path
-        self.config: dict[str, Any] = read_json(path / "config.json")
+        self.config: dict[str, Any] = read_config(path)
         self.generation_config = read_json(path / "generation_config.json", required=False)
         self._offsets: dict[str, int] = {}
         tensors: dict[str, TensorInfo] = {}

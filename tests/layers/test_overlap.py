@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxserve.engine.batch import Bucket
-from jaxserve.layers.attention import QueryBlocks, StepContext
 from jaxserve.layers.overlap import Cut
+from jaxserve.layers.step_context import QueryBlocks, StepContext
 from jaxserve.mesh import Layout, make_mesh
 
 COLLECTIVES = ("all-gather", "all-to-all", "reduce-scatter", "all-reduce", "collective-permute")

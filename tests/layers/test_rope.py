@@ -53,6 +53,16 @@ def test_oldest_spelling_says_type():
     assert rope.frequencies == pytest.approx((0.5, 0.005))
 
 
+def test_attn_factor_of_yarn_multiplies_the_amplitude():
+    """DeepSeek-R1-0528-Qwen3-8B's takes YaRN's own away."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    plain = Rope.from_parameters(rope_parameters({"rope_scaling": scaling}), 128, 131072)
+    scaling = {**scaling, "attn_factor": 0.8782488562869419}
+    rope = Rope.from_parameters(rope_parameters({"rope_scaling": scaling}), 128, 131072)
+    assert rope.frequencies == plain.frequencies
+    assert plain.amplitude == pytest.approx(1.1386, abs=1e-4) and rope.amplitude == pytest.approx(1)
+
+
 def test_config_without_any_rope_key_has_base_10000():
     assert rope_parameters({}) == {"rope_type": "default", "rope_theta": 10000.0}
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxserve.layers.attention import KVSpec, QueryBlocks, StepContext, pool_layout
-from jaxserve.layers.kv import HeadSplit
+from jaxserve.layers.kv import HeadSplit, KVSpec, pool_layout
+from jaxserve.layers.step_context import QueryBlocks, StepContext
 from jaxserve.mesh import Layout, make_mesh
 from jaxserve.ops.kv_write import Heads
 

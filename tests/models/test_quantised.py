@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.blueprint import draw_on_paper
-from jaxserve.layers.attention import Attention, QueryBlocks, StepContext
+from jaxserve.layers.attention import Attention
 from jaxserve.layers.block import PreNormBlock
 from jaxserve.layers.channel_quant import (
     ChannelQuant,
@@ -26,6 +26,7 @@ from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.operand import Product, add, wide
 from jaxserve.layers.rope import Rope
+from jaxserve.layers.step_context import QueryBlocks, StepContext
 from jaxserve.ops import backend
 from jaxserve.ops.float8_rows import Scaled
 from jaxserve.ops.quantized_gemm import W8A8_MIN_ROWS
@@ -441,6 +442,7 @@ def test_layers_left_out_of_a_stored_checkpoint_stay_wide():
         ({}, compressed("float", num_bits=4), "compressed-tensors is read for weights of 8 bits"),
         ({}, compressed("int", symmetric=False), "compressed-tensors is read for weights of 8 bits"),
         ({}, compressed("int", strategy="group"), "compressed-tensors is read for weights of 8 bits"),
+        ({}, {**compressed("int"), "format": "pack-quantized"}, "format='pack-quantized' are not read"),
         (
             {},
             {**compressed("float"), "transform_config": {"config_groups": {}}},

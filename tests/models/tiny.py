@@ -16,9 +16,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from safetensors.numpy import load_file
 
-from jaxserve.layers.attention import QueryBlocks, StepContext, pool_layouts
-from jaxserve.layers.kv import StateBlocks, state_layout
+from jaxserve.layers.kv import StateBlocks, pool_layouts, state_layout
 from jaxserve.layers.linear import Projections
+from jaxserve.layers.step_context import QueryBlocks, StepContext
 from jaxserve.mesh import Layout, make_mesh, rules, weight_sharding
 from jaxserve.models import resolve
 

@@ -268,6 +268,13 @@ def test_an_unknown_architecture_lists_the_known_ones(tmp_path):
         open_checkpoint(path)
 
 
+def test_experts_are_refused_by_name(tmp_path):
+    values = {**LLAMA, "expert_count": 8}
+    path = write_gguf(tmp_path / "x.gguf", "llama", values, to_gguf_names(llama_tensors()))
+    with pytest.raises(CheckpointError, match="llama with 8 experts is not read from GGUF"):
+        open_checkpoint(path)
+
+
 def test_a_missing_metadata_key_is_named(tmp_path):
     values = {key: value for key, value in LLAMA.items() if key != "block_count"}
     path = write_gguf(tmp_path / "x.gguf", "llama", values, to_gguf_names(llama_tensors()))

@@ -2,14 +2,19 @@
 
 import hashlib
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
+from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.engine import build
 from jaxserve.weights import CheckpointError, open_checkpoint
+from tests.models.tiny import GOLDEN
 from tests.weights.tiny import write_directory
 
 COMMIT = "c0ffee" + "0" * 34
@@ -140,6 +145,21 @@ def test_a_hub_id_fetches_what_serving_needs_and_nothing_else(hub):
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+
+
+def test_what_is_not_served_is_refused_before_its_weights_are_fetched(hub):
+    """The hub's model has a config.json that lacks everything; another a tokenizer that is none."""
+    config = ServerConfig.from_keywords(model_path="acme/tiny", device="cpu")
+    with pytest.raises(ConfigError, match=r"config\.json: \w+ is missing"):
+        build._open(config)
+    config_json = (GOLDEN / "llama" / "config.json").read_bytes()
+    hub.files = {**hub.files, "config.json": config_json, "tokenizer.json": b"{}"}
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json.*--skip-tokenizer-init serves token ids"):
+        build._open(config)
+    assert "model.safetensors" not in hub.fetched
+    opened = build._open(ServerConfig.from_keywords(model_path="acme/tiny", skip_tokenizer_init=True))
+    assert list(opened.checkpoint.tensors) == ["a.weight"]
 
 
 def test_a_second_opening_fetches_nothing(hub):

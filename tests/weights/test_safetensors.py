@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jaxserve.config import ConfigError
+from jaxserve.models import resolve
 from jaxserve.weights import Checkpoint, CheckpointError, open_checkpoint
 from tests.weights.tiny import write_directory, write_sharded
 
@@ -181,6 +183,20 @@ def test_a_path_that_is_nothing_is_refused(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"a single file must be a \.gguf"):
         open_checkpoint(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize(
+    "file, method", [("hf_quant_config.json", "modelopt"), ("quantize_config.json", "gptq")]
+)
+def test_a_quantization_that_another_file_tells_of_is_refused_by_name(tmp_path, file, method):
+    config = {"architectures": ["LlamaForCausalLM"]}
+    write_directory(tmp_path, {"a.weight": np.ones((2, 3), np.float32)}, config)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(ConfigError, match=f"quant_method='{method}' is not supported for LlamaForCausalLM"):
+        resolve(open_checkpoint(tmp_path).config)
+    config["quantization_config"] = {"quant_method": "fp8"}  # what config.json says counts
+    write_directory(tmp_path, {"a.weight": np.ones((2, 3), np.float32)}, config)
+    assert open_checkpoint(tmp_path).config == config
 
 
 def test_reading_an_unknown_tensor_names_the_nearest(tmp_path):
