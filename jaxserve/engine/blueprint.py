@@ -27,6 +27,7 @@ from jaxserve.layers.kv import KVSpec, LatentSpec, PoolLayout, StateSpec, pool_l
 from jaxserve.layers.moe import ExpertSpec
 from jaxserve.layers.weight import reorder
 from jaxserve.mesh import Layout, Rules
+from jaxserve.models.decoder import Decoder
 from jaxserve.parallel.dispatch import Backend, choose_backend
 from jaxserve.parallel.placement import Placement
 from jaxserve.weights import CheckpointError
@@ -51,7 +52,7 @@ class Blueprint:
     on_cpu: bool
     dtype: Any
     kv_dtype: Any
-    model: Any
+    model: Decoder
     states: StateSpec | None  # of a model with recurrent layers
     experts: ExpertSpec | None
     expert_backend: Backend
@@ -217,8 +218,8 @@ def draw(
     """Raises ConfigError for a model that is not served, and for a layout that does not fit it."""
     layout = meshes.layout_of(config)
     dtype = _dtype(config.dtype, hf_config, on_cpu)
-    model: Any = declare_model(config, hf_config, dtype)
-    experts, states = getattr(model, "experts", None), getattr(model, "states", None)
+    model = declare_model(config, hf_config, dtype)
+    experts, states = model.experts, model.states
     if states is not None and config.enable_two_batch_overlap:
         raise ConfigError(
             "enable_two_batch_overlap: this model's recurrent states go from token to token, so a step "
@@ -264,7 +265,7 @@ def draw(
     )
 
 
-def _give_slots(config: ServerConfig, layout: Layout, model: nnx.Module, experts: ExpertSpec) -> ExpertSpec:
+def _give_slots(config: ServerConfig, layout: Layout, model: Decoder, experts: ExpertSpec) -> ExpertSpec:
     """Declare the stacked weights of all experts by slot, redundant ones included. Raises ConfigError."""
     experts = replace(experts, num_redundant=config.ep_num_redundant_experts)
     try:
@@ -283,11 +284,11 @@ def _give_slots(config: ServerConfig, layout: Layout, model: nnx.Module, experts
     return experts
 
 
-def _draft_rows(config: ServerConfig, model: Any, num_slots: int) -> int:
+def _draft_rows(config: ServerConfig, model: Decoder, num_slots: int) -> int:
     """Raises ConfigError for a model that cannot take back a wrong guess."""
     if config.speculative_algorithm is None:
         return 0
-    if getattr(model, "states", None) is not None:
+    if model.states is not None:
         raise ConfigError(
             f"speculative_algorithm={config.speculative_algorithm}: this model's recurrent state cannot "
             "take back a wrong guess; leave speculative_algorithm out"

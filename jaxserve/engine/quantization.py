@@ -4,17 +4,17 @@ import logging
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxserve import speculation
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.layers.channel_quant import ChannelQuant, quantise_model, read_stored
 from jaxserve.models import declare
+from jaxserve.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
 
-def declare_model(config: ServerConfig, hf_config: dict[str, Any], dtype: Any) -> nnx.Module:
+def declare_model(config: ServerConfig, hf_config: dict[str, Any], dtype: Any) -> Decoder:
     """The abstract model, its linear weights as `quantization` or the checkpoint has them.
 
     Raises ConfigError for what the checkpoint is already, and for an architecture that is not served.

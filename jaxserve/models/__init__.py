@@ -2,17 +2,11 @@
 
 A family is a module here with `ARCHITECTURES`, a tuple of names, each the name of a class in it:
 
-    class XForCausalLM(nnx.Module):
+    class XForCausalLM(Decoder):
         def __init__(self, hf_config: dict, dtype): ...   # abstract weights, no memory touched
-        kv: KVSpec | LatentSpec
-        states: StateSpec                                 # only if some layers keep a state, not KV
-        experts: ExpertSpec                               # only if some layers have experts
-        nextn_key: str                                    # only if it may have `nextn`, see below
-        unserved: tuple[str, ...]                         # only if some prefixes are left out
-        vocab_size: int; num_q_heads: int; max_position: int
-        vocabulary: Vocabulary                            # embeds tokens in hidden_TD's width and dtype
-        def __call__(self, token_T, step: StepContext) -> hidden_TD   # after the final norm
-        def logits(self, hidden_RD) -> logits_RV                      # float32
+
+which sets the attributes that `Decoder` names. `QUANTIZATIONS`, where a module has it, are the methods of
+`quantization_config` that its classes read.
 
 A class with `nextn_key` takes a keyword `with_nextn`: to read, too, the layer that guesses the token
 after next, of which config.json has the number of layers under that key. It then has
@@ -28,9 +22,8 @@ import pkgutil
 from types import ModuleType
 from typing import Any
 
-from flax import nnx
-
 from jaxserve.config import ConfigError
+from jaxserve.models.decoder import Decoder
 
 
 class UnknownArchitectureError(ConfigError):
@@ -67,7 +60,7 @@ def resolve(hf_config: dict[str, Any]) -> type:
     raise UnknownArchitectureError(f"config.json: {given}; known: {known}")
 
 
-def declare(hf_config: dict[str, Any], dtype: Any, *, with_nextn: bool = False) -> nnx.Module:
+def declare(hf_config: dict[str, Any], dtype: Any, *, with_nextn: bool = False) -> Decoder:
     """The abstract model of a config.json.
 
     Raises: as `resolve`; ConfigError when there is no layer for multi-token prediction to read.
@@ -75,7 +68,7 @@ def declare(hf_config: dict[str, Any], dtype: Any, *, with_nextn: bool = False) 
     family = resolve(hf_config)
     if not with_nextn:
         return family(hf_config, dtype)
-    key = getattr(family, "nextn_key", None)
+    key = family.nextn_key
     if key is None:
         raise ConfigError(
             f"speculative_algorithm=NEXTN: no layer for multi-token prediction is served of "

@@ -21,10 +21,10 @@ from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.moe import Experts, ExpertSpec, MoE, Routing
 from jaxserve.layers.nextn import NextToken
 from jaxserve.layers.norm import RMSNorm
-from jaxserve.layers.overlap import run_blocks
 from jaxserve.layers.quant import BlockFP8
 from jaxserve.layers.rope import rope_parameters, yarn_amplitude
 from jaxserve.layers.step_context import StepContext
+from jaxserve.models.decoder import Decoder
 from jaxserve.models.hf_config import (
     Dimensions,
     extra_layers,
@@ -39,7 +39,7 @@ ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 QUANTIZATIONS = ("fp8",)
 
 
-class DeepseekV3ForCausalLM(nnx.Module):
+class DeepseekV3ForCausalLM(Decoder):
     nextn_key = "num_nextn_predict_layers"
 
     def __init__(self, hf_config: dict[str, Any], dtype: DTypeLike, *, with_nextn: bool = False):
@@ -144,17 +144,10 @@ class DeepseekV3ForCausalLM(nnx.Module):
             **routing_groups(config),
         )
 
-    def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
-        hidden_TD = self.vocabulary.embed(token_T, step)
-        return self.norm(run_blocks(self.blocks, hidden_TD, step))
-
     def next_token(self, token_T: jax.Array, hidden_TD: jax.Array, step: StepContext) -> jax.Array:
         """Hidden states whose logits are of the token after `token_T`, which follows that of `hidden_TD`."""
         assert self.nextn is not None, "the layer for multi-token prediction was not read"
         return self.nextn(self.vocabulary.embed(token_T, step), hidden_TD, step)
-
-    def logits(self, hidden_RD: jax.Array) -> jax.Array:
-        return self.vocabulary.logits(hidden_RD)
 
 
 class DeepseekV2ForCausalLM(DeepseekV3ForCausalLM):

@@ -18,9 +18,9 @@ from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.kv import KVSpec
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.norm import RMSNorm
-from jaxserve.layers.overlap import run_blocks
 from jaxserve.layers.rope import Rope, rope_parameters
 from jaxserve.layers.step_context import StepContext
+from jaxserve.models.decoder import Decoder
 from jaxserve.models.hf_config import Dimensions, one_of, windows
 
 ARCHITECTURES = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
@@ -39,7 +39,7 @@ DEFAULTS = {
 }
 
 
-class Gemma3ForCausalLM(nnx.Module):
+class Gemma3ForCausalLM(Decoder):
     def __init__(self, hf_config: dict[str, Any], dtype: DTypeLike):
         config, prefix = _text_part(hf_config)
         size = Dimensions.read(config)
@@ -95,13 +95,6 @@ class Gemma3ForCausalLM(nnx.Module):
         )
         self.blocks = nnx.List([block(layer) for layer in range(size.num_layers)])
         self.norm = norm(f"{prefix}norm")
-
-    def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
-        hidden_TD = self.vocabulary.embed(token_T, step)
-        return self.norm(run_blocks(self.blocks, hidden_TD, step))
-
-    def logits(self, hidden_RD: jax.Array) -> jax.Array:
-        return self.vocabulary.logits(hidden_RD)
 
 
 Gemma3ForConditionalGeneration = Gemma3ForCausalLM  # its text part; `_text_part` finds it

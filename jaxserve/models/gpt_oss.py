@@ -20,9 +20,8 @@ from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.kv import KVSpec
 from jaxserve.layers.moe import ExpertSpec, MoE, Routing
 from jaxserve.layers.norm import RMSNorm
-from jaxserve.layers.overlap import run_blocks
-from jaxserve.layers.step_context import StepContext
 from jaxserve.layers.weight import Assemble, Sliced, weight
+from jaxserve.models.decoder import Decoder
 from jaxserve.models.hf_config import Dimensions, num_experts, one_of, rope_and_reach, windows
 from jaxserve.ops import mxfp4
 from jaxserve.ops.grouped_gemm import ExpertWeights
@@ -33,7 +32,7 @@ DUMMY_EXPONENT = 127 - 7  # keeps the size of activations at published widths
 DEFAULTS = {"num_key_value_heads": 8, "head_dim": 64, "rope_theta": 150_000.0, "rms_norm_eps": 1e-5}
 
 
-class GptOssForCausalLM(nnx.Module):
+class GptOssForCausalLM(Decoder):
     def __init__(self, hf_config: dict[str, Any], dtype: DTypeLike):
         config = {**DEFAULTS, **hf_config}
         size = Dimensions.read(config)
@@ -88,13 +87,6 @@ class GptOssForCausalLM(nnx.Module):
         self.vocabulary = Vocabulary("model.", size.V, size.D, tied=tied, dtype=dtype)
         self.blocks = nnx.List([block(layer) for layer in range(size.num_layers)])
         self.norm = RMSNorm("model.norm", size.D, eps=size.eps, dtype=dtype)
-
-    def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
-        hidden_TD = self.vocabulary.embed(token_T, step)
-        return self.norm(run_blocks(self.blocks, hidden_TD, step))
-
-    def logits(self, hidden_RD: jax.Array) -> jax.Array:
-        return self.vocabulary.logits(hidden_RD)
 
 
 @dataclass(frozen=True)

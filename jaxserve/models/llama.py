@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -12,16 +11,15 @@ from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.kv import KVSpec
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.norm import RMSNorm
-from jaxserve.layers.overlap import run_blocks
 from jaxserve.layers.quant import BlockFP8
-from jaxserve.layers.step_context import StepContext
+from jaxserve.models.decoder import Decoder
 from jaxserve.models.hf_config import Dimensions, one_of, rope_and_reach
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 QUANTIZATIONS = ("fp8",)
 
 
-class LlamaForCausalLM(nnx.Module):
+class LlamaForCausalLM(Decoder):
     def __init__(self, hf_config: dict[str, Any], dtype: DTypeLike):
         size = Dimensions.read(hf_config)
         rope, self.max_position = rope_and_reach(hf_config, size)
@@ -59,10 +57,3 @@ class LlamaForCausalLM(nnx.Module):
         self.vocabulary = Vocabulary("model.", size.V, size.D, tied=tied, dtype=dtype)
         self.blocks = nnx.List([block(layer) for layer in range(size.num_layers)])
         self.norm = RMSNorm("model.norm", size.D, eps=size.eps, dtype=dtype)
-
-    def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
-        hidden_TD = self.vocabulary.embed(token_T, step)
-        return self.norm(run_blocks(self.blocks, hidden_TD, step))
-
-    def logits(self, hidden_RD: jax.Array) -> jax.Array:
-        return self.vocabulary.logits(hidden_RD)

@@ -22,6 +22,7 @@ from jaxserve.layers.moe import Experts, ExpertSpec, MoE, Routing
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.operand import wide
 from jaxserve.layers.step_context import StepContext
+from jaxserve.models.decoder import Decoder
 from jaxserve.models.hf_config import Dimensions, need, num_experts, one_of, rope_and_reach
 
 ARCHITECTURES = ("MiniMaxText01ForCausalLM", "MiniMaxM1ForCausalLM", "MiniMaxForCausalLM")
@@ -67,7 +68,7 @@ class ScaledBlock(nnx.Module):
         return hidden_TD
 
 
-class MiniMaxText01ForCausalLM(nnx.Module):
+class MiniMaxText01ForCausalLM(Decoder):
     """As published: `attn_type_list`, `layernorm_*`, `rotary_dim`."""
 
     def __init__(self, hf_config: dict[str, Any], dtype: DTypeLike):
@@ -137,15 +138,6 @@ class MiniMaxText01ForCausalLM(nnx.Module):
         self.vocabulary = Vocabulary("model.", size.V, size.D, tied=tied, dtype=dtype)
         self.blocks = nnx.List([block(layer) for layer in range(size.num_layers)])
         self.norm = RMSNorm("model.norm", size.D, eps=size.eps, dtype=dtype)
-
-    def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
-        hidden_TD = self.vocabulary.embed(token_T, step)
-        for block in self.blocks:
-            hidden_TD = block(hidden_TD, step)
-        return self.norm(hidden_TD)
-
-    def logits(self, hidden_RD: jax.Array) -> jax.Array:
-        return self.vocabulary.logits(hidden_RD)
 
     # ---- what the two kinds of config.json say in their own ways ----
 

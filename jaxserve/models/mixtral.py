@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -12,15 +11,14 @@ from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.kv import KVSpec
 from jaxserve.layers.moe import Experts, ExpertSpec, MoE, Routing
 from jaxserve.layers.norm import RMSNorm
-from jaxserve.layers.overlap import run_blocks
-from jaxserve.layers.step_context import StepContext
+from jaxserve.models.decoder import Decoder
 from jaxserve.models.hf_config import Dimensions, need, one_of, rope_and_reach, windows
 
 ARCHITECTURES = ("MixtralForCausalLM",)
 DEFAULTS = {"num_key_value_heads": 8, "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2}
 
 
-class MixtralForCausalLM(nnx.Module):
+class MixtralForCausalLM(Decoder):
     def __init__(self, hf_config: dict[str, Any], dtype: DTypeLike):
         config = {**DEFAULTS, **hf_config}
         size = Dimensions.read(config)
@@ -56,10 +54,3 @@ class MixtralForCausalLM(nnx.Module):
         self.vocabulary = Vocabulary("model.", size.V, size.D, tied=tied, dtype=dtype)
         self.blocks = nnx.List([block(layer) for layer in range(size.num_layers)])
         self.norm = RMSNorm("model.norm", size.D, eps=size.eps, dtype=dtype)
-
-    def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
-        hidden_TD = self.vocabulary.embed(token_T, step)
-        return self.norm(run_blocks(self.blocks, hidden_TD, step))
-
-    def logits(self, hidden_RD: jax.Array) -> jax.Array:
-        return self.vocabulary.logits(hidden_RD)

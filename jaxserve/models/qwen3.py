@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -12,9 +11,8 @@ from jaxserve.layers.embed import Vocabulary
 from jaxserve.layers.kv import KVSpec
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.norm import RMSNorm
-from jaxserve.layers.overlap import run_blocks
 from jaxserve.layers.quant import BlockFP8
-from jaxserve.layers.step_context import StepContext
+from jaxserve.models.decoder import Decoder
 from jaxserve.models.hf_config import Dimensions, one_of, rope_and_reach, upper_layer_windows
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
@@ -22,7 +20,7 @@ QUANTIZATIONS = ("fp8",)
 DEFAULTS = {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768}
 
 
-class Qwen3ForCausalLM(nnx.Module):
+class Qwen3ForCausalLM(Decoder):
     def __init__(self, hf_config: dict[str, Any], dtype: DTypeLike):
         config = {**DEFAULTS, **hf_config}
         size = Dimensions.read(config)
@@ -56,10 +54,3 @@ class Qwen3ForCausalLM(nnx.Module):
         self.vocabulary = Vocabulary("model.", size.V, size.D, tied=tied, dtype=dtype)
         self.blocks = nnx.List([block(layer) for layer in range(size.num_layers)])
         self.norm = RMSNorm("model.norm", size.D, eps=size.eps, dtype=dtype)
-
-    def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
-        hidden_TD = self.vocabulary.embed(token_T, step)
-        return self.norm(run_blocks(self.blocks, hidden_TD, step))
-
-    def logits(self, hidden_RD: jax.Array) -> jax.Array:
-        return self.vocabulary.logits(hidden_RD)

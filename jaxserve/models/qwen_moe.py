@@ -5,7 +5,6 @@ Qwen2-MoE also has a dense shared expert behind a sigmoid gate.
 
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -16,9 +15,8 @@ from jaxserve.layers.kv import KVSpec
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.moe import Experts, ExpertSpec, MoE, Routing
 from jaxserve.layers.norm import RMSNorm
-from jaxserve.layers.overlap import run_blocks
 from jaxserve.layers.quant import BlockFP8
-from jaxserve.layers.step_context import StepContext
+from jaxserve.models.decoder import Decoder
 from jaxserve.models.hf_config import (
     Dimensions,
     need,
@@ -36,7 +34,7 @@ QWEN2 = {**COMMON, "num_key_value_heads": 16, "num_experts_per_tok": 4, "moe_int
 QWEN3 = {**COMMON, "num_key_value_heads": 4, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
 
 
-class Qwen3MoeForCausalLM(nnx.Module):
+class Qwen3MoeForCausalLM(Decoder):
     """Of this class's options Qwen2-MoE has biases and a shared expert, Qwen3-MoE q/k norms."""
 
     def __init__(
@@ -122,13 +120,6 @@ class Qwen3MoeForCausalLM(nnx.Module):
         self.vocabulary = Vocabulary("model.", size.V, size.D, tied=tied, dtype=dtype)
         self.blocks = nnx.List([block(layer) for layer in range(size.num_layers)])
         self.norm = RMSNorm("model.norm", size.D, eps=size.eps, dtype=dtype)
-
-    def __call__(self, token_T: jax.Array, step: StepContext) -> jax.Array:
-        hidden_TD = self.vocabulary.embed(token_T, step)
-        return self.norm(run_blocks(self.blocks, hidden_TD, step))
-
-    def logits(self, hidden_RD: jax.Array) -> jax.Array:
-        return self.vocabulary.logits(hidden_RD)
 
 
 class Qwen2MoeForCausalLM(Qwen3MoeForCausalLM):
