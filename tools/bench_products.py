@@ -1,4 +1,4 @@
-"""Rows of `tools.bench_ops` for matrix products: a dense layer's and experts', in bfloat16 and 8 bits.
+"""Rows of `tools.bench_ops` for matrix products: a dense layer's and experts', in 16, 8 and 4 bits.
 
 The dense row is one Llama-3.1-8B layer without attention (qkv, output, gate and up, down), so that what
 quantises activations and applies scales between the products is in it, and weights come from memory.
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxserve.engine.compiler import gemm_options
 from jaxserve.layers.channel_quant import Scheme, quantise
 from jaxserve.layers.moe import silu_gated
-from jaxserve.ops import float8_rows, gated_product, grouped_gemm, quantized_gemm
+from jaxserve.models.gpt_oss import ClampedGate
+from jaxserve.ops import float8_rows, gated_product, grouped_gemm, mxfp4, quantized_gemm
 from jaxserve.ops.block_product import BLOCK
 from jaxserve.ops.grouped_gemm import ExpertWeights
 from tools.bench_timing import Card, Row, seconds
@@ -44,12 +45,16 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class ExpertSizes:
-    """Of Qwen3-30B-A3B."""
+    """Of Qwen3-30B-A3B; `biased` experts are GPT-OSS's, with its clamped gate."""
 
     E: int = 128
     X: int = 8
     D: int = 2048
     F: int = 768
+    biased: bool = False
+
+
+GPT_OSS_20B = ExpertSizes(E=32, X=4, D=2880, F=2880, biased=True)
 
 
 def random(seed: int, shape: tuple[int, ...]) -> jax.Array:
@@ -205,7 +210,7 @@ def operand_rows(
 # ---- experts ----
 
 
-ExpertScheme = Literal["bf16", "fp8", "fp8 blocks", "int8"]
+ExpertScheme = Literal["bf16", "fp8", "fp8 blocks", "int8", "mxfp4"]
 
 
 def in_blocks(wide: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -216,29 +221,40 @@ def in_blocks(wide: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (blocks / scale[:, :, None, :, None]).astype(jnp.float8_e4m3fn).reshape(wide.shape), scale
 
 
+def in_4_bits(seed: int, shape: tuple[int, int, int]) -> tuple[jax.Array, jax.Array]:
+    """Any packed numbers [E, N, K / 2], and exponents [E, N, K / 32] that keep the size of activations."""
+    E, N, K = shape
+    packed = jax.random.bits(jax.random.key(seed), (E, N, K // 2), jnp.uint8)
+    return packed, jnp.full((E, N, K // mxfp4.GROUP), 120, jnp.uint8)
+
+
 def expert_weights(scheme: ExpertScheme, sizes: ExpertSizes) -> ExpertWeights:
     E, D, F = sizes.E, sizes.D, sizes.F
-    wide = [random(i, shape) for i, shape in enumerate(((E, F, D), (E, F, D), (E, D, F)))]
+    shapes = (E, F, D), (E, F, D), (E, D, F)
+    biases = [random(3 + i, shape[:2]) for i, shape in enumerate(shapes)] if sizes.biased else (None,) * 3
     match scheme:
         case "bf16":
-            return ExpertWeights(*wide)
+            return ExpertWeights(*(random(i, shape) for i, shape in enumerate(shapes)), *biases)
+        case "mxfp4":
+            numbers, scales = zip(*(in_4_bits(i, shape) for i, shape in enumerate(shapes)))
         case "fp8 blocks":
-            numbers, scales = zip(*map(jax.jit(in_blocks), wide))
+            numbers, scales = zip(*(jax.jit(in_blocks)(random(i, shape)) for i, shape in enumerate(shapes)))
         case _:
-            numbers, scales = zip(*(in_8_bits(matrix, scheme, 2) for matrix in wide))
-            scales = [scale[..., None] for scale in scales]
-    return ExpertWeights(*numbers, **dict(zip(("gate_scale", "up_scale", "down_scale"), scales)))
+            pairs = (in_8_bits(random(i, shape), scheme, 2) for i, shape in enumerate(shapes))
+            numbers, scales = zip(*((numbers, scale[..., None]) for numbers, scale in pairs))
+    return ExpertWeights(*numbers, *biases, *scales)
 
 
 def bench_experts(card: Card, scheme: ExpertScheme, tokens: int, sizes: ExpertSizes, iterations: int) -> Row:
     E, X, D, F = sizes.E, sizes.X, sizes.D, sizes.F
     weights = expert_weights(scheme, sizes)
+    activation = ClampedGate(1.702, 7.0) if sizes.biased else silu_gated
     _, expert_TX = jax.lax.top_k(jax.random.normal(jax.random.key(5), (tokens, E)), X)
     weight_TX = jnp.full((tokens, X), 1 / X)
 
     def feed(x, i, weights, expert_TX, weight_TX):
         chosen_TX = (expert_TX + i) % E  # others in every call
-        return grouped_gemm.feed_forward(x, chosen_TX, weight_TX, weights, silu_gated).astype(x.dtype)
+        return grouped_gemm.feed_forward(x, chosen_TX, weight_TX, weights, activation).astype(x.dtype)
 
     x = random(6, (tokens, D))
     s = seconds(feed, x, weights, expert_TX, weight_TX, iterations=iterations)
@@ -254,8 +270,7 @@ def expert_rows(
     card: Card, sizes: ExpertSizes | None = None, tokens: tuple[int, ...] = (8, 32, 256, 2048)
 ) -> list[Row]:
     schemes: tuple[ExpertScheme, ...] = ("bf16", "fp8", "fp8 blocks", "int8")
-    return [
-        bench_experts(card, scheme, count, sizes or ExpertSizes(), iterations=20)
-        for count in tokens
-        for scheme in schemes
-    ]
+    kinds: list[tuple[ExpertScheme, ExpertSizes]] = [(scheme, sizes or ExpertSizes()) for scheme in schemes]
+    if sizes is None:
+        kinds += [("bf16", GPT_OSS_20B), ("mxfp4", GPT_OSS_20B)]
+    return [bench_experts(card, scheme, count, of, iterations=20) for count in tokens for scheme, of in kinds]

@@ -77,6 +77,14 @@ def test_experts_count_the_bytes_of_those_that_tokens_choose(scheme, sizes, scal
     assert row.floor_us == pytest.approx(sizes.E * (numbers + 4 * scales) / 1e3)
 
 
+def test_experts_in_four_bits_count_their_exponents_and_biases():
+    sizes = ExpertSizes(E=2, X=1, D=32, F=64, biased=True)
+    row = bench_products.bench_experts(CARD, "mxfp4", 64, sizes, 2)
+    a_matrix = 32 * 64 // 2 + 32 * 64 // 32
+    assert row.floor_us == pytest.approx(2 * (3 * a_matrix + 2 * (2 * 64 + 32)) / 1e3)
+    assert bench_products.GPT_OSS_20B.biased and row.shape == "T64 E2 top-1 mxfp4"
+
+
 def test_float8_pools_are_timed_as_such(monkeypatch):
     monkeypatch.setattr(bench_ops, "PAGE_SIZE", 16)
     pool = bench_ops.in_float8(bench_ops.make_pool(512, (bench_ops.G, bench_ops.K)))
