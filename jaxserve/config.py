@@ -11,8 +11,9 @@ import dataclasses
 import logging
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import yaml
@@ -26,9 +27,18 @@ class ConfigError(ValueError):
     """The operator's mistake: the message names the key, the value and the valid choices."""
 
 
-def key(default: Any, help: str, *, aliases: tuple[str, ...] = (), least: float | None = None) -> Any:
-    """A configuration key. `aliases` are other spellings, `least` the smallest valid number."""
-    return field(default=default, metadata={"help": help, "aliases": aliases, "least": least})
+def key(
+    default: Any,
+    help: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    least: float | None = None,
+    other_names: Mapping[Any, str] = types.MappingProxyType({}),
+) -> Any:
+    """A configuration key. `aliases` are other spellings, `least` the smallest valid number, `other_names`
+    those of values."""
+    metadata = {"help": help, "aliases": aliases, "least": least, "other_names": other_names}
+    return field(default=default, metadata=metadata)
 
 
 ReasoningParser = Literal[
@@ -66,7 +76,9 @@ class ServerConfig:
     )
     skip_tokenizer_init: bool = key(False, "token ids in, token ids out: load no tokenizer")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = key(
-        "auto", "auto: the checkpoint's on GPU, float32 on CPU"
+        "auto",
+        "auto: the checkpoint's on GPU, bfloat16 for float32's; float32 on CPU",
+        other_names={"half": "float16", "float": "float32"},
     )
     load_format: Literal["auto", "safetensors", "gguf", "orbax", "dummy"] = key(
         "auto", "dummy: random weights of the right shapes"
@@ -91,12 +103,14 @@ class ServerConfig:
     host: str = key("0.0.0.0", "address to listen on")
     port: int = key(30000, "port to listen on", least=0)
     api_key: str | None = key(None, "bearer token that every request must carry; default: open")
+    cors_allowed_origins: tuple[str, ...] = key((), "origins that browsers may call from; * for any")
     stream_interval: int = key(1, "tokens between two events of a stream", least=1)
     max_queued_requests: int = key(4096, "requests that may wait; one more is answered 503", least=1)
     shutdown_grace_period_secs: float = key(
         30.0, "how long requests that were taken may finish after SIGTERM", least=0
     )
     log_level: Literal["debug", "info", "warning", "error"] = key("info", "what is logged")
+    log_requests: bool = key(False, "log a line for every request for tokens, when it has ended")
 
     # Devices and layout
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: CUDA where there is a GPU")
@@ -212,9 +226,7 @@ class ServerConfig:
         """Keywords or YAML keys; `tp_size` and the other aliases work. Raises ConfigError."""
         named = _by_name(cls, values)
         hints = typing.get_type_hints(cls)
-        for name, value in named.items():
-            _check_type(name, value, hints[name])
-        config = cls(**named)
+        config = cls(**{name: _checked(name, value, hints[name]) for name, value in named.items()})
         config.check()
         return config
 
@@ -303,16 +315,21 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         options = [f"--{n.replace('_', '-')}" for n in (f.name, *f.metadata["aliases"])]
-        kind, choices = _scalar(hints[f.name])
+        kind, choices, many = _scalar(hints[f.name])
         text = f.metadata["help"].replace("%", "%%")
-        if f.default not in (None, "", False):
+        if f.default not in (None, "", False, ()):
             text += f" (default {f.default})"
         if kind is bool:
             parser.add_argument(
                 *options, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=text
             )
         else:
-            parser.add_argument(*options, dest=f.name, type=kind, choices=choices, default=None, help=text)
+            if other_names := f.metadata["other_names"]:
+                kind = partial(_named, other_names)
+            nargs = "*" if many else None
+            parser.add_argument(
+                *options, dest=f.name, type=kind, choices=choices, nargs=nargs, default=None, help=text
+            )
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -332,43 +349,56 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def _by_name(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Aliases and dashes resolved. Raises ConfigError for unknown or doubly given keys."""
-    names = {alias: f.name for f in dataclasses.fields(cls) for alias in (f.name, *f.metadata["aliases"])}
+    """Aliases, dashes and other names of values resolved. Raises ConfigError for unknown or doubly given
+    keys."""
+    fields = {alias: f for f in dataclasses.fields(cls) for alias in (f.name, *f.metadata["aliases"])}
     out: dict[str, Any] = {}
     for given, value in values.items():
         spelled = str(given).replace("-", "_")
-        name = names.get(spelled)
-        if name is None and (reason := foreign_flags.WITHOUT_EFFECT.get(spelled)):
+        f = fields.get(spelled)
+        if f is None and (reason := foreign_flags.WITHOUT_EFFECT.get(spelled)):
             logger.warning("%s changes nothing here: %s", spelled, reason)
             continue
-        if name is None and (cure := foreign_flags.REFUSED.get(spelled)):
+        if f is None and (cure := foreign_flags.REFUSED.get(spelled)):
             raise ConfigError(f"{spelled} is not supported: {cure}")
-        if name is None:
+        if f is None:
             raise ConfigError(
                 f"unknown key {given!r}; known keys: {', '.join(f.name for f in dataclasses.fields(cls))}"
             )
-        if name in out:
-            raise ConfigError(f"{name} is given twice (once as {given!r})")
-        out[name] = value
+        if f.name in out:
+            raise ConfigError(f"{f.name} is given twice (once as {given!r})")
+        out[f.name] = _named(f.metadata["other_names"], value)
     return out
 
 
-def _scalar(hint: Any) -> tuple[type, list[Any] | None]:
-    """(type, choices) of a key's annotation: a scalar, a Literal of strings, or either with None."""
+def _named(other_names: Mapping[Any, str], value: Any) -> Any:
+    return other_names.get(value, value) if isinstance(value, str) else value
+
+
+def _scalar(hint: Any) -> tuple[Any, list[Any] | None, bool]:
+    """(type, choices, many) of a key's annotation: a scalar, a Literal of strings, either with None, or a
+    tuple of scalars."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
     if typing.get_origin(hint) is Literal:
-        return str, list(typing.get_args(hint))
-    return hint, None
+        return str, list(typing.get_args(hint)), False
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], None, True
+    return hint, None, False
 
 
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    optional = type(None) in typing.get_args(hint)
-    if value is None and optional:
-        return
-    kind, choices = _scalar(hint)
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """The value, a list as a tuple. Raises ConfigError for a wrong type or choice."""
+    if value is None and type(None) in typing.get_args(hint):
+        return value
+    kind, choices, many = _scalar(hint)
+    if many:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{name}={value!r} must be a list of {kind.__name__}")
+        return tuple(_checked(name, item, kind) for item in value)
     if choices is not None and value not in choices:
         raise ConfigError(f"{name}={value!r} is not valid; use one of {', '.join(map(repr, choices))}")
     fits = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
     if not fits or (kind is not bool and isinstance(value, bool)):
         raise ConfigError(f"{name}={value!r} must be of type {kind.__name__}, got {type(value).__name__}")
+    return value

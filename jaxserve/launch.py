@@ -2,8 +2,9 @@
 
 Birth: the port is tried, the engine process starts, reports progress, says that it is ready; only
 then the port opens. Death: SIGTERM or SIGINT stops new requests, running ones finish within the
-grace period, the engine drains and ends, exit status 0. An engine that dies or stops answering ends
-this process with status 1, after every waiting client was told.
+grace period, the engine drains in what is left of it and ends, exit status 0. A second signal ends all
+at once, with 128 and its number for a status, as shells tell of signals. An engine that dies or stops
+answering ends this process with status 1, after every waiting client was told.
 
 Of several hosts each has a launcher and an engine. Only host 0 has HTTP; when it has drained, all end
 with status 0, also when it was another host that was told to stop. When one fails all end with status
@@ -20,10 +21,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import zmq
+
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine_process import EngineProcess
 from jaxserve.messages import EngineDeadError
 from jaxserve.replicas import Replicas, replica_configs
+from jaxserve.server.address import in_url, resolve
 from jaxserve.server.app import create_app, serve
 from jaxserve.server.health import start_health_server
 from jaxserve.text.chat_template import ChatTemplate, ChatTemplateError
@@ -33,15 +37,45 @@ logger = logging.getLogger(__name__)
 
 Text = tuple[Tokenizer | None, ChatTemplate | None]
 
+SHORT_TMPDIR = "/tmp"
 STOP_S = 5.0  # for an engine of several hosts to tell the others, when told to stop while starting
+
+
+class Stop(asyncio.Event):
+    """Set by SIGTERM or SIGINT. A second one cancels the task that made this."""
+
+    def __init__(self):
+        super().__init__()
+        self.forced_by: int | None = None  # the second one's number
+        self._task = asyncio.current_task()
+        self._told = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._tell, number)
+
+    def _tell(self, number: int) -> None:
+        if self._told and self.forced_by is None:
+            logger.warning("told to stop a second time: ending at once")
+            self.forced_by = number
+            assert self._task is not None
+            self._task.cancel()
+        self._told = True
+        self.set()
 
 
 async def run(config: ServerConfig) -> int:
     """Serve until a signal or the engine's end; returns the exit status."""
-    if config.node_rank:
-        return await follow(config)
+    stop = Stop()
+    try:
+        return await (follow(config, stop) if config.node_rank else lead(config, stop))
+    except asyncio.CancelledError:
+        if stop.forced_by is None:
+            raise
+        return 128 + stop.forced_by
+
+
+async def lead(config: ServerConfig, stop: Stop) -> int:
+    """The launcher of a single host, or of host 0. Returns the exit status."""
     _try_port(config.host, config.port)
-    stop = _stop_signal()
     configs = replica_configs(config)
     if len(configs) > 1:
         logger.warning(
@@ -50,7 +84,7 @@ async def run(config: ServerConfig) -> int:
             "both --dp-size and --enable-dp-attention",
             *(config.dp_size, config.dp_size),
         )
-    with tempfile.TemporaryDirectory(prefix="jaxserve-") as directory:
+    with _socket_directory() as directory:
         engines = [await EngineProcess.start(c, f"ipc://{directory}/{i}") for i, c in enumerate(configs)]
         stopped = asyncio.create_task(stop.wait())
 
@@ -72,11 +106,11 @@ async def run(config: ServerConfig) -> int:
                     await engines[0].wait_dead(STOP_S)
                 return 0
             await ready
-            await _serve(config, engines, text, stop)
+            left_s = await _serve(config, engines, text, stop)
             if lost := [e for e in engines if e.dead.is_set()]:
                 logger.error("%s", lost[0].connection.closed)
                 return 1
-            await asyncio.gather(*(e.drain(config.shutdown_grace_period_secs) for e in engines))
+            await asyncio.gather(*(e.drain(left_s) for e in engines))
             return 0
         except EngineDeadError as error:
             print(f"jaxserve: {error}", file=sys.stderr)
@@ -86,14 +120,13 @@ async def run(config: ServerConfig) -> int:
             await asyncio.gather(*(engine.kill() for engine in engines))
 
 
-async def follow(config: ServerConfig) -> int:
+async def follow(config: ServerConfig, stop: Stop) -> int:
     """The launcher of a host that serves no HTTP: its engine follows host 0. Returns the exit status."""
     port = config.follower_health_port
     if port is not None:
         _try_port(config.host, port)
-    stop = _stop_signal()
     health = None
-    with tempfile.TemporaryDirectory(prefix="jaxserve-") as directory:
+    with _socket_directory() as directory:
         engine = await EngineProcess.start(config, f"ipc://{directory}/0")
         waits = [asyncio.create_task(event.wait()) for event in (stop, engine.dead)]
         try:
@@ -122,18 +155,24 @@ async def follow(config: ServerConfig) -> int:
             await engine.kill()
 
 
-def _stop_signal() -> asyncio.Event:
-    """Set by SIGTERM or SIGINT."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    return stop
+def _socket_directory() -> tempfile.TemporaryDirectory[str]:
+    """For the sockets between this process and its engines. Their paths may have 107 bytes, so a longer
+    TMPDIR is left for /tmp. Raises ConfigError."""
+    most = zmq.IPC_PATH_MAX_LEN - len("/jaxserve-12345678/1234")
+    try:
+        given = tempfile.gettempdir()
+        is_short = len(os.fsencode(given)) <= most
+        return tempfile.TemporaryDirectory(prefix="jaxserve-", dir=given if is_short else SHORT_TMPDIR)
+    except OSError as error:
+        raise ConfigError(
+            f"no place for sockets: {error}; set TMPDIR to a directory of {most} bytes or fewer"
+        ) from error
 
 
 async def _serve(
     config: ServerConfig, engines: list[EngineProcess], text: Text | None, stop: asyncio.Event
-) -> None:
+) -> float:
+    """Returns the seconds that are left of the grace period."""
     connections = [engine.connection for engine in engines]
     client = connections[0] if len(connections) == 1 else Replicas(connections)
     info = client.info
@@ -147,13 +186,13 @@ async def _serve(
     )
     if config.api_key is None:
         logger.warning(
-            "no --api-key: everyone who reaches %s:%d may use this server", config.host, config.port
+            "no --api-key: everyone who reaches %s may use this server", in_url(config.host, config.port)
         )
 
     def started(port: int) -> None:
         logger.info(
-            "ready on http://%s:%d after %.1f s: %s, %s on %d %s, %d KV tokens, %d running requests",
-            *(config.host, port, info.startup_s, info.model_path, info.dtype, info.num_devices),
+            "ready on http://%s after %.1f s: %s, %s on %d %s, %d KV tokens, %d running requests",
+            *(in_url(config.host, port), info.startup_s, info.model_path, info.dtype, info.num_devices),
             *(info.device_kind, info.max_total_num_tokens, info.max_running_requests),
         )
 
@@ -165,7 +204,7 @@ async def _serve(
     gc.collect()
     gc.freeze()  # full collections need not look through what lives until the end
     try:
-        await serve(
+        return await serve(
             app,
             config.host,
             config.port,
@@ -213,14 +252,16 @@ def load_text(config: ServerConfig, checkpoint_dir: str) -> Text:
 
 def _try_port(host: str, port: int) -> None:
     """Fail before minutes of loading when the address cannot be bound. Raises ConfigError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
+        family, address = resolve(host, port)
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
+            probe.bind(address)
     except OSError as error:
         raise _cannot_listen(host, port, error) from error
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
-    return ConfigError(f"cannot listen on host={host}, port={port}: {os.strerror(error.errno or 0)}")
+    # Of a name that is not known, the number is none of the system's; else the text has the address again.
+    why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+    return ConfigError(f"cannot listen on host={host}, port={port}: {why}")

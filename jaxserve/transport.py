@@ -134,7 +134,7 @@ class Connection:
 
     @property
     def waits(self) -> bool:
-        """Whether the engine owes an answer."""
+        """Whether the engine owes an answer, if only to a question that nobody waits for any more."""
         return bool(self._streams or self._calls)
 
     def generate(self, request: Generate, take: Callable[[Output], bool]) -> AsyncIterator[None]:
@@ -156,11 +156,8 @@ class Connection:
         self._next_call += 1
         call_id = self._next_call
         answer = self._calls[call_id] = asyncio.get_running_loop().create_future()
-        try:
-            self.send(Call(call_id, method))
-            return await answer
-        finally:
-            del self._calls[call_id]
+        self.send(Call(call_id, method))
+        return await answer
 
     async def watch_cache(self, take: Callable[[list[CacheEvent]], None]) -> None:
         self._take_cache_events = take
@@ -181,7 +178,7 @@ class Connection:
                 if self._take_cache_events:
                     self._take_cache_events(changes)
             case Reply(call_id, ok, value, text):
-                future = self._calls.get(call_id)
+                future = self._calls.pop(call_id, None)
                 if future and not future.done():
                     future.set_result(value) if ok else future.set_exception(EngineRefusal(text))
             case Info():
@@ -219,6 +216,7 @@ class Connection:
         for stream in self._streams.values():
             stream.fail(EngineDeadError(reason))
         self._streams.clear()
+        self._calls.clear()
 
     def forget(self, stream: "OutputStream") -> None:
         """A stream was left: stop its request, unless that has ended already."""

@@ -1,6 +1,7 @@
 """ServerConfig: one declaration behind flags, keywords and YAML, and what each mistake is told."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -71,6 +72,24 @@ def test_alias_is_taken_as_keyword_and_as_flag(alias, name, value):
     assert getattr(parse(*M, f"--{alias.replace('_', '-')}", str(value)), name) == value
 
 
+@pytest.mark.parametrize("given, taken", [("half", "float16"), ("float", "float32"), ("float16", "float16")])
+def test_value_has_other_names(tmp_path, given, taken):
+    file = yaml_file(tmp_path, f"model-path: m\ndtype: {given}\n")
+    for got in (parse(*M, "--dtype", given), parse("--config", file), config(dtype=given)):
+        assert got.dtype == taken
+
+
+def test_list_is_taken_from_flags_yaml_and_keywords(tmp_path):
+    file = yaml_file(
+        tmp_path, "model-path: m\ncors-allowed-origins: [https://a.example, https://b.example]\n"
+    )
+    origins = ["https://a.example", "https://b.example"]
+    got = parse(*M, "--cors-allowed-origins", *origins)
+    assert got == parse("--config", file) == config(cors_allowed_origins=origins)
+    assert got.cors_allowed_origins == tuple(origins) and config().cors_allowed_origins == ()
+    assert ServerConfig.from_keywords(**json.loads(json.dumps(got.to_dict()))) == got
+
+
 def test_every_key_has_a_flag_with_help_and_survives_the_way_through_flags():
     """The launcher hands the configuration to the engine's process as JSON of plain values."""
     text = ServerConfig.parser().format_help()
@@ -101,6 +120,11 @@ def test_dp_size_counts_as_attention_groups_only_with_the_flag():
             {"dtype": "int8"},
             "dtype='int8' is not valid; use one of 'auto', 'bfloat16', 'float16', 'float32'",
         ),
+        (
+            {"cors_allowed_origins": "https://a.example"},
+            "cors_allowed_origins='https://a.example' must be a list of str",
+        ),
+        ({"cors_allowed_origins": [1]}, "cors_allowed_origins=1 must be of type str, got int"),
         (
             {"load_format": "pickle"},
             "load_format='pickle' is not valid; use one of 'auto', 'safetensors', 'gguf', 'orbax', 'dummy'",
@@ -354,6 +378,41 @@ def test_foreign_flag_that_asks_for_more_is_refused_with_the_way_out(capsys):
     assert "error: enable_trace is not supported: the gateway writes traces" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="lora_paths is not supported: LoRA is not served yet"):
         ServerConfig.from_keywords(model_path="m", lora_paths=["x"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--enable-auto-tool-choice --nccl-port 5000 --enable-p2p-check --tokenizer-mode auto",
+        "--decode-log-interval 40 --log-requests-level 2 --show-time-cost --tokenizer-worker-num 4",
+        "--disable-cuda-graph-padding --torch-compile-max-bs 32 --disable-shared-experts-fusion",
+        "--triton-attention-num-kv-splits 8",
+    ],
+)
+def test_flags_of_other_servers_that_change_nothing_are_taken(flags):
+    assert parse(*M, *flags.split(), "--tp", "2") == parse(*M, "--tp", "2")
+
+
+@pytest.mark.parametrize(
+    "flag, cure",
+    [
+        ("--max-model-len=8", "--context-length"),
+        ("--gpu-memory-utilization=0.9", "--mem-fraction-static"),
+        ("--download-dir=x", "HF_HOME"),
+        ("--json-model-override-args={}", "config.json"),
+        ("--preferred-sampling-params={}", "generation_config.json"),
+        ("--ssl-keyfile=x", "--tls-cert-path"),
+        ("--ssl-certfile=x", "--tls-cert-path"),
+        ("--weight-version=x", "--served-model-name"),
+        ("--allow-auto-truncate", "shorten"),
+        ("--is-embedding", "not served"),
+    ],
+)
+def test_flags_of_other_servers_that_ask_for_more_name_the_cure(flag, cure, capsys):
+    with pytest.raises(SystemExit):
+        parse(*M, flag)
+    _, refused, told = capsys.readouterr().err.rpartition("is not supported: ")
+    assert refused and cure in told
 
 
 def test_foreign_flags_are_none_of_ours():

@@ -47,9 +47,10 @@ HELLO_S = 5.0  # for a connection to say who it is
 OWN_KEYS = frozenset(
     (
         *("model_path", "tokenizer_path", "served_model_name", "chat_template", "compile_cache_dir"),
-        *("host", "port", "api_key", "stream_interval", "max_queued_requests", "skip_tokenizer_init"),
-        *("constrained_json_disable_any_whitespace", "reasoning_parser", "tool_call_parser"),
-        *("sampling_defaults", "shutdown_grace_period_secs", "log_level", "base_gpu_id"),
+        *("host", "port", "api_key", "cors_allowed_origins", "stream_interval", "max_queued_requests"),
+        *("skip_tokenizer_init", "constrained_json_disable_any_whitespace", "reasoning_parser"),
+        *("tool_call_parser", "sampling_defaults", "shutdown_grace_period_secs", "log_level"),
+        *("log_requests", "base_gpu_id"),
         *("node_rank", "dist_init_addr", "dist_timeout", "follower_health_port"),
     )
 )

@@ -69,7 +69,7 @@ class ChatParts:
             self._short_ids = style.short_ids
         forced = ForcedCalls(parsers.tools, parsers.behind) if parsers.forced else None
         if parsers.have_channels:
-            self._channels = Channels(parsers.tools, parsers.at_once, forced)
+            self._channels = Channels(parsers.tools, parsers.at_once, forced, parsers.reasoning is None)
             return
         self._calls = forced
         if forced is None and style is not None:
@@ -99,8 +99,6 @@ class ChatParts:
         if self._calls is not None:
             text, more = self._calls.feed(text, is_last)
             calls += more
-        if self._parsers.reasoning is None:
-            thoughts, text = "", thoughts + text
         fields = {
             "reasoning_content": thoughts,
             "content": text,

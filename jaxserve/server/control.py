@@ -38,6 +38,10 @@ async def root(request: Request) -> Response:
     return json_response({"name": "jaxserve", "version": __version__})
 
 
+async def version(request: Request) -> Response:
+    return json_response({"version": __version__})
+
+
 # ---- health ----
 
 
@@ -45,6 +49,12 @@ async def health(request: Request) -> Response:
     """200 while requests are taken; 503 before readiness, while draining, and after the engine's death."""
     check_serving(request)
     return PlainTextResponse("OK")
+
+
+async def ping(request: Request) -> Response:
+    """`/health` without a text, as SageMaker and others ask."""
+    check_serving(request)
+    return Response()
 
 
 async def health_generate(request: Request) -> Response:
@@ -186,7 +196,7 @@ async def metrics(request: Request) -> Response:
     service: Service = request.app.state.service
     try:
         rows, stats = await service.call("loads"), await service.call("stats")
-    except (EngineDeadError, EngineRefusal):
+    except (EngineDeadError, EngineRefusal, RequestError):
         rows, stats = [], {}
     return Response(request.app.state.metrics.render(rows, stats), media_type=CONTENT_TYPE)
 

@@ -37,6 +37,7 @@ from jaxserve.server.openai_schema import (
     ChatBody,
     CompletionBody,
     OpenAIBody,
+    StreamUsage,
     ask_of,
     chat_max_tokens,
     check_chat,
@@ -117,7 +118,7 @@ async def completions(request: Request) -> Response:
     body = parse(CompletionBody, await read_json_body(request))
     arrived_s = service.clock()
     check_model(service, body.model)
-    include_usage = check_common(body)
+    usage = check_common(body)
     if body.best_of is not None and body.best_of != body.n:
         raise RequestError(
             f"best_of={show(body.best_of)} is not supported unless it equals n={show(body.n)}",
@@ -136,7 +137,7 @@ async def completions(request: Request) -> Response:
         raise RequestError("resume does not go with echo", param="resume")
     (grammar,) = await resolve(service, [ask_of(body)])
     answer = _answer(
-        "text_completion", request, arrived_s, body, include_usage, prompts, params, GrammarSpec(grammar),
+        "text_completion", request, arrived_s, body, usage, prompts, params, GrammarSpec(grammar),
         logprobs, "prompt",
     )  # fmt: skip
     echoes = texts if body.echo else [None] * len(prompts)
@@ -177,7 +178,7 @@ async def chat_completions(request: Request) -> Response:
     body = parse(ChatBody, await read_json_body(request))
     arrived_s = service.clock()
     check_model(service, body.model)
-    include_usage = check_common(body)
+    usage = check_common(body)
     check_chat(body)
     if not 0 <= body.top_logprobs <= MAX_TOP_LOGPROBS:
         raise out_of_range("top_logprobs", body.top_logprobs, 0, MAX_TOP_LOGPROBS)
@@ -198,7 +199,7 @@ async def chat_completions(request: Request) -> Response:
     if parsers.read_special_tokens:
         params.skip_special_tokens = False
     answer = _answer(
-        "chat.completion", request, arrived_s, body, include_usage, [prompt], params, constraint,
+        "chat.completion", request, arrived_s, body, usage, [prompt], params, constraint,
         logprobs, param, _new_parts(service, parsers, prompt),
     )  # fmt: skip
     if body.stream:
@@ -318,7 +319,7 @@ def _answer(
     request: Request,
     arrived_s: float,
     body: OpenAIBody,
-    include_usage: bool,
+    usage: StreamUsage,
     prompts: list[list[int]],
     params: SamplingParams,
     constraint: GrammarSpec,
@@ -355,7 +356,7 @@ def _answer(
         body.model or service.model_name,
         sequences,
         body.n,
-        include_usage,
+        *usage,
         body.return_token_ids,
         as_meta_info if body.return_meta_info else None,
         new_parts,
@@ -372,10 +373,10 @@ async def _events(service: Service, answer: Answer, chunks: Chunks) -> AsyncGene
             async for sequence in events:
                 due = [sse(chunk) for chunk in chunks(sequence)]
                 if not due and answer.new_parts is not None and service.clock() - sent_s > QUIET_S:
-                    due = [sse(nothing_new(answer, sequence))]
+                    due = [sse(nothing_new(answer, sequence, service.tokenizer))]
                 if due:
                     due[-1] = token_comment(sequence) + due[-1]  # the last one has the text
                     yield b"".join(due)
                     sent_s = service.clock()
-    if answer.include_usage:
+    if answer.usage_at_end:
         yield sse(answer.chunk(None)) + DONE  # in one piece: who has the usage has the end

@@ -20,7 +20,8 @@ class Answer:
     model: str
     sequences: list[Sequence]
     n: int
-    include_usage: bool = False
+    usage_at_end: bool = False
+    usage_always: bool = False  # in every chunk, of its own choice
     token_ids: bool = False
     meta_info: Callable[[Sequence], dict[str, Any]] | None = None
     new_parts: Callable[[str, int], ChatParts] | None = None  # of a sequence: the answer's id, its own index
@@ -61,21 +62,16 @@ class Answer:
             "model": self.model,
             "choices": [choice] if choice else [],
         }
-        if self.include_usage:
+        if choice and self.usage_always:
+            one = [self.sequences[choice["index"]]]
+            chunk["usage"] = _usage(one, one)
+        elif self.usage_at_end:
             chunk["usage"] = None if choice else self.usage()
         return chunk
 
     def usage(self) -> dict[str, Any]:
         """A prompt counts once, whatever n is."""
-        first = [s for s in self.sequences if s.index % self.n == 0]
-        prompt = sum(len(s.request.input_ids) for s in first)
-        completion = sum(len(s.token_ids) for s in self.sequences)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in first)},
-        }
+        return _usage([s for s in self.sequences if s.index % self.n == 0], self.sequences)
 
     def extras(self, sequence: Sequence, start: int) -> dict[str, Any]:
         """The choice's fields that were asked for; token ids from `start` on."""
@@ -85,6 +81,18 @@ class Answer:
         if self.meta_info is not None and sequence.finish is not None:
             out["meta_info"] = self.meta_info(sequence)
         return out
+
+
+def _usage(prompts: list[Sequence], sequences: list[Sequence]) -> dict[str, Any]:
+    """`prompts`: one sequence of each."""
+    prompt = sum(len(s.request.input_ids) for s in prompts)
+    completion = sum(len(s.token_ids) for s in sequences)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in prompts)},
+    }
 
 
 @dataclass
@@ -128,40 +136,54 @@ def chat_choice(answer: Answer, sequence: Sequence, tokenizer: Tokenizer | None)
 def chat_chunks(answer: Answer, sequence: Sequence, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
     """The chunks due for a sequence that has moved on: role, parts, finish.
 
-    Of a tracked sequence the last text and the finish are one chunk: who has all tokens has the finish.
+    They bring the ids and logprobs of all new tokens, also of those whose text is held back. Of a tracked
+    sequence the last text and the finish are one chunk: who has all tokens has the finish.
     """
     chunks: list[dict[str, Any]] = []
     sent = answer.sent.get(sequence.index)
+    is_first, is_last = sent is None, sequence.finish is not None
     if sent is None:
         sent = answer.sent[sequence.index] = answer.new_sent(sequence.index)
-        chunks.append(_delta(answer, sequence, {"role": "assistant", "content": ""}))
-    delta = sent.delta(sequence.take_text(), sequence.finish is not None)
-    if sequence.finish is not None and sequence.tracked:
+    delta = sent.delta(sequence.take_text(), is_last)
+    if is_first:
+        role = {"role": "assistant", "content": ""}
+        if not delta and not is_last:
+            return [_delta(answer, sequence, role, **_new_tokens(answer, sequence, sent, tokenizer))]
+        chunks.append(_delta(answer, sequence, role))
+    if is_last and sequence.tracked:
         extras = {**finish_fields(sequence, sent.parts), **answer.extras(sequence, sent.tokens)}
-        return [*chunks, _delta(answer, sequence, delta, None, **extras)]
-    if delta or (sequence.finish is not None and sent.tokens < len(sequence.output_logprobs)):
-        logprobs = chat_logprobs(sequence, tokenizer, sent.tokens)
-        extras = {"token_ids": sequence.token_ids[sent.tokens :]} if answer.token_ids else {}
-        chunks.append(_delta(answer, sequence, delta or {"content": ""}, logprobs, **extras))
-        sent.tokens = len(sequence.token_ids)
-    if sequence.finish is not None:
+        return [*chunks, _delta(answer, sequence, delta, **extras)]
+    if delta or (is_last and sent.tokens < len(sequence.output_logprobs)):
+        tokens = _new_tokens(answer, sequence, sent, tokenizer)
+        chunks.append(_delta(answer, sequence, delta or {"content": ""}, **tokens))
+    if is_last:
         extras = {**finish_fields(sequence, sent.parts), **answer.extras(sequence, sent.tokens)}
-        chunks.append(_delta(answer, sequence, {}, None, **extras))
+        chunks.append(_delta(answer, sequence, {}, **extras))
     return chunks
 
 
-def nothing_new(answer: Answer, sequence: Sequence) -> dict[str, Any]:
+def nothing_new(answer: Answer, sequence: Sequence, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """A chunk that says that the stream lives: proxies end those on which nothing comes."""
-    return _delta(answer, sequence, {})
+    tokens = _new_tokens(answer, sequence, answer.sent[sequence.index], tokenizer)
+    return _delta(answer, sequence, {}, **tokens)
 
 
-def _delta(
-    answer: Answer, sequence: Sequence, delta: dict[str, Any], logprobs: Any = None, **more: Any
+def _new_tokens(
+    answer: Answer, sequence: Sequence, sent: Sent, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
+    """The fields of a choice that are about tokens, of those that its stream has not carried: now it has."""
+    fields: dict[str, Any] = {"logprobs": chat_logprobs(sequence, tokenizer, sent.tokens)}
+    if answer.token_ids:
+        fields["token_ids"] = sequence.token_ids[sent.tokens :]
+    sent.tokens = len(sequence.token_ids)
+    return fields
+
+
+def _delta(answer: Answer, sequence: Sequence, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
     choice = {
         "index": sequence.index,
         "delta": delta,
-        "logprobs": logprobs,
+        "logprobs": None,
         "finish_reason": None,
         "matched_stop": None,
     }

@@ -1,7 +1,7 @@
 """Bodies of the OpenAI routes, with SGLang's extra parameters, and how they map to SamplingParams."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxserve.server.constraint import Ask, field_asks, format_ask, make_ask, only_ask
 from jaxserve.server.errors import RequestError
@@ -19,6 +19,7 @@ HINTS = words("""
     user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention
     routing_key conversation_id
 """)
+USAGE_OPTIONS = ("include_usage", "continuous_usage_stats")  # of stream_options; the second is vLLM's
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 PASSED_ON = words("""
     stop stop_token_ids frequency_penalty presence_penalty n ignore_eos skip_special_tokens
@@ -122,27 +123,35 @@ def sampling_params(body: OpenAIBody, max_tokens: int | None, defaults: Mapping[
     )
 
 
-def check_common(body: OpenAIBody) -> bool:
-    """Parameters both routes refuse or interpret the same way; returns include_usage. Raises RequestError."""
+class StreamUsage(NamedTuple):
+    """Where a stream tells how many tokens there are."""
+
+    at_end: bool = False  # in a chunk of its own
+    always: bool = False  # in every chunk, so far
+
+
+def check_common(body: OpenAIBody) -> StreamUsage:
+    """Parameters both routes refuse or interpret the same way. Raises RequestError."""
     options = body.stream_options
     if options is None:
-        return False
+        return StreamUsage()
     if not body.stream:
         raise RequestError("stream_options is only valid with stream=true", param="stream_options")
     for name in options:
-        if name not in ("include_usage", "include_obfuscation"):
+        if name not in (*USAGE_OPTIONS, "include_obfuscation"):
             raise RequestError(
                 f"stream_options.{show(name)} is not a known parameter",
                 param="stream_options",
                 code="unknown_parameter",
             )
-    include = options.get("include_usage")
-    if include is not None and not isinstance(include, bool):
-        raise RequestError(
-            f"stream_options.include_usage must be of type bool, got {show(include)}",
-            param="stream_options.include_usage",
-        )
-    return bool(include)
+    for name in USAGE_OPTIONS:
+        value = options.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise RequestError(
+                f"stream_options.{name} must be of type bool, got {show(value)}",
+                param=f"stream_options.{name}",
+            )
+    return StreamUsage(*(bool(options.get(name)) for name in USAGE_OPTIONS))
 
 
 def check_messages(messages: list[dict[str, Any]] | None) -> list[dict[str, Any]]:

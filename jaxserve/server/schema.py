@@ -2,7 +2,7 @@
 
 `parse` turns a decoded JSON object into a struct and refuses, by name, what it does not know, what is
 not supported yet, and values of the wrong type. A null is the same as an absent field. Ranges that need
-no knowledge of the engine are checked here; lengths and token ids in `prompts`.
+no knowledge of the engine are checked here; lengths and token ids in `sampling`.
 """
 
 import difflib

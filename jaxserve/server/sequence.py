@@ -67,6 +67,7 @@ class Sequence:
         self.spec_steps = 0
         self.spec_drafted = 0
         self.spec_accepted = 0
+        self.first_token_s: float | None = None  # since its request had come
         self.e2e_latency_s = 0.0
         self.closed = False  # the engine's stream is closed and the times are taken
         self.pending = False  # an event is due that its reader has not taken yet

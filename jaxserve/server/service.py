@@ -24,6 +24,7 @@ from jaxserve.text.tokenizer import Tokenizer
 
 MOST_GRAMMARS = 2  # that are checked at a time; one takes up to half a second
 MAX_ABORTS = 4096  # whose ids are remembered, for requests that are on their way to the engine
+ANSWER_S = 5.0  # for the engine to answer a question: a step and a few others' questions may come first
 MOST_BEHIND = 16  # outputs by which a stream's reader may be late before its events are joined
 
 
@@ -143,9 +144,12 @@ class Service:
         return last_s > sequence.arrived_s
 
     async def call(self, method: str) -> Any:
-        """Raises EngineRefusal, EngineDeadError."""
-        with self.engine_errors():
-            return await self.client.call(method)
+        """Raises EngineRefusal, EngineDeadError, and RequestError 503 when no answer comes in time."""
+        try:
+            with self.engine_errors():
+                return await asyncio.wait_for(self.client.call(method), ANSWER_S)
+        except TimeoutError:
+            raise unavailable(f"the engine did not answer within {ANSWER_S:g} s") from None
 
     @contextlib.contextmanager
     def engine_errors(self) -> Iterator[None]:
@@ -187,6 +191,8 @@ class Service:
             before = len(sequence.token_ids)
             sequence.feed(output)
             count = len(sequence.token_ids)
+            if sequence.first_token_s is None and count > before:
+                sequence.first_token_s = now_s - sequence.arrived_s
             if metrics is not None:
                 since_s = now_s - sequence.arrived_s, now_s - last_s
                 metrics.output(sequence.dp_rank, output, before, count, *since_s)

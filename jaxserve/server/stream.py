@@ -24,6 +24,7 @@ BODY_TIMEOUT_S = 60.0
 STALLED_S = 120.0  # for so long a stream's reader may take nothing; it holds a place in the queue
 MAX_DEPTH_MESSAGE = "the body is nested too deeply"
 BODY_BYTES = "jaxserve.body_bytes"  # where `read_json_body` leaves the body's length in a request's scope
+GONE = 499  # the status of a request whose client left, as nginx has it
 DONE = b"data: [DONE]\n\n"
 SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -53,7 +54,7 @@ def endpoint(handler: Handler) -> Handler:
         try:
             return await handler(request)
         except ClientGone:
-            return Response(status_code=499)
+            return Response(status_code=GONE)
         except Exception as error:
             return error_response(as_request_error(error))
 

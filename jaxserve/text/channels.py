@@ -31,11 +31,19 @@ class Channels(Holder):
 
     Args:
         forced: reads what the final channel says, when that is calls that a grammar forces.
+        thoughts_stay: they are text, in their place among what else is said.
     """
 
-    def __init__(self, tools: Tools, at_once: bool = False, forced: ForcedCalls | None = None):
+    def __init__(
+        self,
+        tools: Tools,
+        at_once: bool = False,
+        forced: ForcedCalls | None = None,
+        thoughts_stay: bool = False,
+    ):
         super().__init__()
         self._tools, self._at_once, self._forced = tools, at_once, forced
+        self._thoughts_stay = thoughts_stay
         self._channel: str | None = None  # of the message whose text comes; None: between messages
         self._tool: str | None = None  # whom that message calls
 
@@ -58,7 +66,8 @@ class Channels(Holder):
                 texts.append(said)
                 calls += more
             else:
-                (thoughts if self._channel == THOUGHTS else texts).append(body)
+                is_thought = self._channel == THOUGHTS and not self._thoughts_stay
+                (thoughts if is_thought else texts).append(body)
             if not has_ended:
                 break
             self._channel = self._tool = None

@@ -323,6 +323,22 @@ def test_sigterm_after_the_grace_period_aborts_what_still_runs(launch):
     assert server.wait() == 0, server.output()
 
 
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_ends_at_once_even_with_a_frozen_engine(launch, second):
+    server = launch("--shutdown-grace-period-secs", "3600").until_ready()
+    engine = server.engine
+    with server.http.stream("POST", "/generate", json=body(PROMPT, 4000, stream=True)) as response:
+        lines = response.iter_lines()
+        next(lines)
+        engine.suspend()
+        server.process.terminate()
+        until(lambda: server.health() != 200)
+        server.process.send_signal(second)
+        assert server.wait() == 128 + second, server.output()
+    assert gone(engine)
+    assert "Traceback" not in server.output()
+
+
 def test_sigterm_while_loading_ends_at_once_with_status_0(launch):
     server = launch()
     server.until_logged("loading weights")

@@ -77,6 +77,7 @@ class FakeEngine:
         self.close_delay_s = 0.0
         self.hang = False  # no token ever comes
         self.hang_prefix = "\0"  # nor for rids that begin so
+        self.mute = False  # no question is answered
         self.busy = 0  # how often flush_cache is refused
         self.calls: list[str] = []
         self.has_experts = True
@@ -106,6 +107,8 @@ class FakeEngine:
         self.calls.append(method)
         if self.dead:
             raise EngineDeadError("fake engine is dead")
+        if self.mute:
+            await asyncio.Event().wait()
         if method == "flush_cache":
             if self.running or self.busy > 0:
                 self.busy -= 1

@@ -1,13 +1,23 @@
 """Information, loads, metrics, cache and text routes."""
 
+import logging
+import re
+
+import httpx
 import pytest
 from fake_engine import LOAD
+from live_server import serving
+from test_lifecycle import wait_for
 
 import jaxserve
 
 
 def test_root_says_what_runs(server):
     assert server.http.get("/").json() == {"name": "jaxserve", "version": jaxserve.__version__}
+
+
+def test_version_alone(server):
+    assert server.http.get("/version").json() == {"version": jaxserve.__version__}
 
 
 @pytest.mark.parametrize("path", ["/model_info", "/get_model_info"])
@@ -156,6 +166,54 @@ def test_experts_are_told_by_layer_and_device(server):
 def test_dense_model_has_no_metrics_of_experts(server):
     server.engine.has_experts = False
     assert "expert" not in server.http.get("/metrics").text
+
+
+# ---- the log ----
+
+
+def logged(server, caplog, count):
+    """The lines of so many requests, without their times: a line comes just after its answer."""
+    wait_for(lambda: len(caplog.messages) == count)
+    lines = [re.sub(r"\d+\.\d{3} s", "T s", message) for message in caplog.messages]
+    caplog.clear()
+    return lines
+
+
+def test_requests_for_tokens_are_logged_when_they_have_ended(tokenizer, caplog):
+    caplog.set_level(logging.INFO, "jaxserve.server.request_log")
+    with serving(tokenizer, log_requests=True, api_key="k") as server:
+        server.http.headers = {"authorization": "Bearer k", "x-request-id": "mine"}
+        server.say("hello world")
+        body = {"input_ids": [[5, 6, 7], [8]], "sampling_params": {"n": 2}}
+        assert server.generate(**body).status_code == 200
+        line = "mine /generate 200: 4 prompt tokens, 16 completion tokens, first after T s, ended after T s"
+        assert logged(server, caplog, 1) == [line]
+        server.http.post("/v1/completions", json={"prompt": [5], "stream": True})
+        [line] = logged(server, caplog, 1)
+        assert line.startswith(
+            "mine /v1/completions 200: 1 prompt tokens, 4 completion tokens, first after T s"
+        )
+        server.http.get("/health")
+        server.generate(text=5)
+        server.http.post("/generate", json={"text": "x"}, headers={"authorization": "Bearer other"})
+        line = "mine /generate {}: 0 prompt tokens, 0 completion tokens, first after - s, ended after T s"
+        assert logged(server, caplog, 2) == [line.format(400), line.format(401)]
+
+
+def test_request_whose_client_left_is_logged_too(tokenizer, caplog):
+    caplog.set_level(logging.INFO, "jaxserve.server.request_log")
+    with serving(tokenizer, log_requests=True) as server:
+        server.engine.hang = True
+        with pytest.raises(httpx.ReadTimeout):
+            server.http.post("/generate", json={"input_ids": [5]}, timeout=0.1, headers={"x-request-id": "a"})
+        line = "a /generate 499: 1 prompt tokens, 0 completion tokens, first after - s, ended after T s"
+        assert logged(server, caplog, 1) == [line]
+
+
+def test_requests_are_not_logged_unless_that_is_asked_for(server, caplog):
+    caplog.set_level(logging.INFO, "jaxserve.server.request_log")
+    server.generate(text="x")
+    assert not caplog.messages
 
 
 # ---- commands ----

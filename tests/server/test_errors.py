@@ -252,6 +252,13 @@ OPENAI_CASES = [
         400,
     ),
     (
+        "/v1/completions",
+        {"prompt": "x", "stream": True, "stream_options": {"continuous_usage_stats": "yes"}},
+        "stream_options.continuous_usage_stats",
+        "must be of type bool, got 'yes'",
+        400,
+    ),
+    (
         "/v1/chat/completions",
         {**CHAT, "max_tokens": 1, "max_completion_tokens": 2},
         "max_tokens",

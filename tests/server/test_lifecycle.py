@@ -9,12 +9,13 @@ import time
 import httpx
 import pytest
 from fake_engine import INFO, FakeEngine
-from live_server import Running, make_app
+from live_server import Running, make_app, serving
 
-from jaxserve.messages import Finish
+from jaxserve import transport
+from jaxserve.messages import Finish, Reply
 from jaxserve.server import app as app_module
-from jaxserve.server import openai, stream
-from jaxserve.server.app import _listen
+from jaxserve.server import openai, service, stream
+from jaxserve.server.address import listen
 
 SLOW = {"text": "x", "sampling_params": {"max_new_tokens": 400, "ignore_eos": True, "stop_token_ids": [319]}}
 
@@ -261,11 +262,13 @@ def test_health_follows_readiness_and_draining(server):
     for name, value in (("ready", False), ("draining", True)):
         before = getattr(server.app.state, name)
         setattr(server.app.state, name, value)
-        for path in ("/health", "/health_generate"):
+        for path in ("/health", "/health_generate", "/ping"):
             assert server.http.get(path).status_code == 503
         assert server.generate(text="x").status_code == 503
         setattr(server.app.state, name, before)
     assert server.http.get("/health").status_code == 200
+    ping = server.http.get("/ping")
+    assert (ping.status_code, ping.content) == (200, b"")
 
 
 def test_health_generate_makes_one_token(server):
@@ -302,6 +305,33 @@ def test_dead_engine_is_503_everywhere(server):
     for path in ("/health", "/health_generate", "/v1/loads", "/server_info", "/flush_cache"):
         assert server.http.get(path).status_code == 503, path
     assert server.http.get("/metrics").status_code == 200
+
+
+def test_questions_to_an_engine_that_does_not_answer_are_503_in_time(server, monkeypatch):
+    monkeypatch.setattr(service, "ANSWER_S", 0.05)
+    server.engine.mute = True
+    for path in ("/v1/loads", "/get_load", "/server_info", "/flush_cache"):
+        response = server.http.get(path)
+        assert response.status_code == 503, path
+        assert response.json()["error"]["message"] == "the engine did not answer within 0.05 s"
+        assert response.headers["retry-after"] == "1"
+    metrics = server.http.get("/metrics")
+    assert metrics.status_code == 200
+    assert "sglang:num_requests_total{" in metrics.text and "num_running_reqs{" not in metrics.text
+
+
+def test_engine_owes_the_answer_to_a_question_that_nobody_waits_for_any_more():
+    """By that the watchdog finds an engine frozen."""
+
+    async def owes() -> list[bool]:
+        connection, sent = transport.Connection(lambda message: sent.append(message)), []
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(connection.call("loads"), 0.01)
+        before = connection.waits
+        connection.deliver(Reply(sent[0].call_id, True))
+        return [before, connection.waits]
+
+    assert asyncio.run(owes()) == [True, False]
 
 
 def test_stop_lets_running_requests_finish(tokenizer):
@@ -342,6 +372,54 @@ def test_stop_aborts_what_outlasts_the_grace_period(tokenizer):
     assert answers[0].json()["meta_info"]["finish_reason"]["type"] == "abort"
     running.thread.join(5)
     assert not running.thread.is_alive()
+
+
+def test_stop_does_not_wait_for_questions_that_the_engine_does_not_answer(tokenizer, monkeypatch):
+    monkeypatch.setattr(app_module, "END_S", 0.05)
+    monkeypatch.setattr(service, "ANSWER_S", 60.0)
+    engine = FakeEngine(lambda request: [])
+    engine.mute = True
+    running = Running(make_app(engine, tokenizer), grace_s=60)
+    answers = []
+    thread = threading.Thread(
+        target=lambda: answers.append(httpx.get(f"http://127.0.0.1:{running.port}/server_info", timeout=60))
+    )
+    thread.start()
+    wait_for(lambda: engine.calls)
+    running.stop()
+    running.thread.join(10)
+    assert not running.thread.is_alive()
+    thread.join(10)
+    assert answers[0].status_code == 503
+    assert answers[0].json()["error"]["message"] == "the server is shutting down"
+
+
+@pytest.mark.parametrize("hangs, grace_s", [(True, 0.1), (False, 60.0)])
+def test_serve_returns_what_is_left_of_the_grace(tokenizer, hangs, grace_s):
+    """For the engine to drain in: both together have it once."""
+    engine = FakeEngine(lambda request: [])
+    engine.hang = True
+    app = make_app(engine, tokenizer)
+
+    async def serve_until_stopped() -> float:
+        stop, asked = asyncio.Event(), []
+
+        def started(port: int) -> None:
+            if hangs:
+                asked.append(asyncio.create_task(ask(port)))
+            else:
+                stop.set()
+
+        async def ask(port: int) -> None:
+            async with httpx.AsyncClient(timeout=60) as http:
+                await http.post(f"http://127.0.0.1:{port}/generate", json={"text": "x"})
+
+        generate = engine.generate
+        engine.generate = lambda *given: stop.set() or generate(*given)  # type: ignore[method-assign]
+        return await app_module.serve(app, "127.0.0.1", 0, stop=stop, grace_s=grace_s, started=started)
+
+    left_s = asyncio.run(serve_until_stopped())
+    assert left_s == 0.0 if hangs else 0.0 < left_s <= grace_s
 
 
 def begin(running, body=b'{"text": "x"}'):
@@ -401,7 +479,7 @@ def test_stop_does_not_wait_for_idle_connections_and_readers_of_cache_events(tok
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_connections_send_a_small_part_of_an_answer_at_once(host):
     """And do not wait until the client has acknowledged the part before, up to 40 ms later."""
-    with _listen(host, 0) as listener, socket.create_connection(listener.getsockname()[:2]):
+    with listen(host, 0) as listener, socket.create_connection(listener.getsockname()[:2]):
         connection, _ = listener.accept()
         with connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
@@ -410,15 +488,38 @@ def test_connections_send_a_small_part_of_an_answer_at_once(host):
 def test_api_key_guards_all_but_health_and_metrics(tokenizer):
     running = Running(make_app(FakeEngine(lambda request: [5], INFO), tokenizer, api_key="secret"))
     with httpx.Client(base_url=f"http://127.0.0.1:{running.port}") as http:
-        for path in ("/health", "/metrics"):
+        for path in ("/health", "/metrics", "/ping"):
             assert http.get(path).status_code == 200
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}):
+        for given in (None, "Bearer wrong", "secret", "Basic secret", "Bearer", "Bearersecret"):
+            headers = {"authorization": given} if given else {}
             refused = http.post("/generate", json={"text": "x"}, headers=headers)
             assert refused.status_code == 401
             assert refused.json()["error"]["code"] == "invalid_api_key"
-        key = {"authorization": "Bearer secret"}
-        assert http.post("/generate", json={"text": "x"}, headers=key).status_code == 200
+        for scheme in ("bearer", "BEARER ", "Bearer"):  # its case means nothing (RFC 9110, 11.1)
+            key = {"authorization": f"{scheme} secret"}
+            assert http.post("/generate", json={"text": "x"}, headers=key).status_code == 200
         info = http.get("/server_info", headers=key)
         assert info.json()["api_key"] == "***"
     running.stop()
     running.thread.join(5)
+
+
+def test_cors_lets_the_allowed_origin_ask_and_no_other(tokenizer):
+    app, other = {"origin": "https://app.example"}, {"origin": "https://other.example"}
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    with serving(tokenizer, cors_allowed_origins=("https://app.example",), api_key="k") as server:
+        before = server.http.options("/v1/chat/completions", headers={**app, **asks})  # browsers send no key
+        assert before.status_code == 200
+        assert before.headers["access-control-allow-origin"] == "https://app.example"
+        assert before.headers["access-control-allow-headers"] == "authorization"
+        for key, status in (("k", 200), ("wrong", 401)):  # browsers hide an error, too, without the header
+            headers = {**app, "authorization": f"Bearer {key}"}
+            response = server.http.post("/generate", json={"text": "x"}, headers=headers)
+            assert response.status_code == status
+            assert response.headers["access-control-allow-origin"] == "https://app.example"
+        assert server.http.options("/generate", headers={**other, **asks}).status_code == 400
+        assert "access-control-allow-origin" not in server.http.get("/health", headers=other).headers
+
+
+def test_without_allowed_origins_there_is_no_cors(server):
+    assert "access-control-allow-origin" not in server.http.get("/health", headers={"origin": "x"}).headers

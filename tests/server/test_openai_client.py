@@ -255,6 +255,19 @@ def test_completion_stream_joins_to_the_text(client):
     assert chunks[-1].usage.total_tokens == 5
 
 
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("route", [chat, complete])
+def test_stream_tells_the_usage_so_far_in_every_chunk_of_its_choice(client, route, at_end):
+    options = {"continuous_usage_stats": True, "include_usage": at_end}
+    chunks = list(route(client, stream=True, n=2, stream_options=options))
+    assert [chunk.usage.completion_tokens for chunk in chunks if not chunk.choices] == [8] * at_end
+    for index in range(2):
+        usages = [c.usage for c in chunks if c.choices and c.choices[0].index == index]
+        counts = [usage.completion_tokens for usage in usages]
+        assert counts == sorted(counts) and counts[-1] == 4 and len(set(counts)) > 2
+        assert all(u.total_tokens == u.prompt_tokens + u.completion_tokens for u in usages)
+
+
 def test_best_of_equal_to_n_is_taken(client):
     assert len(complete(client, n=2, best_of=2).choices) == 2
 

@@ -9,6 +9,7 @@ from live_server import Server, serving
 from test_resumed_streams import check_cut_anywhere
 
 from jaxserve.config import ReasoningParser
+from jaxserve.server import openai as openai_routes
 from jaxserve.server.chat_parts import CHANNELS
 from jaxserve.text.reasoning import STYLES
 
@@ -95,14 +96,23 @@ CASES = {
     "stopped in the answer": {"stop": ["漢"]},
     "cut in the tag": {"max_tokens": 34},
     "not taken apart": {"separate_reasoning": False},
+    "with token ids": {"return_token_ids": True},
+    "with token ids, in one piece": {"return_token_ids": True, "stream_reasoning": False},
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_stream_cut_anywhere_and_resumed_is_the_unbroken_stream(thinker, case):
+@pytest.mark.parametrize("quiet_s", [15.0, -1.0])
+def test_stream_cut_anywhere_and_resumed_is_the_unbroken_stream(thinker, monkeypatch, case, quiet_s):
+    monkeypatch.setattr(openai_routes, "QUIET_S", quiet_s)
     thinker.say(TEXT)
     body = {"messages": HELLO, "stream": True, "temperature": 0, "max_tokens": 200, "rid": "r", **case}
-    assert len(check_cut_anywhere(thinker, "/v1/chat/completions", body)) > 5
+    whole = check_cut_anywhere(thinker, "/v1/chat/completions", body)
+    assert len(whole) > 5
+    if "return_token_ids" in case:
+        told = [i for ids, _ in whole for i in ids or ()]
+        choices = [choice for _, data in whole if data != "[DONE]" for choice in data["choices"]]
+        assert [i for choice in choices for i in choice.get("token_ids", ())] == told
 
 
 def test_completions_take_the_parameters_and_leave_the_text(thinker):

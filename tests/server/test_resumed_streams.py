@@ -31,6 +31,7 @@ CASES = {
     "every third token": {"stream_interval": 3},
     "to the end of a grammar": {"regex": "(?s:.*)"},
     "with token ids": {"return_token_ids": True, "stop": ["stopping"]},
+    "with the usage so far": {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
 }
 
 
@@ -42,6 +43,7 @@ def body_of(path, case):
         usage = {"stream_options": {"include_usage": True}}
         return {**what, **usage, "stream": True, "temperature": 0, "max_tokens": 90, **case}
     names = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
+    case = {k: v for k, v in case.items() if k != "stream_options"}
     sampling = {"temperature": 0, "max_new_tokens": 90}
     sampling |= {names.get(k, k): v for k, v in case.items() if k != "return_token_ids"}
     return {"text": "hi", "stream": True, "sampling_params": sampling}

@@ -146,6 +146,18 @@ def test_channels_are_thoughts_text_and_calls(tokenizer):
         assert deltas[-1].finish_reason == "tool_calls"
 
 
+@pytest.mark.parametrize("tokens_a_step", [1, 7, 1000])
+@pytest.mark.parametrize("reasoning_parser", [None, "gpt-oss"])
+def test_channels_that_stay_in_the_text_keep_their_order(tokenizer, reasoning_parser, tokens_a_step):
+    said = "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant" + SAID
+    with serving(tokenizer, reasoning_parser=reasoning_parser, tool_call_parser="gpt-oss") as server:
+        server.engine.tokens_a_step = tokens_a_step
+        how = {"extra_body": {"separate_reasoning": False}}
+        assert chat(server, said, **how).choices[0].message.content == "I look.the worldhello"
+        deltas = [chunk.choices[0].delta for chunk in chat(server, said, stream=True, **how)]
+        assert "".join(delta.content or "" for delta in deltas) == "I look.the worldhello"
+
+
 def test_ids_have_the_form_that_the_family_wants_and_are_given_once(tokenizer):
     with serving(tokenizer, tool_call_parser="mistral") as server:
         (call,) = chat(server, "[TOOL_CALLS]weather[ARGS]{}").choices[0].message.tool_calls

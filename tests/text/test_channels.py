@@ -54,20 +54,30 @@ def test_channels_are_told_apart(name):
                 assert [thoughts for thoughts, _, _ in parts if thoughts] == [expected[0]]
 
 
+def test_thoughts_that_stay_are_text_in_their_place():
+    looks = "<|channel|>commentary<|message|>I look.<|end|>"
+    channels = Channels(TOOLS, thoughts_stay=True)
+    assert summed([channels.feed(looks + ANALYSIS + FINAL, is_last=True)]) == (
+        "", "I look.They greet.Hello!", [],
+    )  # fmt: skip
+
+
 FRAGMENTS = (
     ANALYSIS, FINAL, CALL, "<|end|>", "<|start|>", "<|channel|>", "<|message|>", "<|", "<", "end|>", "x", " ",
     "analysis", "<|call|>", "{}",
 )  # fmt: skip
 
 
-@given(st.lists(st.sampled_from(FRAGMENTS), max_size=8), st.booleans(), st.data())
-def test_pieces_of_a_text_give_what_the_text_gives(fragments, at_once, data):
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=8), st.booleans(), st.booleans(), st.data())
+def test_pieces_of_a_text_give_what_the_text_gives(fragments, at_once, thoughts_stay, data):
     """After each piece too, however the text before it was cut: a stream that another worker goes on with."""
     text = "".join(fragments)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
-    channels, parts = Channels(TOOLS, at_once), []
+    how = {"at_once": at_once, "thoughts_stay": thoughts_stay}
+    channels, parts = Channels(TOOLS, **how), []
     for begin, end in zip([0, *cuts], [*cuts, len(text)]):
         parts.append(channels.feed(text[begin:end]))
-        assert summed(parts) == summed([Channels(TOOLS, at_once).feed(text[:end])])
+        assert summed(parts) == summed([Channels(TOOLS, **how).feed(text[:end])])
     parts.append(channels.feed("", is_last=True))
-    assert summed(parts) == summed([Channels(TOOLS).feed(text, is_last=True)])
+    whole = Channels(TOOLS, thoughts_stay=thoughts_stay)
+    assert summed(parts) == summed([whole.feed(text, is_last=True)])
