@@ -270,7 +270,12 @@ def expert_rows(
     card: Card, sizes: ExpertSizes | None = None, tokens: tuple[int, ...] = (8, 32, 256, 2048)
 ) -> list[Row]:
     schemes: tuple[ExpertScheme, ...] = ("bf16", "fp8", "fp8 blocks", "int8")
-    kinds: list[tuple[ExpertScheme, ExpertSizes]] = [(scheme, sizes or ExpertSizes()) for scheme in schemes]
+    kinds: list[tuple[ExpertSizes, tuple[ExpertScheme, ...]]] = [(sizes or ExpertSizes(), schemes)]
     if sizes is None:
-        kinds += [("bf16", GPT_OSS_20B), ("mxfp4", GPT_OSS_20B)]
-    return [bench_experts(card, scheme, count, of, iterations=20) for count in tokens for scheme, of in kinds]
+        kinds.append((GPT_OSS_20B, ("bf16", "mxfp4")))
+    return [
+        bench_experts(card, scheme, count, of, iterations=20)
+        for count in tokens
+        for of, those in kinds
+        for scheme in those
+    ]

@@ -33,7 +33,7 @@ from jaxserve.server.worker_headers import worker_headers
 from jaxserve.text.chat_template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 
-OPEN_PATHS = ("/health", "/metrics", "/ping")  # and what begins with them: no key asked
+OPEN_PATHS = frozenset({"/health", "/health_generate", "/metrics", "/ping"})  # no key asked
 GENERATING = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
 ENDLESS = "/kv_events"  # its readers do not keep a server up that is told to stop
 END_S = 1  # for what was aborted to be answered, and then for what was cut off
@@ -184,7 +184,7 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> RequestError | None:
         path = scope["path"]
-        if self.expected is not None and not path.startswith(OPEN_PATHS):
+        if self.expected is not None and path not in OPEN_PATHS:
             given = [v.partition(b" ") for k, v in scope["headers"] if k == b"authorization"]
             keys = [key.lstrip() for scheme, _, key in given if scheme.lower() == b"bearer"]
             if len(given) != 1 or not keys or not hmac.compare_digest(keys[0], self.expected):

@@ -490,6 +490,7 @@ def test_api_key_guards_all_but_health_and_metrics(tokenizer):
     with httpx.Client(base_url=f"http://127.0.0.1:{running.port}") as http:
         for path in ("/health", "/metrics", "/ping"):
             assert http.get(path).status_code == 200
+        assert http.get("/healthy").status_code == http.get("/metrics/x").status_code == 401
         for given in (None, "Bearer wrong", "secret", "Basic secret", "Bearer", "Bearersecret"):
             headers = {"authorization": given} if given else {}
             refused = http.post("/generate", json={"text": "x"}, headers=headers)

@@ -150,6 +150,7 @@ def _call(x, matrices, scales, biases, *, rows, num_choices, finish, gather, til
         finish=finish,
         gather=gather,
         tile=tile,
+        widen=mxfp4.halves if interpret else mxfp4.halves_by_words,
     )
     return pl.pallas_call(
         kernel,
@@ -173,6 +174,7 @@ def _kernel(
     finish,
     gather,
     tile,
+    widen,
 ):
     """One block of rows, some output columns, of each matrix.
 
@@ -200,7 +202,7 @@ def _kernel(
         for total, matrix_ref, scale_ref in zip(sums, matrix_refs, scale_refs):
             packed = _load(matrix_ref, (expert,), column, byte, is_column, is_byte)
             exponent = _load(scale_ref, (expert,), column, group, is_column, is_group)
-            for x, half in zip(x_halves, mxfp4.halves(packed, exponent)):
+            for x, half in zip(x_halves, widen(packed, exponent)):
                 total += _dot(x, half.astype(x.dtype).T)
             out.append(total)
         return tuple(out)
