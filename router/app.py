@@ -15,13 +15,14 @@ from starlette.responses import Response
 
 from router.breaker import Breaker
 from router.call import ROUTES
+from router.certificates import workers_tls
 from router.config import RouterConfig
 from router.control import Control
 from router.discovery import FileSource, KubernetesSource, Reconciler
 from router.errors import RequestError, send_error
 from router.exact import Exact
 from router.health import Monitor
-from router.jobs import Jobs, learn
+from router.jobs import Jobs
 from router.limits import Keys
 from router.metrics import Metrics, Snapshot
 from router.policies import make_policy
@@ -58,8 +59,9 @@ class Gateway:
         self.policy = make_policy(config.effective_policy, config, rng)
         self.registry.on_removed.append(self.policy.forget)
         self.keys = Keys(config.api_key, config.api_keys, config.control_plane_api_keys)
-        self.monitor = Monitor(config, self.registry, self.policy, self.metrics, relearn=learn)
+        self.monitor = Monitor(config, self.registry, self.policy, self.metrics)
         self.jobs = Jobs(config, self.registry, self.monitor, self.metrics)
+        self.monitor.relearn = self.jobs.relearn
         self.exact: Exact | None = None
         if config.effective_policy == "cache_aware" and not owner:
             self.exact = self.jobs.exact = Exact(self.registry, self.metrics, config.tokenizer_path)
@@ -149,6 +151,7 @@ class Gateway:
             tracer=self.tracer,
             suspect=self.monitor.suspect,
         )
+        self.proxy.on_replaced = self.jobs.replaced
         if self.on_started is not None:
             self.on_started()
         if self.config.effective_policy != self.config.policy:
@@ -157,7 +160,7 @@ class Gateway:
                 self.config.effective_policy,
             )
         for url in self.config.worker_urls:
-            self.jobs.add(WorkerSpec(url=url, api_key=self.config.worker_api_key), source="flags")
+            self.jobs.add(WorkerSpec(url=url), source="flags")
         background = [asyncio.create_task(self._sweep())]
         if self.tracer is not None:
             background.append(asyncio.create_task(self.tracer.run()))
@@ -220,11 +223,7 @@ class Gateway:
         """Made once: reading the system's certificates takes 10 ms."""
         if self._tls is None:
             c = self.config
-            self._tls = ssl.create_default_context()
-            for path in c.ca_cert_paths:
-                self._tls.load_verify_locations(path)
-            if c.client_cert_path:
-                self._tls.load_cert_chain(c.client_cert_path, c.client_key_path)
+            self._tls = workers_tls(c.ca_cert_paths, c.client_cert_path, c.client_key_path)
         return self._tls
 
     def _watch_state(self) -> None:

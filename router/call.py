@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from router.workers import Worker
 
 EMPTY = msgspec.Raw(b"")
+ANY_MODEL = ("", "default")  # names by which clients ask for whatever is served
 BAD_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what decoding raises
 _raw = msgspec.Raw
 
@@ -48,20 +49,24 @@ _decode = msgspec.json.Decoder(Fields).decode
 
 @dataclass(frozen=True)
 class Route:
-    """A data route: its path, the prefix of request ids made for it, and how its errors look."""
+    """A data route: its path, the prefix of request ids made for it, and how its errors look.
+
+    `ranked`: workers know `routed_dp_rank` in its body.
+    """
 
     path: str
     id_prefix: bytes
     multipart: bool = False
     streams: bool = False
+    ranked: bool = False
 
 
 ROUTES = {
     route.path: route
     for route in (
-        Route("/generate", b"gnt-", streams=True),
-        Route("/v1/chat/completions", b"chatcmpl-", streams=True),
-        Route("/v1/completions", b"cmpl-", streams=True),
+        Route("/generate", b"gnt-", streams=True, ranked=True),
+        Route("/v1/chat/completions", b"chatcmpl-", streams=True, ranked=True),
+        Route("/v1/completions", b"cmpl-", streams=True, ranked=True),
         Route("/v1/messages", b"msg_", streams=True),
         Route("/v1/messages/count_tokens", b"msg_"),
         Route("/v1/responses", b"resp-", streams=True),
@@ -87,7 +92,7 @@ class Call(msgspec.Struct):
     route: Route
     body: bytes | bytearray
     fields: Fields | None = None
-    model: str | None = None
+    model: str | None = None  # None: whatever is served
     stream: bool = False
     prompt: bytes = b""
     prompt_tokens: int = 0  # estimate
@@ -124,7 +129,7 @@ class Call(msgspec.Struct):
         except BAD_JSON as error:
             raise _not_json(error) from error
         self.fields = fields
-        self.model = fields.model
+        self.model = None if fields.model in ANY_MODEL else fields.model
         self.stream = fields.stream is True
         if prompt:
             f = fields

@@ -253,6 +253,10 @@ class Cluster:
             worker = workers.get(worker_id)
             if worker is not None and worker.suspected is not None:
                 worker.suspected.set()
+        for worker_id, instance in loads.replaced.items():
+            worker = workers.get(worker_id)
+            if worker is not None and (instance is None or worker.instance_id != instance):
+                self.gateway.jobs.replaced(worker)
         member.seen = loads.seen
         member.prompt_tokens, member.cached_tokens = loads.prompt_tokens, loads.cached_tokens
         self._wake()

@@ -8,6 +8,7 @@ the same flags are read as `--router-policy` and so on, which is what the co-lau
 import argparse
 import dataclasses
 import re
+import ssl
 import types
 import typing
 from collections.abc import Sequence
@@ -16,19 +17,8 @@ from typing import Any, Literal
 
 import yaml
 
+from router.certificates import load_chain, workers_tls
 from router.upstream import KEY_PATTERN, Address
-
-POLICIES = (
-    "cache_aware",
-    "cache_aware_threshold",
-    "round_robin",
-    "random",
-    "power_of_two",
-    "least_load",
-    "prefix_hash",
-    "consistent_hashing",
-    "manual",
-)
 
 PolicyName = Literal[
     "cache_aware",
@@ -41,7 +31,7 @@ PolicyName = Literal[
     "consistent_hashing",
     "manual",
 ]
-
+POLICIES: tuple[str, ...] = typing.get_args(PolicyName)
 
 _PROXY = "put a proxy that checks tokens in front, and see --control-plane-api-keys for roles"
 _PD = "prefill and decode are not split over workers; give each worker its own --worker-urls entry"
@@ -167,7 +157,7 @@ class RouterConfig:
 
     # Who may ask, and how much
     api_key: str | None = key(None, "bearer token of clients and operators; default: open")
-    worker_api_key: str | None = key(None, "bearer token the gateway sends to --worker-urls")
+    worker_api_key: str | None = key(None, "bearer token sent to workers that have none of their own")
     api_keys: tuple[str, ...] = key((), "more client keys, each name:token")
     control_plane_api_keys: tuple[str, ...] = key(
         (), "operators' keys, each id:name:role:key, role admin or user; then only admins change workers"
@@ -212,7 +202,7 @@ class RouterConfig:
         return parser
 
     def check(self) -> None:
-        """Everything that can be judged from the configuration alone. Raises ConfigError."""
+        """Everything that can be judged from the configuration and its files alone. Raises ConfigError."""
         for f in dataclasses.fields(self):
             value, least = getattr(self, f.name), f.metadata["least"]
             if least is not None and value is not None and value < least:
@@ -225,6 +215,14 @@ class RouterConfig:
         for one, other in (("tls_cert_path", "tls_key_path"), ("client_cert_path", "client_key_path")):
             if bool(getattr(self, one)) != bool(getattr(self, other)):
                 raise ConfigError(f"{one} and {other} must be given together")
+        try:
+            if self.ca_cert_paths or self.client_cert_path:
+                workers_tls(self.ca_cert_paths, self.client_cert_path, self.client_key_path)
+            if self.tls_cert_path and self.tls_key_path:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                load_chain(context, "tls", self.tls_cert_path, self.tls_key_path)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         if 0 <= self.max_concurrent_requests < self.workers_processes:
             raise ConfigError(
                 f"max_concurrent_requests={self.max_concurrent_requests} is too small for "

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -43,16 +43,16 @@ class Control:
             Route("/v1/models/{model:path}", self.model, methods=["GET"]),
             Route("/model_info", self.one_of("GET", "/model_info", "/get_model_info"), methods=["GET"]),
             Route("/get_model_info", self.one_of("GET", "/model_info", "/get_model_info"), methods=["GET"]),
-            Route("/server_info", self.one_of("GET", "/server_info", "/get_server_info"), methods=["GET"]),
-            Route(
-                "/get_server_info", self.one_of("GET", "/server_info", "/get_server_info"), methods=["GET"]
-            ),
             Route("/metrics", self.metrics_text, methods=["GET"]),
         ]
 
     def guarded_routes(self) -> list[Route]:
         """Need an API key when keys are configured."""
+        server_info = self.one_of("GET", "/server_info", "/get_server_info")
         return [
+            Route("/server_info", server_info, methods=["GET"]),  # asked for with the worker's key
+            Route("/get_server_info", server_info, methods=["GET"]),
+            Route("/get_load", self.older_loads, methods=["GET"]),
             Route("/get_loads", self.loads, methods=["GET"]),
             Route("/loads", self.loads, methods=["GET"]),
             Route("/v1/loads", self.loads, methods=["GET"]),
@@ -145,9 +145,19 @@ class Control:
             }
         )
 
+    async def older_loads(self, request: Request) -> Response:
+        """`/get_load` of every worker in one list, each entry with the `worker` that it is of."""
+        entries = []
+        for worker, answer in await self._ask_all("GET", "/get_load"):
+            ranks = _decoded(answer)
+            for rank in ranks if isinstance(ranks, list) else []:
+                if isinstance(rank, dict):
+                    entries.append({"worker": worker.spec.url, **rank})
+        return _json(entries)
+
     async def flush_cache(self, request: Request) -> Response:
-        """200 when every worker flushed, 206 when some did, 503 when none could."""
-        answers = await self._ask_all("POST", "/flush_cache", timeout_s=FLUSH_TIMEOUT_S)
+        """200 when every worker flushed, 206 when some did, 503 when none could or there is none."""
+        answers = _some(await self._ask_all("POST", "/flush_cache", timeout_s=FLUSH_TIMEOUT_S))
         flushed, failed = [], []
         for worker, answer in answers:
             if isinstance(answer, tuple) and answer[0] == 200:
@@ -157,8 +167,7 @@ class Control:
                         self.on_flushed(rank)
                 flushed.append(worker.url)
             else:
-                text = str(answer) if isinstance(answer, UpstreamError) else f"answered {answer[0]}"
-                failed.append({"worker": worker.url, "error": text})
+                failed.append({"worker": worker.url, "error": _text(answer)})
         status = "success" if not failed else "partial_success" if flushed else "failure"
         message = f"flushed the cache of {len(flushed)} of {len(answers)} workers"
         body = {
@@ -186,37 +195,34 @@ class Control:
         """A handler that passes on the first worker's answer to the first of `targets` it knows."""
 
         async def handler(request: Request) -> Response:
-            workers = self.registry.usable(None)
-            if not workers:
-                raise RequestError(
-                    503, "no_available_workers", "no worker can take the request now", retry_after_s=1
-                )
-            worker = workers[0]
+            worker = _some(self.registry.usable(None))[0]
             answer: Any = None
             for target in targets:
                 answer = await _asked(worker, method, target, b"", 10.0)
                 if isinstance(answer, tuple) and answer[0] != 404:
-                    return Response(answer[1], answer[0], {"content-type": "application/json"})
-            text = str(answer) if isinstance(answer, UpstreamError) else f"answered {answer[0]}"
-            raise RequestError(502, "upstream_error", f"worker {worker.url}: {text}")
+                    return _passed_on(answer)
+            raise RequestError(502, "upstream_error", f"worker {worker.url}: {_text(answer)}")
 
         return handler
 
     def everyone(self, target: str):
         """A handler that passes the request to every worker: 200 when one of them accepted it, else the
-        answer of one that found it wrong."""
+        answer of one that found it wrong, else 502; 503 when there is none."""
 
         async def handler(request: Request) -> Response:
             body = await control_body(request.receive)
-            answers = await self._ask_all("POST", target, body=body)
-            results = [
-                {"worker": w.url, "status": a[0] if isinstance(a, tuple) else str(a)} for w, a in answers
-            ]
-            accepted = any(r["status"] == 200 for r in results)
-            refusals = [a for _, a in answers if isinstance(a, tuple) and a[0] == 400]
-            if refusals and not accepted:
-                return Response(refusals[0][1], 400, {"content-type": "application/json"})
-            return _json({"results": results}, 200 if accepted else 502)
+            answers = _some(await self._ask_all("POST", target, body=body))
+            told = [a for _, a in answers if isinstance(a, tuple)]
+            if any(status == 200 for status, _ in told):
+                results = [
+                    {"worker": w.url, "status": a[0] if isinstance(a, tuple) else str(a)} for w, a in answers
+                ]
+                return _json({"results": results})
+            for answer in told:
+                if answer[0] == 400:
+                    return _passed_on(answer)
+            text = "; ".join(f"worker {w.url}: {_text(a)}" for w, a in answers)
+            raise RequestError(502, "upstream_error", text)
 
         return handler
 
@@ -250,6 +256,24 @@ async def _asked(
         )
     except UpstreamError as error:
         return error
+
+
+def _some[T: Sequence[Any]](found: T) -> T:
+    """Workers, or their answers. Raises RequestError(503) when there are none."""
+    if not found:
+        raise RequestError(503, "no_available_workers", "no worker can take the request now", retry_after_s=1)
+    return found
+
+
+def _text(answer: tuple[int, bytes] | UpstreamError) -> str:
+    """What went wrong with an answer that is not passed on."""
+    return str(answer) if isinstance(answer, UpstreamError) else f"answered {answer[0]}"
+
+
+def _passed_on(answer: tuple[int, bytes]) -> Response:
+    status, body = answer
+    is_json = json_of(body) is not None
+    return Response(body, status, media_type="application/json" if is_json else "text/plain")
 
 
 def _decoded(answer: tuple[int, bytes] | UpstreamError) -> Any:

@@ -43,17 +43,20 @@ class Exact:
         return any(s.image.live for s in self.subscriptions.values())
 
     async def follow(self, workers: Iterable[Worker]) -> None:
-        """Start following the process behind `workers` (its ranks), if it publishes events."""
+        """Follow the process behind `workers` (its ranks) if it publishes events; else do so no longer."""
         ranks = list(workers)
-        worker = ranks[0]
+        worker, url = ranks[0], ranks[0].spec.url
         offered = worker.info.get("protocol")
-        if not isinstance(offered, list) or FEATURE not in offered or not await self._load(worker):
+        publishes = isinstance(offered, list) and FEATURE in offered
+        if not publishes or self.models != frozenset(worker.models):
+            self._unfollow(url, ranks)
+        if not publishes or not await self._load(worker):
             return
-        subscription = self.subscriptions.get(worker.spec.url)
+        subscription = self.subscriptions.get(url)
         if subscription is None:
-            subscription = Subscription(worker, KvImage(), self._failed)
-            self.subscriptions[worker.spec.url] = subscription
+            subscription = self.subscriptions[url] = Subscription(worker, KvImage(), self._failed)
             subscription.start()
+        subscription.worker = worker
         for rank in ranks:
             rank.kv = subscription.image
 
@@ -93,7 +96,7 @@ class Exact:
         return model.partition(":")[2]
 
     async def _load(self, worker: Worker) -> bool:
-        if self.tokens is not None:
+        if self.tokens is not None and (self.subscriptions or self.models == frozenset(worker.models)):
             return self.models == frozenset(worker.models)
         path = self.tokenizer_path
         if path is None:
@@ -114,9 +117,13 @@ class Exact:
         self.failures.of(worker.url, reason).add()
 
     def _removed(self, worker: Worker) -> None:
-        if self.registry.of_process(worker.spec.url):
-            return
-        subscription = self.subscriptions.pop(worker.spec.url, None)
+        if not self.registry.of_process(worker.spec.url):
+            self._unfollow(worker.spec.url, ())
+
+    def _unfollow(self, url: str, ranks: Iterable[Worker]) -> None:
+        for rank in ranks:
+            rank.kv = None
+        subscription = self.subscriptions.pop(url, None)
         if subscription is not None:
             subscription.image.live = False
             if subscription.task is not None:

@@ -149,9 +149,10 @@ class Exchange:
             answer.load.at_s = self.proxy.loop.time()
             worker.report(answer.load)
         if answer.instance is not None and answer.instance != worker.instance_id:
-            if worker.instance_id is not None:
+            before, worker.instance_id = worker.instance_id, answer.instance
+            if before is not None:
                 self.proxy.policy.cleared(worker)
-            worker.instance_id = answer.instance
+                self.proxy.on_replaced(worker)
         answer.headers.append((b"x-request-id", self.call.request_id))
         answer.headers.append((b"x-smg-routed-worker-id", worker.url.encode()))
 

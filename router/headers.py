@@ -261,9 +261,10 @@ def tiers_in(body: bytes) -> dict[str, int]:
 
 
 def with_dp_rank(call: Call, worker: Worker, body: bytes | bytearray) -> bytes | bytearray:
-    """`body` with `routed_dp_rank` spliced in as its first key, unless the client chose a rank."""
+    """`body` with `routed_dp_rank` spliced in as its first key, unless the client chose a rank or the route
+    knows none."""
     fields = call.fields
-    if worker.dp_rank is None or fields is None:
+    if worker.dp_rank is None or fields is None or not call.route.ranked:
         return body
     if fields.routed_dp_rank is not None or fields.data_parallel_rank is not None:
         return body

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from router.breaker import PROBE
+from router.call import ROUTES
 from router.config import RouterConfig
 from router.metrics import Metrics
 from router.policies import Policy
@@ -38,13 +39,12 @@ class Monitor:
         registry: Registry,
         policy: Policy,
         metrics: Metrics,
-        relearn: Callable[[Worker], Awaitable[None]] | None = None,
     ) -> None:
         self.config = config
         self.registry = registry
         self.policy = policy
         self.metrics = metrics
-        self.relearn = relearn  # async: refresh what is known of a worker that came back
+        self.relearn: Callable[[Worker], Awaitable[None]] | None = None  # one that came back
         self.on_ejected: Callable[[Worker], None] | None = None
         self.tasks: dict[Worker, asyncio.Task] = {}
         registry.on_removed.append(self._unwatch)
@@ -175,7 +175,7 @@ class Monitor:
         loop = asyncio.get_running_loop()
         successes = silent = 0
         silent_since_s = 0.0
-        was_dead = False
+        was_dead, before = False, worker.instance_id
         while worker.status == "unhealthy" and worker.id in self.registry.workers:
             await asyncio.sleep(EJECTED_PROBE_S)
             worker.pool.fail_older(self.config.request_timeout_secs)
@@ -197,7 +197,6 @@ class Monitor:
             successes += 1
             silent = 0
             if successes >= self.config.health_success_threshold:
-                before = worker.instance_id
                 if self.relearn is not None:
                     await self.relearn(worker)
                 if was_dead or worker.instance_id != before:
@@ -236,7 +235,7 @@ class Monitor:
         None: the worker is too busy to show it, which is no fault."""
         path = (worker.failed_path or b"").decode()
         model = worker.failed_model or (worker.models[0] if worker.models else "default")
-        body = probe_body(path, model, worker.failed_stream)
+        body = probe_body(path, model, worker.failed_stream, worker.dp_rank)
         if body is None:
             return await self.probe(worker) is None
         timeout_s = max(10.0, self.config.health_check_timeout_secs)
@@ -253,8 +252,10 @@ class Monitor:
         return status < 500 and b'data: {"error"' not in answer
 
 
-def probe_body(path: str, model: str, stream: bool) -> dict | None:
-    """The smallest request of a route that runs the model for a few tokens; None for other routes."""
+def probe_body(path: str, model: str, stream: bool, dp_rank: int | None) -> dict | None:
+    """The smallest request of a route that runs the model for a few tokens; None for other routes.
+
+    `dp_rank`: that must run it; None: any."""
     messages = [{"role": "user", "content": "ping"}]
     bodies = {
         "/generate": {"text": "ping", "sampling_params": {"max_new_tokens": 8, "temperature": 0}},
@@ -266,4 +267,6 @@ def probe_body(path: str, model: str, stream: bool) -> dict | None:
     body = bodies.get(path)
     if body is not None and stream:
         body["stream"] = True
+    if body is not None and dp_rank is not None and ROUTES[path].ranked:
+        body["routed_dp_rank"] = dp_rank
     return body

@@ -417,6 +417,21 @@ class GatewayServer(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             cut_off.cancel()
+        if self.force_exit:
+            await self._abandon()
+
+    async def _abandon(self) -> None:
+        """End what a second signal has left as its clients' departure would, and the lifespan.
+
+        Whatever the loop's own end cancels is logged as a failure.
+        """
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=LAST_WORDS_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_S):
+                await self.lifespan.shutdown()
 
     async def _accept_last(self, server: asyncio.Server) -> None:
         loop, config = asyncio.get_running_loop(), self.config

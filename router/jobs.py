@@ -23,6 +23,7 @@ JOB_KEPT_S = 300.0
 FIRST_PROBE_PAUSE_S = 0.1
 LONGEST_PROBE_PAUSE_S = 1.0
 MAX_RANKS = 1024  # of one worker: each is a worker of its own here
+RELEARN_PAUSE_S = 1.0  # no engine is replaced as often; a URL with several behind it answers for each in turn
 
 
 class Refused(Exception):
@@ -68,10 +69,11 @@ class Jobs:
         self.wait_elsewhere: Callable[[Worker], Awaitable[None]] | None = None  # idle in other processes
         self.jobs: dict[str, Job] = {}  # by worker id
         self.tasks: set[asyncio.Task] = set()
+        self.relearning: dict[str, asyncio.Task] = {}  # by process URL
 
     def add(self, spec: WorkerSpec, source: str = "api") -> Worker:
         """Accept a worker; it serves once it answers. Raises Refused for a bad or known URL."""
-        spec = msgspec.structs.replace(spec, url=spec.url.rstrip("/"))
+        spec = self._keyed(msgspec.structs.replace(spec, url=spec.url.rstrip("/")))
         if self.registry.of_process(spec.url):
             raise Refused(409, "WORKER_ALREADY_EXISTS", f"Worker already exists at URL {spec.url}")
         try:
@@ -92,7 +94,7 @@ class Jobs:
         if worker.dp_rank is not None:
             raise Refused(400, "BAD_REQUEST", "a data-parallel rank cannot be changed by itself")
         job = self.jobs.get(worker.id)
-        worker.respec(msgspec.structs.replace(spec, url=worker.spec.url))
+        worker.respec(self._keyed(msgspec.structs.replace(spec, url=worker.spec.url)))
         if spec.model_id:
             worker.models = (spec.model_id,)
         self.registry.changed()
@@ -110,8 +112,16 @@ class Jobs:
                 running.go("failed", "removed before it was ready")
                 if rank.status == "pending" and running.task is not None:
                     running.task.cancel()  # or it would be probed until worker_startup_timeout_secs
-            self.registry.set_status(rank, "draining")
-            self._start(Job("RemoveWorker", rank), self._drain, reason)
+            self._retire(rank, reason)
+
+    def replaced(self, worker: Worker) -> None:
+        """Another engine answers at the worker's URL: learn it, beside what runs."""
+        since_s = asyncio.get_running_loop().time() - worker.relearned_s
+        self._relearn_soon(worker, max(0.0, RELEARN_PAUSE_S - since_s))
+
+    async def relearn(self, worker: Worker) -> None:
+        """Register the process behind `worker` anew: what it says of itself, and its ranks."""
+        await asyncio.shield(self._relearn_soon(worker))  # who asks may be a rank that it ends
 
     def find(self, worker_id: str) -> tuple[Worker, Job | None] | None:
         """A worker, registered or remembered by a failed job, with its last job; None when unknown."""
@@ -145,10 +155,12 @@ class Jobs:
             return
         if worker.status != "pending":  # removed meanwhile
             return
-        if self.config.dp_aware and worker.dp_size > 1:
-            self._split_ranks(worker, job)
-        else:
+        ranks = self._ranks_of(worker)
+        if ranks == [None]:
             self._ready(worker)
+        else:  # one process becomes one worker per data-parallel rank; the first keeps the job's id
+            self.registry.remove(worker)
+            job.worker, *_ = [self._add_rank(worker, r, None if r else worker.id) for r in ranks]
         if self.exact is not None:
             await self.exact.follow(self.registry.of_process(worker.spec.url))
         job.go("done")
@@ -160,22 +172,73 @@ class Jobs:
         self.registry.changed()
         self.monitor.watch(worker)
 
-    def _split_ranks(self, worker: Worker, job: Job) -> None:
-        """One process becomes one worker per data-parallel rank; the first keeps the job's id."""
-        self.registry.remove(worker)
-        for rank in range(worker.dp_size):
-            part = self.registry.make_worker(worker.spec, rank)
-            if rank == 0:
-                part.id = worker.id
-                job.worker = part
-            part.models, part.info, part.source = worker.models, worker.info, worker.source
-            part.takes_ids, part.resumes = worker.takes_ids, worker.resumes
-            part.page_size, part.dp_size = worker.page_size, worker.dp_size
-            part.instance_id = worker.instance_id
-            if worker.capacity_tokens:
-                part.capacity_tokens = worker.capacity_tokens // worker.dp_size
-            self.registry.add(part)
-            self._ready(part)
+    def _ranks_of(self, worker: Worker) -> list[int | None]:
+        """The data-parallel ranks that its process is to be routed to by; [None]: it is one worker."""
+        split = self.config.dp_aware and worker.dp_size > 1
+        return list(range(worker.dp_size)) if split else [None]
+
+    def _add_rank(self, like: Worker, rank: int | None, worker_id: str | None = None) -> Worker:
+        """A ready worker for one rank of the process behind `like`; `rank` None: for all of it."""
+        part = self.registry.make_worker(like.spec, rank)
+        part.id = worker_id or part.id
+        part.source, part.models, part.instance_id = like.source, like.models, like.instance_id
+        _take_info(part, like.info)
+        drained = self.registry.by_url.get(part.url)
+        if drained is not None:  # of a process that is gone
+            self.registry.remove(drained)
+        self.registry.add(part)
+        self._ready(part)
+        return part
+
+    def _relearn_soon(self, worker: Worker, pause_s: float = 0.0) -> asyncio.Task:
+        url = worker.spec.url
+        task = self.relearning.get(url)
+        if task is None:
+            task = self.relearning[url] = asyncio.create_task(self._relearn(url, pause_s))
+            self.tasks.add(task)
+            task.add_done_callback(self._ended)
+            task.add_done_callback(lambda task: self.relearning.pop(url))
+        return task
+
+    async def _relearn(self, url: str, pause_s: float) -> None:
+        await asyncio.sleep(pause_s)
+        workers = self._in_use(url)
+        if not workers:
+            return
+        before = {w: w.instance_id for w in workers}
+        await learn(*workers)
+        workers = [w for w in self._in_use(url) if w in before]
+        if not workers:  # removed meanwhile
+            return
+        for worker in workers:
+            worker.relearned_s = asyncio.get_running_loop().time()
+            if worker.instance_id != before[worker]:  # another rank's answer has told
+                self.monitor.policy.cleared(worker)
+        wanted = self._ranks_of(workers[0])
+        known = {w.dp_rank: w for w in workers}
+        for rank in wanted:
+            if rank not in known:
+                self._add_rank(workers[0], rank)
+        for rank, worker in known.items():
+            if rank not in wanted:
+                self._retire(worker, "replaced")
+        self.registry.changed()
+        if self.exact is not None:
+            await self.exact.follow(self._in_use(url))
+        log.info("worker %s is learned anew (models: %s)", url, ", ".join(workers[0].models) or "any")
+
+    def _in_use(self, url: str) -> list[Worker]:
+        return [w for w in self.registry.of_process(url) if w.status in ("ready", "unhealthy")]
+
+    def _retire(self, worker: Worker, reason: str) -> None:
+        self.registry.set_status(worker, "draining")
+        self._start(Job("RemoveWorker", worker), self._drain, reason)
+
+    def _keyed(self, spec: WorkerSpec) -> WorkerSpec:
+        """With the gateway's key for workers, unless it has one of its own."""
+        if spec.api_key is not None:
+            return spec
+        return msgspec.structs.replace(spec, api_key=self.config.worker_api_key)
 
     async def _wait_healthy(self, worker: Worker, job: Job) -> None:
         pause_s = FIRST_PROBE_PAUSE_S
@@ -224,13 +287,23 @@ class Jobs:
             del self.jobs[worker_id]
 
 
-async def learn(worker: Worker) -> None:
-    """Ask a worker what it serves and how large its cache is; what it does not tell stays as it was."""
+async def learn(worker: Worker, *ranks: Worker) -> None:
+    """Ask a worker what it serves and how large its cache is; what it does not tell stays as it was.
+
+    `ranks`: the others of the same process, which its answers hold for too.
+    """
     models, info, card = await asyncio.gather(
         _json(worker, "/v1/models"),
         _json(worker, "/server_info", "/get_server_info"),
         _json(worker, "/model_info", "/get_model_info"),
     )
+    for each in (worker, *ranks):
+        _take_models(each, models, card)
+        if isinstance(info, dict):
+            _take_info(each, info)
+
+
+def _take_models(worker: Worker, models: Any, card: Any) -> None:
     if worker.spec.model_id:
         worker.models = (worker.spec.model_id,)
     elif isinstance(models, dict) and isinstance(models.get("data"), list):
@@ -238,8 +311,9 @@ async def learn(worker: Worker) -> None:
         worker.models = tuple(names)
     elif isinstance(card, dict) and isinstance(card.get("model_path"), str):
         worker.models = (card["model_path"],)
-    if not isinstance(info, dict):
-        return
+
+
+def _take_info(worker: Worker, info: dict[str, Any]) -> None:
     worker.info = info
     worker.page_size = _positive(info.get("page_size"))
     offered = info.get("protocol")

@@ -11,10 +11,13 @@ from collections.abc import Awaitable, Callable, Sequence
 import uvicorn
 
 from router.app import build_app
-from router.config import RouterConfig
+from router.config import ConfigError, RouterConfig
 from router.control import METRICS_TYPE
 from router.full_disk import forget_unwritten_output
 from router.http_server import ClientConnection, GatewayServer
+from router.listen import check_address
+
+log = logging.getLogger("router")
 
 KEEP_ALIVE_S = 75  # of an idle client connection; above the 60 s of common load balancers
 
@@ -22,12 +25,16 @@ KEEP_ALIVE_S = 75  # of an idle client connection; above the 60 s of common load
 def main(argv: Sequence[str] | None = None) -> int:
     config = RouterConfig.from_command_line(argv, prog="python -m router.launch_router")
     set_up_logging(config)
-    run(config)
+    try:
+        run(config)
+    except ConfigError as error:
+        log.error("%s", error)
+        return 1
     return 0
 
 
 def run(config: RouterConfig) -> None:
-    """Serve until told to stop (SIGTERM drains, SIGINT ends)."""
+    """Serve until told to stop (SIGTERM drains, SIGINT ends). Raises ConfigError: it cannot listen there."""
     # The hot path makes no reference cycles; collecting less often saves a few microseconds a request.
     gc.collect()
     gc.freeze()
@@ -44,6 +51,7 @@ async def serve(config: RouterConfig) -> None:
             server.gateway.metrics_text, config.prometheus_host, config.prometheus_port
         )
     try:
+        check_address("host", config.host, "port", config.port)
         await server.serve()
     finally:
         if metrics_server is not None:
@@ -84,7 +92,8 @@ def uvicorn_config(config: RouterConfig, app) -> uvicorn.Config:
 
 
 async def start_metrics_server(text: Callable[[], Awaitable[bytes]], host: str, port: int) -> asyncio.Server:
-    """A server that answers every GET with the metrics. Raises OSError when the port is taken."""
+    """A server that answers every GET with the metrics. Raises ConfigError when the port is taken."""
+    check_address("prometheus_host", host, "prometheus_port", port)
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

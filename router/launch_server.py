@@ -17,6 +17,7 @@ from typing import Any
 
 from router.config import ConfigError, RouterConfig, add_flags, by_name, read_yaml, refuse_flags
 from router.launch_router import loop_factory, make_server, set_up_logging, start_metrics_server
+from router.listen import check_address
 from router.replicas import Replicas, ReplicasFailed, ReplicaSpec, free_ports
 
 log = logging.getLogger("router")
@@ -48,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     set_up_logging(plan.config)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(run(plan))
+        try:
+            return runner.run(run(plan))
+        except ConfigError as error:
+            log.error("%s", error)
+            return 1
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -147,7 +152,7 @@ def _router_config(
 
 
 async def run(plan: Plan) -> int:
-    """Serve until told to stop; 1 when the replicas cannot be started."""
+    """Serve until told to stop; 1 when the replicas cannot be started. Raises ConfigError before that."""
     config = plan.config
     server = make_server(config)
     gateway = server.gateway
@@ -165,6 +170,7 @@ async def run(plan: Plan) -> int:
         metrics_server = await start_metrics_server(
             gateway.metrics_text, config.prometheus_host, config.prometheus_port
         )
+    check_address("host", config.host, "port", config.port)
     serving = asyncio.create_task(server.serve())
     replicas.start()
     progress = asyncio.create_task(_tell_progress(plan, is_ready))

@@ -147,7 +147,7 @@ class TokenRate:
     """Prompt and completion tokens a second of each caller; a bucket holds ten seconds' worth.
 
     A request is admitted when the bucket is not in debt and then charged in full, so one prompt larger
-    than the bucket still passes, and is paid off before the next.
+    than the bucket still passes, and is paid off before the next. What nobody computed is given back.
     """
 
     BURST_S = 10.0

@@ -24,6 +24,7 @@ from router.config import RouterConfig
 from router.control_body import control_body
 from router.errors import RequestError, send_error
 from router.http_server import GatewayServer
+from router.jobs import learn
 from router.launch_router import loop_factory, set_up_logging, uvicorn_config
 from router.link import Link
 from router.workers import Share, Worker, WorkerSpec
@@ -64,6 +65,7 @@ class Loads(msgspec.Struct):
     seen: int  # version of the last State it has taken in
     shares: dict[str, Share]
     suspects: list[str]  # workers that should be probed now
+    replaced: dict[str, str | None]  # workers that may be other engines now, and the instance last seen
     prompt_tokens: int
     cached_tokens: dict[str, int]
 
@@ -112,6 +114,7 @@ class Member:
         self.next_ask = 0
         self.dirty: set[str] = set()
         self.suspects: set[str] = set()
+        self.replaced: dict[str, str | None] = {}
         self.placed: list[tuple[str, Any]] = []
         self.charges: list[tuple[str, int]] = []
         self.flushing = False
@@ -120,12 +123,14 @@ class Member:
         gateway.registry.on_changed.append(self._changed)
         gateway.registry.on_removed.append(lambda worker: self.dirty.discard(worker.id))
         gateway.monitor.on_ejected = self._ejected
+        gateway.monitor.relearn = self._relearn
         gateway.on_started = self._started
 
     def _started(self) -> None:
         proxy = self.gateway.proxy
         assert proxy is not None
         proxy.on_placed = self._placed
+        proxy.on_replaced = self._replaced
         proxy.token_rate.on_charged = self._charged
 
     # ---- from the others ----
@@ -186,7 +191,7 @@ class Member:
         for worker in registry:
             if worker.id not in listed:
                 registry.remove(worker)
-        fresh: list[Worker] = []
+        news: set[str] = set()  # URLs of processes that are new or not as they were
         for told in state.workers:
             if told.status == "pending" or told.status == "failed":
                 continue
@@ -199,17 +204,19 @@ class Member:
                 registry.add(worker)
                 registry.set_status(worker, "draining" if told.status == "draining" else "ready")
                 self.gateway.monitor.watch(worker)
-                fresh.append(worker)
+                news.add(worker.spec.url)
             else:
                 if worker.spec != told.spec:
                     worker.respec(told.spec)
+                if (worker.info, worker.models) != (told.info, told.models):
+                    news.add(worker.spec.url)
                 self._learn(worker, told)
                 if told.status == "draining":
                     registry.set_status(worker, "draining")
         registry.changed()
         self.version = state.version
-        if fresh and self.gateway.exact is not None:
-            self._spawn(self._follow({w.spec.url for w in fresh}))
+        if news and self.gateway.exact is not None:
+            self._spawn(self._follow(news))
         self._flush_soon()
 
     def _learn(self, worker: Worker, told: WorkerState) -> None:
@@ -223,7 +230,7 @@ class Member:
     async def _follow(self, urls: set[str]) -> None:
         assert self.gateway.exact is not None
         for url in urls:
-            ranks = self.gateway.registry.of_process(url)
+            ranks = [w for w in self.gateway.registry.of_process(url) if w.status != "draining"]
             if ranks:
                 await self.gateway.exact.follow(ranks)
 
@@ -259,6 +266,18 @@ class Member:
         self.suspects.add(worker.id)
         self._flush_soon()
 
+    def _replaced(self, worker: Worker) -> None:
+        self.replaced[worker.id] = worker.instance_id
+        self._flush_soon()
+
+    async def _relearn(self, worker: Worker) -> None:
+        """A worker is back. What it is now is for the supervisor to find out; the instance is for us."""
+        await learn(worker)
+        if self.gateway.exact is not None:
+            others = [w for w in self.gateway.registry.of_process(worker.spec.url) if w is not worker]
+            await self.gateway.exact.follow([worker, *(w for w in others if w.status != "draining")])
+        self._replaced(worker)
+
     def _flush_soon(self) -> None:
         if not self.flushing:
             self.flushing = True
@@ -275,6 +294,7 @@ class Member:
             self.version,
             shares,
             list(self.suspects),
+            self.replaced,
             seen.prompt_tokens if seen else 0,
             seen.cached_tokens if seen else {},
         )
@@ -284,6 +304,7 @@ class Member:
         self.link.send(frames.LOADS, loads)
         self.dirty.clear()
         self.suspects.clear()
+        self.replaced = {}
 
     async def ask(self, scope, receive, send) -> None:
         """Have the supervisor answer a control request; an ASGI application."""

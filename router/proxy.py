@@ -79,6 +79,7 @@ class Proxy:
         self.token_rate = TokenRate(config.rate_limit_tokens_per_second, self.loop.time)
         self.recorder = Recorder(metrics, config.effective_policy)
         self.on_placed: Callable[[Call, Worker], None] | None = None  # for other processes to hear of
+        self.on_replaced: Callable[[Worker], None] = lambda worker: None  # another engine answers there
         self.direct = not config.cors_allowed_origins  # nothing wraps `send`
         unlimited = config.rate_limit_tokens_per_second is None and self.concurrency.limit < 0
         self.short = unlimited and tracer is None  # nothing to wait for or to tell: `ShortWay` may be tried
@@ -119,37 +120,32 @@ class Proxy:
                     call = self.read(route, client, request_id, body)
                 if connection is None:
                     watcher = self.loop.create_task(_watch(receive, task))
-                prompt_tokens = max(1, call.prompt_tokens or len(call.body) // 4)
-                self.token_rate.admit(caller, prompt_tokens)
-                if exchange is not None:
-                    pass  # it is in already
-                elif self.concurrency.limit >= 0:
-                    try:
+                with self._charged(caller, call):
+                    if exchange is not None:
+                        pass  # it is in already
+                    elif self.concurrency.limit >= 0:
                         await self._enter(call)
-                    except (RequestError, asyncio.CancelledError):  # it was not let in, or did not wait
-                        self.token_rate.charge(caller, -prompt_tokens)
-                        raise
-                else:
-                    self.concurrency.running += 1
-                try:
-                    if exchange is None and self.exact is not None and self.exact.subscriptions:
-                        await self.exact.prepare(call)
-                    target = scope.get("raw_path") or scope["path"].encode()
-                    if scope["query_string"]:
-                        target += b"?" + scope["query_string"]
-                    tokens = await self._forward(
-                        call,
-                        scope["method"],
-                        target,
-                        client,
-                        Client(send, request if self.direct else None),
-                        started_s,
-                        exchange,
-                    )
-                    if tokens:
-                        self.token_rate.charge(caller, tokens)
-                finally:
-                    self.concurrency.leave()
+                    else:
+                        self.concurrency.running += 1
+                    try:
+                        if exchange is None and self.exact is not None and self.exact.subscriptions:
+                            await self.exact.prepare(call)
+                        target = scope.get("raw_path") or scope["path"].encode()
+                        if scope["query_string"]:
+                            target += b"?" + scope["query_string"]
+                        tokens = await self._forward(
+                            call,
+                            scope["method"],
+                            target,
+                            client,
+                            Client(send, request if self.direct else None),
+                            started_s,
+                            exchange,
+                        )
+                        if tokens:
+                            self.token_rate.charge(caller, tokens)
+                    finally:
+                        self.concurrency.leave()
             except RequestError as error:
                 status = error.status
                 recorder.refused(route.path, call, error, self.loop.time() - started_s)
@@ -214,6 +210,28 @@ class Proxy:
         if client.target_worker is not None:
             call.target_worker = self.registry.named(client.target_worker)
         return call
+
+    @contextlib.contextmanager
+    def _charged(self, caller: str, call: Call) -> Iterator[None]:
+        """Charge the prompt, and give it back when nobody computed it. Raises RequestError(429).
+
+        Computed is what was answered without an error, or at a worker when the client left or its time was
+        over."""
+        prompt_tokens = max(1, call.prompt_tokens or len(call.body) // 4)
+        self.token_rate.admit(caller, prompt_tokens)
+        computed = False
+        try:
+            yield
+            computed = call.status < 400
+        except RequestError as error:
+            computed = error.status == 504
+            raise
+        except BaseException:
+            computed = call.attempts > 0
+            raise
+        finally:
+            if not computed:
+                self.token_rate.charge(caller, -prompt_tokens)
 
     async def _enter(self, call: Call) -> None:
         if self.concurrency.running < self.concurrency.limit:
@@ -348,7 +366,7 @@ class Proxy:
             raise last or RequestError(502, "upstream_error", "no attempt at the request succeeded")
 
     async def _turn(self, call: Call, worker: Worker, tried: list[Worker]) -> tuple[Worker, Admission]:
-        """Wait until `worker`, or a better one by then, has room for a stream. Raises like `_select`."""
+        """Wait until `worker`, or a better one by then, has room for a stream. Raises like `select`."""
         admission: Admission = NORMAL
         started_s = self.loop.time()
         waited = False

@@ -340,6 +340,9 @@ class Pool:
         except TimeoutError as error:
             text = f"no connection to {address.authority} within {self.connect_timeout_s:g} s"
             raise UpstreamError(text, kind="connect") from error
+        except socket.gaierror as error:
+            text = f"cannot connect to {address.authority}: its host does not resolve: {error.strerror}"
+            raise UpstreamError(text, kind="connect") from error
         except (OSError, UnicodeError) as error:  # UnicodeError: of a host name that cannot be looked up
             text = f"cannot connect to {address.authority}: {error}"
             raise UpstreamError(text, kind="connect") from error

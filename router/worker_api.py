@@ -46,7 +46,7 @@ class WorkerApi:
 
     async def list(self, request: Request) -> Response:
         model = request.query_params.get("model")
-        workers = [w for w in self.registry if model is None or model in w.models]
+        workers = [w for w in self.registry if model is None or w.serves(model)]
         stats = {"prefill_count": 0, "decode_count": 0, "regular_count": len(workers)}
         return _json(200, {"workers": [w.describe() for w in workers], "total": len(workers), "stats": stats})
 

@@ -4,6 +4,7 @@ Pure state on one event loop, no I/O: `jobs` registers and drains, `health` ejec
 """
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -77,6 +78,7 @@ class Worker:
         self.source = "api"  # who registered it: flags, api, file, kubernetes
         self.avoid_until_s = 0.0  # loop time until which it asked for a pause (429, 503); 0: it did not
         self.pauses = 0  # in a row
+        self.relearned_s = -math.inf  # loop time
         self.suspected: asyncio.Event | None = None  # set: probe it now
         self.idle_waiter: asyncio.Future | None = None  # done when in_flight reaches 0
         self.in_flight = 0
@@ -126,6 +128,12 @@ class Worker:
     def requests(self) -> int:
         """In-flight requests, those of other processes and gateways included."""
         return self.in_flight + self.sibling_requests + self.foreign_requests
+
+    def serves(self, model: str) -> bool:
+        """Whether `model` names what it serves: as it lists it, or by the path that was loaded."""
+        if model in self.models:
+            return True
+        return bool(self.models) and not self.spec.model_id and self.info.get("model_path") == model
 
     @property
     def healthy(self) -> bool:
@@ -276,9 +284,10 @@ class Registry:
         """Every worker that serves `model`, whatever its state."""
         if model is None:
             return list(self.workers.values())
-        known = [w for w in self.workers.values() if model in w.models]
+        known = [w for w in self.workers.values() if w.serves(model)]
         if not known and ":" in model:
-            known = [w for w in self.workers.values() if model.partition(":")[0] in w.models]
+            base = model.partition(":")[0]
+            known = [w for w in self.workers.values() if w.serves(base)]
         return known + [w for w in self.workers.values() if not w.models]
 
     def probe_candidate(self, workers: Iterable[Worker]) -> tuple[Worker, Admission] | None:

@@ -12,8 +12,8 @@ own worker. `pressure` (0..0.5) is how full the worker's cache is: a miss at a f
 What a worker holds is an image: an LRU of hashes of 256-byte prompt blocks, chained, as large as the
 worker's own cache; a worker that publishes KV events is known exactly instead, page by page, plus the
 pages it is computing for requests already sent. The image is corrected by `cached_tokens` in the
-answers: when a worker repeatedly
-had less than expected, its cache is smaller than it says, and the image shrinks.
+answers: when a worker repeatedly had less than expected, its cache is smaller than it says, and the
+image shrinks.
 """
 
 import random

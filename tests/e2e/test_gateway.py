@@ -98,6 +98,27 @@ def test_flushed_cache_is_known_to_be_empty(lasting):
         until(lambda: gateway.metric("router_kv_pages") == 6)
 
 
+def test_ranks_of_one_server_are_routed_to_on_every_route_and_by_every_name_it_goes_by(launch, tmp_path):
+    server = launch("--dp-size", "2", "--served-model-name", "tiny")
+    with serving(tmp_path, "router.launch_router", "--dp-aware", "--worker-urls", server.url) as gateway:
+        gateway.until_healthy(2)
+        tokens = gateway.post("/tokenize", prompt="hello").json()["tokens"]
+        assert gateway.post("/detokenize", tokens=tokens).json()["text"] == "hello"
+        path = gateway.http.get("/model_info").json()["model_path"]
+        for model in ("tiny", path, "default", ""):
+            homes = {
+                gateway.post("/v1/completions", model=model, prompt=prompt, max_tokens=2).headers[
+                    "x-smg-routed-worker-id"
+                ]
+                for prompt in "ab"
+            }
+            assert homes == {f"{server.url}@{rank}" for rank in (0, 1)}
+        loads = gateway.http.get("/get_load").json()
+        assert [(load["worker"], load["dp_rank"]) for load in loads] == [(server.url, 0), (server.url, 1)]
+        assert gateway.http.get("/health_generate").headers["content-type"].startswith("text/plain")
+    server.close()
+
+
 # ---- deaths ----
 
 

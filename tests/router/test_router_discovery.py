@@ -47,6 +47,22 @@ async def test_file_is_followed_as_it_changes(tmp_path):
 
 
 @asynchronous
+async def test_found_workers_get_the_gateways_key_for_workers_unless_they_have_their_own(tmp_path):
+    pod, plain, own = [await MockWorker().start() for _ in range(3)]
+    api = FakeApiServer()
+    api.put("a", "127.0.0.1")
+    file = tmp_path / "workers.yaml"
+    write(file, json.dumps([plain.url, {"url": own.url, "api_key": "its-own"}]))
+    async with discovering(pod, api, discovery_file=str(file), worker_api_key="secret") as r:
+        r.workers += [plain, own]
+        await until(lambda: registered(r) == {w.url for w in r.workers})
+        for _ in r.workers:  # in turn
+            await r.chat()
+        keys = [worker.seen[0].headers["authorization"] for worker in r.workers]
+        assert keys == ["Bearer secret", "Bearer secret", "Bearer its-own"]
+
+
+@asynchronous
 async def test_broken_file_changes_nothing(tmp_path):
     a = await MockWorker().start()
     file = tmp_path / "workers.yaml"

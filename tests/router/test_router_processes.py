@@ -294,11 +294,13 @@ async def test_process_whose_configuration_cannot_be_sent_is_not_left_behind(mon
 
 
 def test_start_that_fails_in_every_process_ends_the_gateway(tmp_path):
-    pem = tmp_path / "bad.pem"
-    pem.write_text("not a certificate\n")
+    cert, key = certificate(tmp_path)
     process = launch(
-        "router.launch_router", "--host", "127.0.0.1", "--port", "0", "--workers-processes", "2",
-        "--tls-cert-path", str(pem), "--tls-key-path", str(pem),
+        "import os, router.cluster as c, router.launch_router as l; make = c.Cluster.__init__\n"
+        f"c.Cluster.__init__ = lambda self, config: (make(self, config), os.truncate({cert!r}, 0))[0]\n"
+        "l.main()",
+        "--host", "127.0.0.1", "--port", "0", "--workers-processes", "2",
+        "--tls-cert-path", cert, "--tls-key-path", key, start="-c",
     )  # fmt: skip
     try:
         _, text = process.communicate(timeout=40)

@@ -120,7 +120,9 @@ async def test_control_request_that_every_worker_finds_wrong_is_answered_with_a_
         r.workers[0].faults.status = 503
         assert (await r.client.post("/abort_request", json={"rid": 5})).status_code == 400
         r.workers[1].faults.status = 503
-        assert (await r.client.post("/abort_request", json={"rid": 5})).status_code == 502
+        response = await r.client.post("/abort_request", json={"rid": 5})
+        assert response.status_code == 502 and error_of(response)["code"] == "upstream_error"
+        assert f"worker {r.workers[0].url}: answered 503" in error_of(response)["message"]
         r.workers[1].faults.status = 200
         assert (await r.client.post("/abort_request", json={"rid": "x"})).status_code == 200
 
@@ -142,6 +144,31 @@ async def test_unknown_model_is_404_and_adapter_names_reach_their_base():
         assert error_of(response)["code"] == "model_not_found" and error_of(response)["param"] == "model"
         response = await r.client.post("/v1/chat/completions", json={**CHAT, "model": "mock:adapter"})
         assert response.status_code == 200
+
+
+@asynchronous
+async def test_names_that_engines_take_for_what_they_serve_are_found():
+    workers = [await MockWorker(model=m, info={"model_path": f"/m/{m}"}).start() for m in ("a", "b")]
+    async with running(workers=workers) as r:
+        for model, expected in (("", {0, 1}), ("default", {0, 1}), ("/m/b", {1}), ("/m/a:lora", {0})):
+            answers = [await r.chat(model=model) for _ in range(4)]
+            assert {a.status_code for a in answers} == {200}, model
+            urls = {a.headers["x-smg-routed-worker-id"] for a in answers}
+            assert urls == {workers[i].url for i in expected}, model
+        assert workers[1].seen[-1].json["model"] == "/m/b"  # as the client wrote it
+        assert (await r.chat(model="/m/c")).status_code == 404
+        cards = (await r.client.get("/v1/models")).json()["data"]
+        assert sorted(card["id"] for card in cards) == ["a", "b"]
+
+
+@asynchronous
+async def test_worker_with_a_name_of_the_operators_answers_to_that_alone():
+    async with running(0) as r:
+        worker = await MockWorker(info={"model_path": "/m"}).start()
+        r.workers.append(worker)
+        await r.client.post("/workers", json={"url": worker.url, "model_id": "mine"})
+        await until(lambda: r.gateway.registry.usable(None))
+        assert [(await r.chat(model=m)).status_code for m in ("mine", "/m", "mock")] == [200, 404, 404]
 
 
 @asynchronous
@@ -272,10 +299,51 @@ async def test_request_that_is_not_let_in_costs_its_caller_no_tokens():
 
 
 @asynchronous
+async def test_request_that_nobody_computed_costs_its_caller_no_tokens():
+    async with running(1, rate_limit_tokens_per_second=10, retry_max_retries=2) as r:
+        rate, faults = r.gateway.proxy.token_rate, r.workers[0].faults
+        rate.clock = lambda: 0.0
+
+        async def cost(status: int, **body) -> float:
+            rate.buckets.clear()
+            assert (await r.chat("x" * 80, **body)).status_code == status
+            return 100 - rate.buckets["anonymous"][0]
+
+        faults.status = 400
+        assert await cost(400) == 0
+        faults.status = None
+        assert await cost(404, model="other") == 0
+        assert await cost(200, max_tokens=4) > 20
+        faults.delay_s = 5
+        client = await RawClient.connect(r.port)
+        rate.buckets.clear()
+        client.post("/v1/chat/completions", CHAT)
+        await until(lambda: r.workers[0].running)
+        client.leave()  # the worker was at it
+        await until(lambda: r.gateway.proxy.concurrency.running == 0)
+        assert rate.buckets["anonymous"][0] < 100
+        faults.drop, faults.delay_s = True, 0
+        assert await cost(502) == 0
+        await r.workers[0].kill()
+        assert await cost(502) == 0
+        assert await cost(503) == 0
+
+
+@asynchronous
+async def test_request_whose_time_is_over_was_computed_and_is_charged():
+    async with running(1, rate_limit_tokens_per_second=10, request_timeout_secs=0.2) as r:
+        r.gateway.proxy.token_rate.clock = lambda: 0.0
+        r.workers[0].faults.delay_s = 30
+        assert (await r.chat()).status_code == 504
+        assert r.gateway.proxy.token_rate.buckets["anonymous"][0] < 100
+
+
+@asynchronous
 async def test_api_key_guards_data_and_admin_but_not_health():
     async with running(1, api_key="secret") as r:
         for method, path in (("POST", "/generate"), ("GET", "/workers"), ("POST", "/flush_cache"),
                              ("GET", "/get_loads"), ("GET", "/v1/loads"), ("GET", "/workers/x"),
+                             ("GET", "/server_info"), ("GET", "/get_server_info"), ("GET", "/get_load"),
                              ("POST", "/start_expert_distribution_record")):  # fmt: skip
             response = await r.client.request(method, path, json={})
             assert response.status_code == 401, path
@@ -422,6 +490,32 @@ async def test_load_of_each_rank_is_its_own_workers():
 
 
 @asynchronous
+async def test_older_form_of_the_loads_is_every_workers_in_one_list():
+    class Older(MockWorker):
+        def _control(self, path):
+            known = path == "/get_load"
+            return (200, [{"dp_rank": 0, "num_reqs": 5}]) if known else super()._control(path)
+
+    workers = [await Older().start(), await Older().start(), await MockWorker().start()]
+    workers[2].faults.status = 404  # one that knows no such route
+    async with running(workers=workers) as r:
+        answer = await r.client.get("/get_load")
+        assert answer.json() == [{"worker": w.url, "dp_rank": 0, "num_reqs": 5} for w in workers[:2]]
+
+
+@asynchronous
+async def test_workers_answer_that_is_no_json_is_not_called_so():
+    class Plain(MockWorker):
+        def _control(self, path):
+            return (200, b"OK") if path == "/health_generate" else super()._control(path)
+
+    async with running(workers=[await Plain().start()]) as r:
+        answer = await r.client.get("/health_generate")
+        assert (answer.text, answer.headers["content-type"]) == ("OK", "text/plain; charset=utf-8")
+        assert (await r.client.get("/model_info")).headers["content-type"] == "application/json"
+
+
+@asynchronous
 async def test_work_of_other_gateways_is_forgotten_when_nothing_more_is_heard_of_it():
     async with running(1) as r:
         worker, now_s = r.registered(r.workers[0]), asyncio.get_running_loop().time()
@@ -476,6 +570,17 @@ async def test_flush_reaches_every_worker_and_partial_success_is_206():
         r.workers[1].faults.status = 500
         response = await r.client.post("/flush_cache")
         assert response.status_code == 206 and response.json()["workers_flushed"] == 1
+
+
+@asynchronous
+async def test_command_to_all_workers_is_503_when_there_is_none():
+    async with running(1) as r:
+        await r.workers[0].kill()
+        await r.chat()  # which ejects it
+        for path in ("/flush_cache", "/abort_request", "/start_expert_distribution_record"):
+            response = await r.client.post(path, json={})
+            assert response.status_code == 503 and error_of(response)["code"] == "no_available_workers", path
+            assert response.headers["retry-after"] == "1"
 
 
 @asynchronous

@@ -112,6 +112,22 @@ async def test_put_and_patch_change_everything_but_the_url():
 
 
 @asynchronous
+async def test_worker_that_is_added_or_replaced_without_a_key_gets_the_gateways():
+    async with running(0, worker_api_key="secret") as r:
+        worker = await MockWorker().start()
+        r.workers.append(worker)
+        made = (await r.client.post("/workers", json={"url": worker.url})).json()
+        await until(lambda: r.gateway.registry.usable(None))
+        sent = []
+        for key in (None, "its-own", None, ""):
+            spec = {"url": worker.url} if key is None else {"url": worker.url, "api_key": key}
+            assert (await r.client.put(made["location"], json=spec)).status_code == 202
+            await r.chat()
+            sent.append(worker.seen[-1].headers.get("authorization"))
+        assert sent == ["Bearer secret", "Bearer its-own", "Bearer secret", None]
+
+
+@asynchronous
 async def test_worker_key_that_is_no_header_is_refused_and_the_old_one_stays():
     async with running(1, worker_api_key="old") as r:
         worker = r.registered(r.workers[0])
