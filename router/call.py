@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from router.workers import Worker
 
 EMPTY = msgspec.Raw(b"")
-ANY_MODEL = ("", "default")  # names by which clients ask for whatever is served
 BAD_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what decoding raises
 _raw = msgspec.Raw
 
@@ -129,7 +128,7 @@ class Call(msgspec.Struct):
         except BAD_JSON as error:
             raise _not_json(error) from error
         self.fields = fields
-        self.model = None if fields.model in ANY_MODEL else fields.model
+        self.model = fields.model
         self.stream = fields.stream is True
         if prompt:
             f = fields

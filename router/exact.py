@@ -52,11 +52,14 @@ class Exact:
             self._unfollow(url, ranks)
         if not publishes or not await self._load(worker):
             return
+        ranks = [rank for rank in ranks if rank in self.registry.of_process(url)]
+        if not ranks:  # removed meanwhile
+            return
         subscription = self.subscriptions.get(url)
         if subscription is None:
-            subscription = self.subscriptions[url] = Subscription(worker, KvImage(), self._failed)
+            subscription = self.subscriptions[url] = Subscription(ranks[0], KvImage(), self._failed)
             subscription.start()
-        subscription.worker = worker
+        subscription.worker = ranks[0]
         for rank in ranks:
             rank.kv = subscription.image
 

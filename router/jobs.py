@@ -70,6 +70,7 @@ class Jobs:
         self.jobs: dict[str, Job] = {}  # by worker id
         self.tasks: set[asyncio.Task] = set()
         self.relearning: dict[str, asyncio.Task] = {}  # by process URL
+        self.outdated: set[str] = set()  # of those, the ones that were replaced meanwhile
 
     def add(self, spec: WorkerSpec, source: str = "api") -> Worker:
         """Accept a worker; it serves once it answers. Raises Refused for a bad or known URL."""
@@ -116,6 +117,8 @@ class Jobs:
 
     def replaced(self, worker: Worker) -> None:
         """Another engine answers at the worker's URL: learn it, beside what runs."""
+        if worker.spec.url in self.relearning:  # which may have asked the one before
+            self.outdated.add(worker.spec.url)
         since_s = asyncio.get_running_loop().time() - worker.relearned_s
         self._relearn_soon(worker, max(0.0, RELEARN_PAUSE_S - since_s))
 
@@ -202,6 +205,13 @@ class Jobs:
 
     async def _relearn(self, url: str, pause_s: float) -> None:
         await asyncio.sleep(pause_s)
+        await self._relearn_once(url)
+        while url in self.outdated:
+            await asyncio.sleep(RELEARN_PAUSE_S)
+            await self._relearn_once(url)
+
+    async def _relearn_once(self, url: str) -> None:
+        self.outdated.discard(url)
         workers = self._in_use(url)
         if not workers:
             return

@@ -19,6 +19,7 @@ from router.upstream import KEY_PATTERN, Pool
 if TYPE_CHECKING:
     from router.kv_events import KvImage
 
+ANY_MODEL = ("", "default")  # names by which clients ask for whatever is served, where none is called so
 REPORT_HOLDS_S = 5.0  # what others have at a worker is believed for so long after its last report
 
 Status = Literal["pending", "ready", "unhealthy", "draining", "failed"]
@@ -285,6 +286,8 @@ class Registry:
         if model is None:
             return list(self.workers.values())
         known = [w for w in self.workers.values() if w.serves(model)]
+        if not known and model in ANY_MODEL:
+            return list(self.workers.values())
         if not known and ":" in model:
             base = model.partition(":")[0]
             known = [w for w in self.workers.values() if w.serves(base)]

@@ -56,7 +56,7 @@ def halves_by_words(packed: jax.Array, exponent: jax.Array) -> tuple[jax.Array, 
         plt.elementwise_inline_asm(
             assembly,
             args=args,
-            constraints="=r,=r,r,r,r",  # four numbers; of four bytes and four factors
+            constraints="=&r,=&r,r,r,r",  # four numbers, in other registers than four bytes and four factors
             pack=4,
             result_shape_dtypes=[jax.ShapeDtypeStruct(packed.shape, jnp.bfloat16)],
         )[0]

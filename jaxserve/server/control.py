@@ -210,7 +210,7 @@ async def flush_cache(request: Request) -> Response:
     deadline_s = service.clock() + _timeout_s(request.query_params.get("timeout"))
     while True:
         try:
-            await service.call("flush_cache")
+            await service.call("flush_cache", deadline_s - service.clock())
             return PlainTextResponse("Cache flushed.\n")
         except EngineRefusal as error:
             left_s = deadline_s - service.clock()

@@ -143,13 +143,17 @@ class Service:
         last_s = max(self._all_aborted_s, *(self._aborted_s.get(rid, -math.inf) for rid in rids))
         return last_s > sequence.arrived_s
 
-    async def call(self, method: str) -> Any:
-        """Raises EngineRefusal, EngineDeadError, and RequestError 503 when no answer comes in time."""
+    async def call(self, method: str, least_s: float = 0.0) -> Any:
+        """Raises EngineRefusal, EngineDeadError, and RequestError 503 when no answer comes in time.
+
+        `least_s`: the seconds that who asks is ready to wait, where that is longer than is usual.
+        """
+        within_s = max(ANSWER_S, least_s)
         try:
             with self.engine_errors():
-                return await asyncio.wait_for(self.client.call(method), ANSWER_S)
+                return await asyncio.wait_for(self.client.call(method), within_s)
         except TimeoutError:
-            raise unavailable(f"the engine did not answer within {ANSWER_S:g} s") from None
+            raise unavailable(f"the engine did not answer within {within_s:g} s") from None
 
     @contextlib.contextmanager
     def engine_errors(self) -> Iterator[None]:

@@ -31,8 +31,8 @@ def download(repo: str, revision: str | None = None, check: Callable[[Path], Non
     Raises: CheckpointError when it is missing, private, gated, not reachable, or has no weights
     that can be read; the message says what to do.
     """
-    if check is not None:
-        check(_fetch(repo, revision, _SMALL))
+    if check is not None and ((path := _fetch(repo, revision, _SMALL)) / "config.json").is_file():
+        check(path)
     path = _fetch(repo, revision, _SMALL + _WEIGHTS)
     if not any(path.glob("*.safetensors")):
         raise CheckpointError(f"{repo}: has no safetensors files; for GGUF download the file and name it")

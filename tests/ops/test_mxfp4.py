@@ -43,6 +43,17 @@ def test_numbers_keep_their_places(lead):
     )
 
 
+def test_results_have_registers_of_their_own():
+    """The first is written before all of what is given is read; only the constraint keeps them apart."""
+    for assembly in (mxfp4.LOW, mxfp4.HIGH):
+        assert assembly.index("$0") < assembly.rindex("$2")
+    traced = jax.make_jaxpr(mxfp4.halves_by_words)(
+        jnp.zeros((8, 16), jnp.uint8), jnp.zeros((8, 1), jnp.uint8)
+    )
+    calls = [e for e in traced.eqns if "constraints" in e.params]
+    assert [e.params["constraints"].split(",")[:2] for e in calls] == [["=&r", "=&r"]] * 2
+
+
 def run(assembly: str, word: int, factor: int) -> list[int]:
     """What the instructions leave in $0 and $1; $2 is the word, $3 and $4 two factors each."""
     registers = {"$2": word, "$3": factor << 16 | factor, "$4": factor << 16 | factor}

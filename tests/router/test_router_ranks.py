@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from mock_worker import MockWorker
 from test_router_launch import wait_for
 from test_router_processes import cluster, generate, running_beside
 
-from router import jobs
+from router import exact, jobs
 from router.config import RouterConfig
 from router.member import Member
 from router.workers import WorkerSpec
@@ -210,6 +211,66 @@ def test_worker_that_is_replaced_by_another_model_is_sent_no_ids_of_the_old_ones
             worker.response_headers = {"x-worker-instance": "c"}
             await r.chat("hello", model="mock-2")
             await until(lambda: known.kv is not None and known.kv.live)  # alone, it may bring its tokenizer
+
+    scenario()
+
+
+def held_back(monkeypatch) -> tuple[threading.Event, threading.Event]:
+    """(set when a tokenizer is to be read; set to let it be)."""
+    asked, go, real = threading.Event(), threading.Event(), exact.PromptTokens
+
+    def read(*given):
+        asked.set()
+        assert go.wait(20)
+        return real(*given)
+
+    monkeypatch.setattr(exact, "PromptTokens", read)
+    return asked, go
+
+
+def test_worker_that_is_replaced_while_it_is_learned_is_learned_once_more(tmp_path, monkeypatch):
+    @asynchronous
+    async def scenario():
+        monkeypatch.setattr(jobs, "RELEARN_PAUSE_S", 0.05)
+        worker = await KvWorker(write_tokenizer(tmp_path)).start()
+        worker.response_headers = {"x-worker-instance": "a"}
+        async with running(workers=[worker], policy="cache_aware") as r:
+            known = r.registered(worker)
+            await until(lambda: known.kv is not None and known.kv.live)
+            await r.chat()
+            asked, go = held_back(monkeypatch)
+            for instance in ("b", "c"):
+                worker.model = f"model-{instance}"
+                worker.info = {**worker.info, "instance_id": instance}
+                worker.response_headers = {"x-worker-instance": instance}
+                await r.chat(model=known.models[0])
+                await until(lambda: known.models == ("model-b",) and asked.is_set())
+            go.set()
+            await until(lambda: known.models == ("model-c",))
+
+    scenario()
+
+
+def test_worker_that_is_removed_while_its_tokenizer_is_read_is_not_followed(tmp_path, monkeypatch):
+    @asynchronous
+    async def scenario():
+        worker = await KvWorker(write_tokenizer(tmp_path)).start()
+        worker.response_headers = {"x-worker-instance": "a"}
+        async with running(workers=[worker], policy="cache_aware") as r:
+            known = r.registered(worker)
+            await until(lambda: known.kv is not None and known.kv.live)
+            await r.chat()
+            asked, go = held_back(monkeypatch)
+            worker.model = "another"
+            worker.response_headers = {"x-worker-instance": "b"}
+            await r.chat()
+            await until(asked.is_set)
+            relearning = [*r.gateway.jobs.relearning.values()]
+            r.gateway.jobs.remove(known)
+            await until(lambda: len(r.gateway.registry) == 0)
+            go.set()
+            await asyncio.gather(*relearning)
+            assert r.gateway.exact.subscriptions == {}
 
     scenario()
 

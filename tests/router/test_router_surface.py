@@ -162,6 +162,14 @@ async def test_names_that_engines_take_for_what_they_serve_are_found():
 
 
 @asynchronous
+async def test_model_that_is_called_default_is_asked_for_by_that_name():
+    workers = [await MockWorker(model=m).start() for m in ("default", "b")]
+    async with running(workers=workers) as r:
+        answers = [await r.chat(model="default") for _ in range(4)]
+        assert {a.headers["x-smg-routed-worker-id"] for a in answers} == {workers[0].url}
+
+
+@asynchronous
 async def test_worker_with_a_name_of_the_operators_answers_to_that_alone():
     async with running(0) as r:
         worker = await MockWorker(info={"model_path": "/m"}).start()

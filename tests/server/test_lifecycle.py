@@ -315,6 +315,8 @@ def test_questions_to_an_engine_that_does_not_answer_are_503_in_time(server, mon
         assert response.status_code == 503, path
         assert response.json()["error"]["message"] == "the engine did not answer within 0.05 s"
         assert response.headers["retry-after"] == "1"
+    waited = server.http.post("/flush_cache?timeout=0.1").json()["error"]["message"]
+    assert float(waited.split()[-2]) == pytest.approx(0.1, abs=0.04)
     metrics = server.http.get("/metrics")
     assert metrics.status_code == 200
     assert "sglang:num_requests_total{" in metrics.text and "num_running_reqs{" not in metrics.text

@@ -162,6 +162,12 @@ def test_what_is_not_served_is_refused_before_its_weights_are_fetched(hub):
     assert list(opened.checkpoint.tensors) == ["a.weight"]
 
 
+def test_a_repository_of_gguf_files_is_told_what_to_do_instead(hub):
+    hub.files = {"model.gguf": b"GGUF"}
+    with pytest.raises(CheckpointError, match="acme/tiny: has no safetensors files; for GGUF download"):
+        build._open(ServerConfig.from_keywords(model_path="acme/tiny"))
+
+
 def test_a_second_opening_fetches_nothing(hub):
     open_checkpoint("acme/tiny")
     hub.fetched.clear()
