@@ -159,6 +159,10 @@ class TokenRate:
         self.on_charged: Callable[[str, int], None] | None = None  # for other processes to hear of
         self.buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens left, at time
 
+    @property
+    def is_limited(self) -> bool:
+        return self.tokens_per_s is not None
+
     def admit(self, caller: str, tokens: int) -> None:
         """Charge a prompt. Raises RequestError(429) with the time until the bucket is out of debt."""
         rate = self.tokens_per_s

@@ -6,13 +6,19 @@ import socket
 from router.config import ConfigError
 
 
+def resolve(host: str, port: int) -> list[tuple]:
+    """`socket.getaddrinfo` of what a server binds, IPv4 first. Raises gaierror or UnicodeError."""
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return sorted(found, key=lambda entry: entry[0] != socket.AF_INET)
+
+
 def check_address(host_key: str, host: str, port_key: str, port: int) -> None:
     """Bind every address of `host`, as a server will, and let go of it again. Raises ConfigError.
 
     Processes that share a port would not notice another gateway's that do so too: this does.
     """
     try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = resolve(host, port)
     except (socket.gaierror, UnicodeError) as error:
         reason = error.strerror if isinstance(error, socket.gaierror) else error
         raise ConfigError(f"{host_key}={host!r} does not resolve: {reason}") from error

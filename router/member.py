@@ -27,6 +27,7 @@ from router.http_server import GatewayServer
 from router.jobs import learn
 from router.launch_router import loop_factory, set_up_logging, uvicorn_config
 from router.link import Link
+from router.listen import resolve
 from router.workers import Share, Worker, WorkerSpec
 
 FLUSH_S = 0.001
@@ -353,12 +354,12 @@ def part_of(config: RouterConfig, index: int) -> RouterConfig:
 
 def shared_port(host: str, port: int) -> socket.socket:
     """A bound socket of a port that several processes listen on. Raises OSError when it is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family, _, _, _, address = resolve(host, port)[0]
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind((host, port))
+        sock.bind(address)
     except OSError:
         sock.close()
         raise

@@ -32,6 +32,7 @@ from router.workers import Registry, Worker
 if TYPE_CHECKING:
     from router.http_server import Request
 
+UNCHARGED = contextlib.nullcontext()
 RETRYABLE = frozenset((408, 429, 500, 502, 503, 504))
 BACKPRESSURE = frozenset((408, 429, 503))  # the worker is busy, not broken
 
@@ -120,7 +121,7 @@ class Proxy:
                     call = self.read(route, client, request_id, body)
                 if connection is None:
                     watcher = self.loop.create_task(_watch(receive, task))
-                with self._charged(caller, call):
+                with self._charged(caller, call) if self.token_rate.is_limited else UNCHARGED:
                     if exchange is not None:
                         pass  # it is in already
                     elif self.concurrency.limit >= 0:

@@ -35,10 +35,11 @@ def long_tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
-def test_sockets_are_in_the_directory_for_temporary_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", "/var/tmp")
-    with _socket_directory() as directory:
-        assert directory.startswith("/var/tmp/jaxserve-")
+def test_sockets_are_in_the_directory_for_temporary_files(monkeypatch):
+    with tempfile.TemporaryDirectory() as short:  # pytest's own are too long where its processes have numbers
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        with _socket_directory() as directory:
+            assert directory.startswith(f"{short}/jaxserve-")
 
 
 def test_sockets_of_a_directory_that_is_too_long_for_them_are_elsewhere(long_tmpdir):

@@ -13,7 +13,7 @@ from jaxserve.weights.checkpoint import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 _SMALL = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
-_WEIGHTS = ("*.safetensors",)
+_WEIGHTS = "*.safetensors"
 # Other copies of the weights: sub-folders of the original release, one file of all the shards.
 _UNWANTED = ("*/*", "consolidated*")
 
@@ -26,15 +26,17 @@ def download(repo: str, revision: str | None = None, check: Callable[[Path], Non
     """The directory of a hub model, complete.
 
     `check` is called with the directory when all but the weights is there, which may be hundreds of GB;
-    what it raises goes on to the caller.
+    what it raises goes on to the caller. Not where weights of that revision are there already.
 
     Raises: CheckpointError when it is missing, private, gated, not reachable, or has no weights
     that can be read; the message says what to do.
     """
-    if check is not None and ((path := _fetch(repo, revision, _SMALL)) / "config.json").is_file():
-        check(path)
-    path = _fetch(repo, revision, _SMALL + _WEIGHTS)
-    if not any(path.glob("*.safetensors")):
+    if check is not None:
+        path = _fetch(repo, revision, _SMALL)
+        if (path / "config.json").is_file() and not any(path.glob(_WEIGHTS)):
+            check(path)
+    path = _fetch(repo, revision, (*_SMALL, _WEIGHTS))
+    if not any(path.glob(_WEIGHTS)):
         raise CheckpointError(f"{repo}: has no safetensors files; for GGUF download the file and name it")
     return path
 

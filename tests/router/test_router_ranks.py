@@ -1,6 +1,7 @@
 """Data-parallel ranks routed to by themselves, and workers that are replaced by others at their URL."""
 
 import asyncio
+import contextlib
 import functools
 import json
 import threading
@@ -190,29 +191,33 @@ async def test_relearning_waits_out_its_pause_and_misses_nothing(monkeypatch):
             await until(lambda tokens=tokens: r.registered(worker).capacity_tokens == tokens)
 
 
-def test_worker_that_is_replaced_by_another_model_is_sent_no_ids_of_the_old_ones(tmp_path):
-    @asynchronous
-    async def scenario():
-        worker = await KvWorker(write_tokenizer(tmp_path)).start()
-        worker.response_headers = {"x-worker-instance": "a"}
-        async with running(workers=[worker], policy="cache_aware") as r:
-            known = r.registered(worker)
-            await until(lambda: known.kv is not None and known.kv.live)
-            await r.chat("hello")
-            assert worker.seen[-1].json["input_ids"]
-            worker.model = "mock-2"
-            worker.info = {**worker.info, "protocol": ["input_ids/1"]}
-            worker.response_headers = {"x-worker-instance": "b"}
-            await r.chat("hello")
-            await until(lambda: known.models == ("mock-2",) and known.kv is None)
-            await r.chat("hello", model="mock-2")
-            assert "input_ids" not in worker.seen[-1].json
-            worker.info = {**worker.info, "protocol": ["kv_events/1", "input_ids/1"]}
-            worker.response_headers = {"x-worker-instance": "c"}
-            await r.chat("hello", model="mock-2")
-            await until(lambda: known.kv is not None and known.kv.live)  # alone, it may bring its tokenizer
+@contextlib.asynccontextmanager
+async def followed(tmp_path):
+    """(worker, gateway, the worker there): its events are followed, and its instance is known."""
+    worker = await KvWorker(write_tokenizer(tmp_path)).start()
+    worker.response_headers = {"x-worker-instance": "a"}
+    async with running(workers=[worker], policy="cache_aware") as r:
+        known = r.registered(worker)
+        await until(lambda: known.kv is not None and known.kv.live)
+        await r.chat("hello")
+        yield worker, r, known
 
-    scenario()
+
+@asynchronous
+async def test_worker_that_is_replaced_by_another_model_is_sent_no_ids_of_the_old_ones(tmp_path):
+    async with followed(tmp_path) as (worker, r, known):
+        assert worker.seen[-1].json["input_ids"]
+        worker.model = "mock-2"
+        worker.info = {**worker.info, "protocol": ["input_ids/1"]}
+        worker.response_headers = {"x-worker-instance": "b"}
+        await r.chat("hello")
+        await until(lambda: known.models == ("mock-2",) and known.kv is None)
+        await r.chat("hello", model="mock-2")
+        assert "input_ids" not in worker.seen[-1].json
+        worker.info = {**worker.info, "protocol": ["kv_events/1", "input_ids/1"]}
+        worker.response_headers = {"x-worker-instance": "c"}
+        await r.chat("hello", model="mock-2")
+        await until(lambda: known.kv is not None and known.kv.live)  # alone, it may bring its tokenizer
 
 
 def held_back(monkeypatch) -> tuple[threading.Event, threading.Event]:
@@ -228,73 +233,54 @@ def held_back(monkeypatch) -> tuple[threading.Event, threading.Event]:
     return asked, go
 
 
-def test_worker_that_is_replaced_while_it_is_learned_is_learned_once_more(tmp_path, monkeypatch):
-    @asynchronous
-    async def scenario():
-        monkeypatch.setattr(jobs, "RELEARN_PAUSE_S", 0.05)
-        worker = await KvWorker(write_tokenizer(tmp_path)).start()
-        worker.response_headers = {"x-worker-instance": "a"}
-        async with running(workers=[worker], policy="cache_aware") as r:
-            known = r.registered(worker)
-            await until(lambda: known.kv is not None and known.kv.live)
-            await r.chat()
-            asked, go = held_back(monkeypatch)
-            for instance in ("b", "c"):
-                worker.model = f"model-{instance}"
-                worker.info = {**worker.info, "instance_id": instance}
-                worker.response_headers = {"x-worker-instance": instance}
-                await r.chat(model=known.models[0])
-                await until(lambda: known.models == ("model-b",) and asked.is_set())
-            go.set()
-            await until(lambda: known.models == ("model-c",))
-
-    scenario()
+@asynchronous
+async def test_worker_that_is_replaced_while_it_is_learned_is_learned_once_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "RELEARN_PAUSE_S", 0.05)
+    async with followed(tmp_path) as (worker, r, known):
+        asked, go = held_back(monkeypatch)
+        for instance in ("b", "c"):
+            worker.model = f"model-{instance}"
+            worker.info = {**worker.info, "instance_id": instance}
+            worker.response_headers = {"x-worker-instance": instance}
+            await r.chat(model=known.models[0])
+            await until(lambda: known.models == ("model-b",) and asked.is_set())
+        go.set()
+        await until(lambda: known.models == ("model-c",))
 
 
-def test_worker_that_is_removed_while_its_tokenizer_is_read_is_not_followed(tmp_path, monkeypatch):
-    @asynchronous
-    async def scenario():
-        worker = await KvWorker(write_tokenizer(tmp_path)).start()
-        worker.response_headers = {"x-worker-instance": "a"}
-        async with running(workers=[worker], policy="cache_aware") as r:
-            known = r.registered(worker)
-            await until(lambda: known.kv is not None and known.kv.live)
-            await r.chat()
-            asked, go = held_back(monkeypatch)
-            worker.model = "another"
-            worker.response_headers = {"x-worker-instance": "b"}
-            await r.chat()
-            await until(asked.is_set)
-            relearning = [*r.gateway.jobs.relearning.values()]
-            r.gateway.jobs.remove(known)
-            await until(lambda: len(r.gateway.registry) == 0)
-            go.set()
-            await asyncio.gather(*relearning)
-            assert r.gateway.exact.subscriptions == {}
-
-    scenario()
+@asynchronous
+async def test_worker_that_is_removed_while_its_tokenizer_is_read_is_not_followed(tmp_path, monkeypatch):
+    async with followed(tmp_path) as (worker, r, known):
+        asked, go = held_back(monkeypatch)
+        worker.model = "another"
+        worker.response_headers = {"x-worker-instance": "b"}
+        await r.chat()
+        await until(asked.is_set)
+        relearning = [*r.gateway.jobs.relearning.values()]
+        r.gateway.jobs.remove(known)
+        await until(lambda: len(r.gateway.registry) == 0)
+        go.set()
+        await asyncio.gather(*relearning)
+        assert r.gateway.exact.subscriptions == {}
 
 
-def test_process_that_sees_a_worker_return_follows_its_events_no_longer_if_it_has_none(tmp_path):
-    @asynchronous
-    async def scenario():
-        engine = await KvWorker(write_tokenizer(tmp_path)).start()
-        sent = []
-        member = Member(0, RouterConfig(policy="cache_aware", workers_processes=2))
-        member.link = SimpleNamespace(send=lambda kind, value: sent.append(value))  # type: ignore[assignment]
-        gateway = member.gateway
-        assert gateway.exact is not None
-        worker = gateway.registry.make_worker(WorkerSpec(url=engine.url), None)
-        gateway.registry.add(worker)
-        await member._relearn(worker)
-        assert worker.kv is not None
-        engine.info = {"instance_id": "b"}
-        await member._relearn(worker)
-        assert worker.kv is None and not gateway.exact.subscriptions
-        await until(lambda: any(loads.replaced == {worker.id: "b"} for loads in sent))
-        await engine.kill()
-
-    scenario()
+@asynchronous
+async def test_process_that_sees_a_worker_return_follows_its_events_no_longer_if_it_has_none(tmp_path):
+    engine = await KvWorker(write_tokenizer(tmp_path)).start()
+    sent = []
+    member = Member(0, RouterConfig(policy="cache_aware", workers_processes=2))
+    member.link = SimpleNamespace(send=lambda kind, value: sent.append(value))  # type: ignore[assignment]
+    gateway = member.gateway
+    assert gateway.exact is not None
+    worker = gateway.registry.make_worker(WorkerSpec(url=engine.url), None)
+    gateway.registry.add(worker)
+    await member._relearn(worker)
+    assert worker.kv is not None
+    engine.info = {"instance_id": "b"}
+    await member._relearn(worker)
+    assert worker.kv is None and not gateway.exact.subscriptions
+    await until(lambda: any(loads.replaced == {worker.id: "b"} for loads in sent))
+    await engine.kill()
 
 
 @pytest.mark.parametrize("restart", [False, True])

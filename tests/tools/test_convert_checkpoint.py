@@ -52,6 +52,14 @@ def run(source, target, *more) -> int:
     return convert_checkpoint.main(["--from", str(source), "--to", str(target), *more])
 
 
+def run_in_a_process(program: str) -> subprocess.CompletedProcess[bytes]:
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=120)
+
+
 def assert_same_tensors(got: Checkpoint, expected: Checkpoint):
     assert sorted(got.tensors) == sorted(expected.tensors)
     for name, info in expected.tensors.items():
@@ -226,11 +234,7 @@ def test_a_killed_conversion_is_no_checkpoint_and_can_be_completed(source, tmp_p
         "orbax.write_json = kill\n"
         f"convert_checkpoint.main(['--from', {str(source)!r}, '--to', {str(target)!r}])\n"
     )
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=120)
+    done = run_in_a_process(program)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert (target / "items" / "model.layers.1").is_dir()
     with pytest.raises(CheckpointError, match="its conversion was interrupted"):
@@ -248,11 +252,7 @@ def test_a_full_disk_is_an_error_message_and_the_conversion_can_be_completed(sou
         "resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))\n"
         f"raise SystemExit(convert_checkpoint.main(['--from', {str(source)!r}, '--to', {str(target)!r}]))\n"
     )
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=120)
+    done = run_in_a_process(program)
     said = " ".join(done.stderr.decode().split())
     assert done.returncode == 1 and "not written" in said and "Traceback" not in said, said
     assert run(source, target, "--verify") == 0

@@ -160,6 +160,7 @@ def test_what_is_not_served_is_refused_before_its_weights_are_fetched(hub):
     assert "model.safetensors" not in hub.fetched
     opened = build._open(ServerConfig.from_keywords(model_path="acme/tiny", skip_tokenizer_init=True))
     assert list(opened.checkpoint.tensors) == ["a.weight"]
+    assert build._open(config).checkpoint is not None  # nothing is to be fetched, so nothing is checked yet
 
 
 def test_a_repository_of_gguf_files_is_told_what_to_do_instead(hub):
