@@ -222,10 +222,11 @@ def in_blocks(wide: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def in_4_bits(seed: int, shape: tuple[int, int, int]) -> tuple[jax.Array, jax.Array]:
-    """Any packed numbers [E, N, K / 2], and exponents [E, N, K / 32] that keep the size of activations."""
+    """Any packed numbers of matrices [E, N, K], and exponents that keep the size of activations."""
     E, N, K = shape
-    packed = jax.random.bits(jax.random.key(seed), (E, N, K // 2), jnp.uint8)
-    return packed, jnp.full((E, N, K // mxfp4.GROUP), 120, jnp.uint8)
+    tiles, powers = N // mxfp4.ROWS, K // mxfp4.GROUP
+    packed = jax.random.bits(jax.random.key(seed), (E, tiles, powers * mxfp4.LINES, mxfp4.LINE), jnp.uint8)
+    return packed, jnp.full((E, tiles, powers, mxfp4.LINE), mxfp4.stored_exponent(120), jnp.uint8)
 
 
 def expert_weights(scheme: ExpertScheme, sizes: ExpertSizes) -> ExpertWeights:
@@ -236,7 +237,9 @@ def expert_weights(scheme: ExpertScheme, sizes: ExpertSizes) -> ExpertWeights:
         case "bf16":
             return ExpertWeights(*(random(i, shape) for i, shape in enumerate(shapes)), *biases)
         case "mxfp4":
-            numbers, scales = zip(*(in_4_bits(i, shape) for i, shape in enumerate(shapes)))
+            gate_up, gate_scale = in_4_bits(0, (E, 2 * F, D))
+            down, down_scale = in_4_bits(1, (E, D, F))
+            return ExpertWeights(gate_up, None, down, *biases, gate_scale=gate_scale, down_scale=down_scale)
         case "fp8 blocks":
             numbers, scales = zip(*(jax.jit(in_blocks)(random(i, shape)) for i, shape in enumerate(shapes)))
         case _:

@@ -326,7 +326,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of a prompt")
     parser.add_argument("--chunk", type=int, default=2048, help="prompt tokens of a step and dp rank")
     parser.add_argument("--mem-fraction-static", type=float, help="of device memory, for weights and KV")
-    parser.add_argument("--dequantize-weights", action="store_true", help="float8 weights as bfloat16")
+    parser.add_argument(
+        "--dequantize-weights", action="store_true", help="float8 and MXFP4 weights as bfloat16"
+    )
     parser.add_argument(
         "--quantization", choices=("fp8", "int8", "mxfp4"), help="of weights, as the server's"
     )

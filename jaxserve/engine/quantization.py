@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from jaxserve import speculation
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.layers.channel_quant import ChannelQuant, quantise_model, read_stored
+from jaxserve.mesh import layout_of
 from jaxserve.models import declare
 from jaxserve.models.decoder import Decoder
+from jaxserve.ops import mxfp4
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +35,12 @@ def declare_model(config: ServerConfig, hf_config: dict[str, Any], dtype: Any) -
         hf_config = {key: value for key, value in hf_config.items() if key != "quantization_config"}
     if config.dequantize_weights and given:
         hf_config = {**hf_config, "quantization_config": {**given, "dequantize": True}}
-    if asked == "mxfp4":
-        if given.get("quant_method") != "mxfp4":
-            raise ConfigError(
-                "quantization=mxfp4 keeps a checkpoint's own numbers in MXFP4, and this one has none; use fp8"
-            )
+    is_mxfp4 = given.get("quant_method") == "mxfp4"
+    if asked == "mxfp4" and not is_mxfp4:
+        raise ConfigError(
+            "quantization=mxfp4 keeps a checkpoint's own numbers in MXFP4, and this one has none; use fp8"
+        )
+    if asked == "mxfp4" or (is_mxfp4 and asked is None and _keeps_mxfp4(config, hf_config, dtype)):
         hf_config = {**hf_config, "quantization_config": {**given, "keep": True}}
     model = declare(hf_config, dtype, with_nextn=speculation.uses_nextn(config))
     if stored is not None:
@@ -49,6 +52,16 @@ def declare_model(config: ServerConfig, hf_config: dict[str, Any], dtype: Any) -
     elif asked and asked != "mxfp4":
         quantise_model(model, ChannelQuant(asked))
     return model
+
+
+def _keeps_mxfp4(config: ServerConfig, hf_config: dict[str, Any], dtype: Any) -> bool:
+    """Unless asked not to, where kernels take it, and no device would have a part of a group."""
+    _, _, tp = layout_of(config).shape
+    ways = tp if config.ep > 1 else config.tp
+    divides = hf_config.get("intermediate_size", 0) % (mxfp4.GROUP * ways) == 0
+    if not config.dequantize_weights and not divides:
+        logger.info("experts are widened from MXFP4: %d devices would cut a group of 32 numbers", ways)
+    return dtype == jnp.bfloat16 and divides and not config.dequantize_weights
 
 
 def _is_already(asked: str, kind: str) -> ConfigError:

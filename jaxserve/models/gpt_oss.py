@@ -1,7 +1,7 @@
 """GPT-OSS: attention sinks, a window on every other layer, experts with biases and a clamped gate.
 
-Published files hold the experts in MXFP4, which is widened at load unless `--quantization mxfp4` says
-otherwise; other files hold them as they are, [E, in, out]. In both, gate and up alternate along the output.
+Published files hold the experts in MXFP4; other files hold them as they are, [E, in, out]. In both, gate and
+up alternate along the output.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from jaxserve.ops.grouped_gemm import ExpertWeights
 
 ARCHITECTURES = ("GptOssForCausalLM",)
 QUANTIZATIONS = ("mxfp4",)
-DUMMY_EXPONENT = 127 - 7  # keeps the size of activations at published widths
+DUMMY_EXPONENT = int(mxfp4.stored_exponent(127 - 7))  # keeps the size of activations at published widths
 DEFAULTS = {"num_key_value_heads": 8, "head_dim": 64, "rope_theta": 150_000.0, "rms_norm_eps": 1e-5}
 
 
@@ -127,25 +127,27 @@ class BiasedExperts(nnx.Module):
                 "for quant_method='mxfp4'"
             )
 
-        def matrix(
-            part: str, shape: tuple[int, int, int], axes: tuple[str, ...], take: Assemble
-        ) -> tuple[nnx.Param, nnx.Param | None]:
-            """And exponents, of what is kept."""
-            blocks, exponents = f"{name}.{part}_blocks", f"{name}.{part}_scales"
-            if not keep:
-                sources, each = (blocks, exponents), _Widened(take)
-                if not is_mxfp4:
-                    sources, each = (f"{name}.{part}",), _Transposed(take)
-                return weight(shape, axes, *sources, dtype=dtype, assemble=Sliced(each), num_out=2), None
-            lead, size = shape[:2], shape[2]
+        def wide(part: str, shape: tuple[int, int, int], axes: tuple[str, ...], take: Assemble) -> nnx.Param:
+            sources, each = (f"{name}.{part}",), _Transposed(take)
+            if is_mxfp4:
+                sources, each = (f"{name}.{part}_blocks", f"{name}.{part}_scales"), _Widened(take)
+            return weight(shape, axes, *sources, dtype=dtype, assemble=Sliced(each), num_out=2)
 
-            def stored(source: str, size: int, each: Assemble, **more: Any) -> nnx.Param:
-                return weight((*lead, size), axes, source, dtype=np.uint8, assemble=Sliced(each), **more)
+        def packed(
+            part: str, rows: int, inner: int, axes: tuple[str, str, str], take: Assemble
+        ) -> tuple[nnx.Param, nnx.Param]:
+            """Numbers and exponents, as `ops.mxfp4` has them."""
+            lead, groups = (E, mxfp4.num_tiles(rows)), inner // mxfp4.GROUP
 
-            return (
-                stored(blocks, size // 2, _Repacked(take)),
-                stored(exponents, size // mxfp4.GROUP, _Exponents(take), init=DUMMY_EXPONENT, is_scale=True),
+            def lines(source: str, count: int, each: Assemble, **more: Any) -> nnx.Param:
+                shape = *lead, count, mxfp4.LINE
+                return weight(shape, (*axes, None), source, dtype=np.uint8, assemble=Sliced(each), **more)
+
+            numbers = lines(f"{name}.{part}_blocks", groups * mxfp4.LINES, _Packed(take))
+            exponents = lines(
+                f"{name}.{part}_scales", groups, _Exponents(take), init=DUMMY_EXPONENT, is_scale=True
             )
+            return numbers, exponents
 
         def bias(part: str, size: int, axis: str, take: Assemble) -> nnx.Param:
             return weight(
@@ -153,25 +155,34 @@ class BiasedExperts(nnx.Module):
             )
 
         even, odd, all_rows = _Every(2, 0), _Every(2, 1), _Every(1, 0)
-        up_axes = ("expert", "expert_ffn", "embed")
-        self.gate, self.gate_scale = matrix("gate_up_proj", (E, F, D), up_axes, even)
-        self.up, self.up_scale = matrix("gate_up_proj", (E, F, D), up_axes, odd)
-        down_axes = ("expert", "embed", "expert_ffn")
-        self.down, self.down_scale = matrix("down_proj", (E, D, F), down_axes, all_rows)
+        up_axes, down_axes = ("expert", "expert_ffn", "embed"), ("expert", "embed", "expert_ffn")
+        if keep:
+            self.gate, self.gate_scale = packed("gate_up_proj", 2 * F, D, up_axes, _by_turns)
+            self.down, self.down_scale = packed("down_proj", D, F, down_axes, all_rows)
+            self.up = self.up_scale = None
+        else:
+            self.gate = wide("gate_up_proj", (E, F, D), up_axes, even)
+            self.up = wide("gate_up_proj", (E, F, D), up_axes, odd)
+            self.down = wide("down_proj", (E, D, F), down_axes, all_rows)
+            self.gate_scale = self.up_scale = self.down_scale = None
         self.gate_bias = bias("gate_up_proj", F, "expert_ffn", even)
         self.up_bias = bias("gate_up_proj", F, "expert_ffn", odd)
         self.down_bias = bias("down_proj", D, "embed", all_rows)
 
     def weights(self) -> ExpertWeights:
-        scales = (self.gate_scale, self.up_scale, self.down_scale)
+        def value(param: nnx.Param | None) -> Any:
+            return None if param is None else param[...]
+
         return ExpertWeights(
             self.gate[...],
-            self.up[...],
+            value(self.up),
             self.down[...],
             self.gate_bias[...],
             self.up_bias[...],
             self.down_bias[...],
-            *(None if scale is None else scale[...] for scale in scales),
+            gate_scale=value(self.gate_scale),
+            up_scale=value(self.up_scale),
+            down_scale=value(self.down_scale),
         )
 
 
@@ -215,24 +226,21 @@ class _Widened:
 
 
 @dataclass(frozen=True)
-class _Repacked:
-    """The same pairs as `mxfp4` wants them, [out, in / 2]."""
-
+class _Packed:
     take: Assemble
 
     def __call__(self, blocks: np.ndarray) -> np.ndarray:
-        return mxfp4.repack(self.take(blocks))
+        return mxfp4.pack(self.take(blocks))
 
 
 @dataclass(frozen=True)
 class _Exponents:
-    """The same exponents, [out, in / 32]. Raises ValueError for what no weight needs."""
-
     take: Assemble
 
     def __call__(self, exponents: np.ndarray) -> np.ndarray:
-        if (largest := int(exponents.max())) > mxfp4.MAX_EXPONENT:
-            raise ValueError(
-                f"an exponent of {largest} is above {mxfp4.MAX_EXPONENT}; leave quantization out"
-            )
-        return self.take(exponents)
+        return mxfp4.pack_exponents(self.take(exponents))
+
+
+def _by_turns(rows: np.ndarray) -> np.ndarray:
+    """Of gate and up, which alternate."""
+    return mxfp4.join(rows[0::2], rows[1::2])

@@ -24,6 +24,11 @@ LARGE = (
     experts.Case(T=130, X=1, E=2, D=1024, F=704, dtype="bfloat16", padding=0.0),
 )
 
+LARGE_PACKED = tuple(
+    experts.Case(T=T, X=4, E=8, D=960, F=960, dtype="bfloat16", is_mxfp4=True, biases=True, activation=gate)
+    for T, gate in ((1, experts.clamped), (16, experts.silu), (60, experts.clamped), (600, experts.clamped))
+)
+
 LARGE_FLOAT8 = (
     hopper_experts.Float8Case(T=600, X=6, E=16, D=512, F=384),
     hopper_experts.Float8Case(T=9, X=2, E=20, D=1024, F=768, padding=0.0),
@@ -109,6 +114,11 @@ def test_experts_equal_the_dense_sum(case):
 def test_experts_for_hopper_equal_the_dense_sum(case):
     for tiles in (None, *hopper_experts.TILES):
         hopper_experts.check(case, tiles=tiles)
+
+
+@pytest.mark.parametrize("case", (*hopper_experts.PACKED_CASES, *LARGE_PACKED), ids=str)
+def test_packed_experts_for_hopper_equal_the_dense_sum(case):
+    hopper_experts.check(case)
 
 
 @pytest.mark.parametrize("case", (*hopper_experts.FLOAT8_CASES, *LARGE_FLOAT8), ids=str)

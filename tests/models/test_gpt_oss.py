@@ -10,8 +10,7 @@ from safetensors.numpy import save_file
 
 from jaxserve.config import ConfigError
 from jaxserve.models import resolve
-from jaxserve.models.gpt_oss import ClampedGate, _Every, _Exponents, _Widened
-from jaxserve.ops import mxfp4
+from jaxserve.models.gpt_oss import ClampedGate, _Every, _Widened
 from jaxserve.weights import load, open_checkpoint
 from tests.engine.asking import ask, golden_rows, greedy, tokens
 from tests.models.tiny import Chunk, Golden, TinyEngine, read_config, read_tensors
@@ -102,6 +101,17 @@ def test_engine_keeps_four_bits_and_gives_the_tokens_of_the_plain_file(tmp_path,
         assert served.info.weight_bytes < engine(str(packed)).info.weight_bytes
 
 
+def test_experts_stay_in_four_bits_by_default_unless_devices_would_cut_groups(tmp_path, engine, caplog):
+    packed, _ = checkpoints(tmp_path, F=64)
+    asked = engine(str(packed), quantization="mxfp4", dtype="bfloat16").info.weight_bytes
+    assert engine(str(packed), dtype="bfloat16").info.weight_bytes == asked
+    assert engine(str(packed), dtype="bfloat16", dequantize_weights=True).info.weight_bytes > asked
+    with caplog.at_level("INFO"):
+        cut = engine(str(packed), dtype="bfloat16", tp=4)
+    assert cut.info.weight_bytes > asked
+    assert "experts are widened from MXFP4: 4 devices would cut a group of 32 numbers" in caplog.text
+
+
 def test_random_experts_in_four_bits_give_finite_logits(tmp_path, engine):
     packed, _ = checkpoints(tmp_path)
     served = engine(str(packed), quantization="mxfp4", load_format="dummy")
@@ -120,13 +130,6 @@ def test_devices_that_cut_a_group_of_scales_are_refused(tmp_path, engine):
 def test_four_bits_are_kept_of_checkpoints_that_have_them_alone(engine, family):
     with pytest.raises(ConfigError, match="keeps a checkpoint's own numbers in MXFP4, and this one has none"):
         engine(family, quantization="mxfp4")
-
-
-def test_exponents_too_large_for_any_weight_are_refused():
-    exponents = np.array([[1, mxfp4.MAX_EXPONENT]], np.uint8)
-    np.testing.assert_array_equal(_Exponents(_Every(1, 0))(exponents), exponents)
-    with pytest.raises(ValueError, match="exponent of 129 is above 128"):
-        _Exponents(_Every(1, 0))(exponents + np.uint8(1))
 
 
 def test_experts_that_do_not_fill_groups_of_scales_are_refused():

@@ -73,12 +73,13 @@ class Case:
                     }
                 )
         if self.is_mxfp4:
-            for name, field in (("gate", "gate_EFD"), ("up", "up_EFD"), ("down", "down_EDF")):
-                *lead, size = getattr(weights, field).shape
-                packed = rng.integers(0, 256, (*lead, size // 2)).astype(np.uint8)
-                exponent = rng.integers(120, 123, (*lead, size // mxfp4.GROUP)).astype(np.uint8)
-                parts = {field: jnp.asarray(packed), f"{name}_scale": jnp.asarray(exponent)}
-                weights = weights._replace(**parts)
+            for name, rows, size in (("gate_EFD", 2 * F, D), ("down_EDF", D, F)):
+                packed = rng.integers(0, 256, (E, rows // mxfp4.ROWS, size // 2, mxfp4.LINE))
+                power = rng.integers(246, 249, (E, rows // mxfp4.ROWS, size // mxfp4.GROUP, mxfp4.LINE))
+                parts = {name: packed, f"{name.split('_')[0]}_scale": power}
+                weights = weights._replace(
+                    **{name: jnp.asarray(part, jnp.uint8) for name, part in parts.items()}, up_EFD=None
+                )
         weight = jnp.asarray(rng.uniform(0.1, 1, expert.shape), jnp.float32)
         return normal(self.T, D), jnp.asarray(expert), weight, weights
 
@@ -102,9 +103,9 @@ class Case:
         return picked
 
     def dense(self, weights, name):
-        matrix = getattr(weights, f"{name}_EDF" if name == "down" else f"{name}_EFD")
         if self.is_mxfp4:
-            matrix = mxfp4.widen(matrix, getattr(weights, f"{name}_scale"))
+            weights = grouped_gemm.reference.widened(weights, jnp.bfloat16)
+        matrix = getattr(weights, f"{name}_EDF" if name == "down" else f"{name}_EFD")
         matrix = np.asarray(matrix, np.float64)
         if self.block:
             scale = np.asarray(getattr(weights, f"{name}_scale"))
@@ -161,8 +162,8 @@ KERNEL_CASES = (
     Case(T=20, D=64, F=96, block=32),
     Case(T=9, D=64, F=32, dtype="bfloat16", block=16, biases=True),
     Case(T=300, X=2, E=2, D=32, F=32, dtype="bfloat16"),  # more than 64 rows an expert
-    Case(T=20, D=96, F=32, is_mxfp4=True, biases=True, activation=clamped),
-    Case(T=90, X=2, E=3, D=160, F=224, dtype="bfloat16", is_mxfp4=True),  # the last iteration is not full
+    Case(T=20, D=128, F=32, is_mxfp4=True, biases=True, activation=clamped),
+    Case(T=90, X=2, E=3, D=192, F=224, dtype="bfloat16", is_mxfp4=True),
 )
 FEW_TOKENS = (
     Case(T=1, X=8, E=16, D=64, F=32, dtype="bfloat16"),
@@ -172,7 +173,7 @@ FEW_TOKENS = (
     Case(T=3, X=8, E=40, D=64, F=32, block=16, biases=True),
     Case(T=9, X=6, E=64, padding=0.0),
     Case(T=7, X=2, E=16, padding=1.1, biases=True),
-    Case(T=3, X=4, E=32, D=96, F=64, dtype="bfloat16", is_mxfp4=True, biases=True),
+    Case(T=3, X=4, E=32, D=64, F=64, dtype="bfloat16", is_mxfp4=True, biases=True),
 )
 
 

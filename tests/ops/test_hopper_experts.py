@@ -76,6 +76,15 @@ FLOAT8_CASES = (
     Float8Case(T=16, X=1, E=20, D=128, F=64, block=None, padding=0.0),
     Float8Case(T=5, X=2, E=4, D=256, F=128, block=None, padding=1.1),
 )
+PACKED_CASES = (
+    Case(T=3, X=2, E=4, D=64, F=64, biases=True, activation=clamped, dtype="bfloat16", is_mxfp4=True),
+    Case(T=12, X=1, E=20, D=64, F=64, dtype="bfloat16", is_mxfp4=True, padding=0.0),  # more than a block has
+    Case(
+        T=20, X=2, E=4, D=192, F=96, biases=True, dtype="bfloat16", is_mxfp4=True
+    ),  # a tile that two compute
+    Case(T=90, X=1, E=1, D=128, F=192, dtype="bfloat16", is_mxfp4=True),  # widened ahead
+    Case(T=70, X=2, E=3, D=64, F=64, biases=True, dtype="bfloat16", is_mxfp4=True, padding=1.1),
+)
 TILES = ((Tile(1, 64, 64, 3), Tile(1, 64, 64, 2)), (Tile(2, 64, 64, 2), Tile(2, 64, 64, 3)))
 
 
@@ -95,6 +104,18 @@ def check(case, **options):
 @pytest.mark.parametrize("case", FLOAT8_CASES, ids=str)
 def test_float8_rows_meet_float8_weights(case):
     case.check(interpret=plgpu.InterpretGPUParams())
+
+
+@pytest.mark.parametrize("case", PACKED_CASES, ids=str)
+def test_numbers_of_four_bits_are_widened_on_the_way(case):
+    hidden, _, _, weights = case.arguments()
+    assert hopper.fits(hidden, weights, case.T * case.X / case.E)
+    check(case, interpret=plgpu.InterpretGPUParams())
+
+
+def test_exponents_that_no_copy_can_bring_are_left_to_another_path():
+    hidden, _, _, weights = Case(D=96, F=32, dtype="bfloat16", is_mxfp4=True).arguments()
+    assert not hopper.fits(hidden, weights, 1)
 
 
 @pytest.mark.parametrize("block", [128, None])
@@ -164,6 +185,19 @@ def test_kernels_lower_to_cuda_without_a_gpu(T, kind):
     with jax.sharding.use_abstract_mesh(H100):
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert "hopper_experts_up" in lowered and "hopper_experts_down" in lowered
+
+
+@pytest.mark.parametrize("T", [1, 32, 256, 2048])
+def test_packed_kernels_lower_to_cuda_without_a_gpu(T):
+    """Of GPT-OSS's sizes: what a warpgroup does in its registers is not interpreted."""
+    case = Case(T=T, X=4, E=32, D=2880, F=2880, dtype="bfloat16", biases=True, is_mxfp4=True)
+    arguments = case.shapes()
+    tiles = hopper.choose_tiles(T * 4 / 32, arguments[3])
+    assert all(tile.stages >= 2 and tile.depth >= 192 for tile in tiles)
+    function = functools.partial(hopper.feed_forward, activation=clamped, tiles=tiles)
+    with jax.sharding.use_abstract_mesh(H100):
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "packed_experts_up" in lowered and "packed_experts_down" in lowered
 
 
 def arguments_of(case):

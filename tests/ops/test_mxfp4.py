@@ -1,122 +1,90 @@
-"""Numbers of four bits, every one of them with every exponent that is served, in jax and in a GPU's words."""
-
-import re
+"""Numbers of four bits, every one with every exponent that is served, and where a tensor core wants them."""
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 from jaxserve.ops import mxfp4
 
-MASK = 0xFFFFFFFF
-
 
 def published(codes: np.ndarray) -> np.ndarray:
-    """[..., groups, 32] codes as files have them: neighbours in a byte, the first in its low half."""
-    pairs = codes.reshape(*codes.shape[:-1], 16, 2).astype(np.uint8)
+    """[N, K] codes as files have them, [N, K / 32, 16]: neighbours in a byte, the first in its low half."""
+    pairs = codes.reshape(len(codes), -1, 16, 2).astype(np.uint8)
     return pairs[..., 0] | pairs[..., 1] << 4
+
+
+def widened(codes: np.ndarray, exponents: np.ndarray) -> np.ndarray:
+    packed, powers = mxfp4.pack(published(codes)), mxfp4.pack_exponents(exponents)
+    return np.asarray(jax.jit(mxfp4.widen)(packed, powers), np.float64)
 
 
 def test_every_number_with_every_exponent_is_exact_or_next_to_nothing():
     exponents = np.arange(mxfp4.MAX_EXPONENT + 1, dtype=np.uint8)[:, None]  # one group a row
-    codes = np.tile(np.arange(32) % 16, (len(exponents), 1, 1))
-    got = np.asarray(jax.jit(mxfp4.widen)(mxfp4.repack(published(codes)), exponents), np.float64)
-    want = np.ldexp(mxfp4.E2M1[codes[:, 0]].astype(np.float64), exponents.astype(int) - 127)
+    codes = np.tile(np.arange(32) % 16, (len(exponents), 1))
+    got = widened(codes, exponents)[: len(codes)]
+    want = np.ldexp(mxfp4.E2M1[codes].astype(np.float64), exponents.astype(int) - 127)
     np.testing.assert_array_equal(got[3:], want[3:])
     assert np.abs(got[:3]).max() < 2.0**-121 > np.abs(want[:3]).max()
 
 
-@pytest.mark.parametrize("lead", [(), (3,), (2, 5)], ids=str)
-def test_numbers_keep_their_places(lead):
+@pytest.mark.parametrize("rows", [64, 192, 100])
+def test_numbers_keep_their_places(rows):
     rng = np.random.default_rng(0)
-    codes, exponents = (
-        rng.integers(0, 16, (*lead, 4, 32)),
-        rng.integers(110, 128, (*lead, 4)).astype(np.uint8),
-    )
-    packed = mxfp4.repack(published(codes))
-    assert packed.shape == (*lead, 64)
-    want = mxfp4.E2M1[codes] * 2.0 ** (exponents.astype(int)[..., None] - 127)
-    np.testing.assert_array_equal(
-        np.asarray(mxfp4.widen(packed, exponents), np.float64), want.reshape(*lead, -1)
-    )
+    codes, exponents = rng.integers(0, 16, (rows, 96)), rng.integers(110, 128, (rows, 3)).astype(np.uint8)
+    got = widened(codes, exponents)
+    want = mxfp4.E2M1[codes] * 2.0 ** (np.repeat(exponents, 32, axis=1).astype(int) - 127)
+    assert got.shape == (-(-rows // 64) * 64, 96)
+    np.testing.assert_array_equal(got[:rows], want)
+    assert not got[rows:].any()
 
 
-def test_results_have_registers_of_their_own():
-    """The first is written before all of what is given is read; only the constraint keeps them apart."""
-    for assembly in (mxfp4.LOW, mxfp4.HIGH):
-        assert assembly.index("$0") < assembly.rindex("$2")
-    traced = jax.make_jaxpr(mxfp4.halves_by_words)(
-        jnp.zeros((8, 16), jnp.uint8), jnp.zeros((8, 1), jnp.uint8)
-    )
-    calls = [e for e in traced.eqns if "constraints" in e.params]
-    assert [e.params["constraints"].split(",")[:2] for e in calls] == [["=&r", "=&r"]] * 2
-
-
-def run(assembly: str, word: int, factor: int) -> list[int]:
-    """What the instructions leave in $0 and $1; $2 is the word, $3 and $4 two factors each."""
-    registers = {"$2": word, "$3": factor << 16 | factor, "$4": factor << 16 | factor}
-
-    def value(name: str) -> int:
-        return registers[name] if name in registers else int(name, 0)
-
-    def product(a: int, b: int, c: int) -> int:
-        """Of two bfloat16 each, with numbers below 2**-126: float64 has them all."""
-        lanes = [np.array([a, b, c]) >> shift & 0xFFFF for shift in (0, 16)]
-        x, y, z = np.array(lanes, np.uint16).view(ml_dtypes.bfloat16).astype(np.float64).T
-        assert (z == 0).all()
-        low, high = (x * y).astype(ml_dtypes.bfloat16).view(np.uint16).tolist()
-        return high << 16 | low
-
-    body = re.fullmatch(r"\{ \.reg \.b32 [^;]*; (.*) \}", assembly)[1]
-    for line in body.rstrip(";").split("; "):
-        operation, operands = line.split(" ", 1)
-        target, *given = operands.split(", ")
-        match operation, [value(name) for name in given]:
-            case "prmt.b32", [a, 0, selector]:
-                given = [*a.to_bytes(4, "little"), 0, 0, 0, 0]
-                out = int.from_bytes(given[selector >> 4 * i & 7] for i in range(4))
-                out = int.from_bytes(out.to_bytes(4), "little")
-            case "mov.b32", [a]:
-                out = a
-            case "shl.b32", [a, b]:
-                out = a << b & MASK
-            case "and.b32", [a, b]:
-                out = a & b
-            case "lop3.b32", [a, b, c, 0xEA]:
-                out = a & b | c
-            case "fma.rn.bf16x2", [a, b, c]:
-                out = product(a, b, c)
-            case _:
-                raise AssertionError(line)
-        registers[target] = out
-    return [registers["$0"], registers["$1"]]
-
-
-def test_words_of_a_gpu_give_the_same_numbers():
-    """All numbers in all places, with the exponents at both ends and some between."""
+def test_a_thread_has_what_a_tensor_core_takes_from_it():
+    """Two numbers of a row, of the row 8 further, and both again 8 columns further, of each 16 columns."""
     rng = np.random.default_rng(1)
-    for exponent in (0, 1, 64, 119, 120, mxfp4.MAX_EXPONENT):
-        codes = rng.permutation(np.arange(256) % 16).reshape(8, 1, 32)
-        packed = mxfp4.repack(published(codes))
-        halves = mxfp4.halves(jnp.asarray(packed), jnp.full((8, 1), exponent, jnp.uint8))
-        for want, assembly in zip(halves, (mxfp4.LOW, mxfp4.HIGH)):
-            words = packed.view(np.uint32).reshape(-1).tolist()
-            got = [run(assembly, word, exponent + 126 << 7) for word in words]
-            got = np.array(got, np.uint32).view(np.uint16).view(ml_dtypes.bfloat16)
-            if exponent > 2:  # XLA for CPUs has no numbers below 2**-126
-                np.testing.assert_array_equal(got.reshape(want.shape), np.asarray(want))
-            else:
-                assert np.abs(got.astype(np.float64)).max() < 2.0**-122
+    codes, exponents = rng.integers(0, 16, (64, 64)), rng.integers(100, 128, (64, 2)).astype(np.uint8)
+    numbers = mxfp4.E2M1[codes]
+    packed, powers = mxfp4.pack(published(codes)), mxfp4.pack_exponents(exponents)
+    for thread in (0, 1, 6, 31, 77, 127):
+        row, column = 16 * (thread // 32) + thread % 32 // 4, 2 * (thread % 4)
+        for tile in range(2):
+            mine = packed[0, 16 * tile : 16 * (tile + 1)].reshape(-1)[8 * thread : 8 * thread + 8]
+            for of_16, word in enumerate(mine.view(np.uint32)):
+                begin = 32 * tile + 16 * of_16 + column
+                for pair, (down, right) in enumerate(((0, 0), (8, 0), (0, 8), (8, 8))):
+                    want = numbers[row + down, begin + right : begin + right + 2]
+                    assert as_numbers(int(word), pair) == list(want)
+            at = 2 * (thread // 4)
+            want = exponents[[row, row + 8], tile] + np.uint8(126)
+            np.testing.assert_array_equal(powers[0, tile, at : at + 2], want)
 
 
-def test_bytes_of_four_are_given_out_as_the_numbers_lie():
-    """The first of LOW's words has numbers 0 and 1 of a group, the second 2 and 3."""
-    codes = np.zeros((1, 32), int)
-    codes[0, :4], codes[0, 16:20] = (1, 2, 3, 4), (5, 6, 7, 9)
-    [word, *_] = mxfp4.repack(published(codes)).view(np.uint32).tolist()
-    one = 127 << 7
-    for assembly, numbers in ((mxfp4.LOW, (0.5, 1, 1.5, 2)), (mxfp4.HIGH, (3, 4, 6, -0.5))):
-        words = np.array(run(assembly, word, one + (126 << 7)), np.uint32)
-        assert words.view(np.uint16).view(ml_dtypes.bfloat16).astype(float).tolist() == list(numbers)
+def as_numbers(word: int, pair: int) -> list[float]:
+    """As `hopper_packed` makes them, but for the exponent of the group."""
+    bits = 0
+    for mask, left in mxfp4.PARTS[pair]:
+        bits |= (word << left if left >= 0 else word >> -left) & (mask | mask << 16)
+    small = np.array([bits & 0xFFFF, bits >> 16], np.uint16).view(ml_dtypes.bfloat16).astype(np.float64)
+    return list(small * 2.0**mxfp4.TOO_SMALL)
+
+
+def test_no_bit_of_a_word_belongs_to_two_numbers():
+    taken = [
+        (mask | mask << 16) >> left if left >= 0 else (mask | mask << 16) << -left
+        for parts in mxfp4.PARTS
+        for mask, left in parts
+    ]
+    assert sum(taken) == 0xFFFFFFFF and all(a & b == 0 for i, a in enumerate(taken) for b in taken[:i])
+
+
+def test_rows_of_two_matrices_take_turns_of_eight():
+    first, second = np.arange(32).reshape(16, 2), 100 + np.arange(32).reshape(16, 2)
+    joined = mxfp4.join(first, second)
+    np.testing.assert_array_equal(joined[:24, 0], [*range(0, 16, 2), *range(100, 116, 2), *range(16, 32, 2)])
+    for part, want in zip(mxfp4.apart(joined[None]), (first, second)):
+        np.testing.assert_array_equal(part[0], want)
+
+
+def test_exponents_too_large_for_any_weight_are_refused():
+    with pytest.raises(ValueError, match="exponent of 129 is above 128; --dequantize-weights takes it"):
+        mxfp4.pack_exponents(np.full((64, 1), mxfp4.MAX_EXPONENT + 1, np.uint8))

@@ -78,10 +78,10 @@ def test_experts_count_the_bytes_of_those_that_tokens_choose(scheme, sizes, scal
 
 
 def test_experts_in_four_bits_count_their_exponents_and_biases():
-    sizes = ExpertSizes(E=2, X=1, D=32, F=64, biased=True)
+    sizes = ExpertSizes(E=2, X=1, D=64, F=128, biased=True)
     row = bench_products.bench_experts(CARD, "mxfp4", 64, sizes, 2)
-    a_matrix = 32 * 64 // 2 + 32 * 64 // 32
-    assert row.floor_us == pytest.approx(2 * (3 * a_matrix + 2 * (2 * 64 + 32)) / 1e3)
+    a_matrix = 64 * 128 // 2 + 64 * 128 // 32
+    assert row.floor_us == pytest.approx(2 * (3 * a_matrix + 2 * (2 * 128 + 64)) / 1e3)
     assert bench_products.GPT_OSS_20B.biased and row.shape == "T64 E2 top-1 mxfp4"
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxserve.ops import backend
+from jaxserve.ops import backend, mxfp4
 from jaxserve.ops.grouped_gemm import fast, hopper, reference
 from jaxserve.ops.hopper import is_supported
 
@@ -22,12 +22,15 @@ class ExpertWeights(NamedTuple):
     """What `feed_forward` multiplies with. Biases and scales are None where a model has none.
 
     A scale belongs to weights in float8: one float32 for each block of a weight matrix, so
-    `gate_scale` is [E, F / block, D / block] and the block sizes follow from the shapes. Weights in
-    `ops.mxfp4` are uint8, half as many along the input, with exponents in uint8 for each 32 of it.
+    `gate_scale` is [E, F / block, D / block] and the block sizes follow from the shapes.
+
+    Weights in MXFP4 are uint8, as `ops.mxfp4` packs them: gate and up joined, [E, F / 32, D / 2, 64], up
+    itself None; down [E, D / 64, F / 2, 64]; scales are their exponents, [E, F / 32, D / 32, 64] and
+    [E, D / 64, F / 32, 64].
     """
 
     gate_EFD: jax.Array
-    up_EFD: jax.Array
+    up_EFD: jax.Array | None
     down_EDF: jax.Array
     gate_bias_EF: jax.Array | None = None
     up_bias_EF: jax.Array | None = None
@@ -60,5 +63,7 @@ def feed_forward(
     arrays = hidden_TD, expert_TX, weight_TX, weights
     if chosen == "fast" and is_supported() and hopper.fits(hidden_TD, weights, rows_per_expert):
         return hopper.feed_forward(*arrays, activation, hopper.choose_tiles(rows_per_expert, weights))
+    if mxfp4.is_packed(weights.gate_EFD):  # all of them, in every step
+        arrays = *arrays[:3], reference.widened(weights, hidden_TD.dtype)
     tile = fast.choose_tile(rows_per_expert, hidden_TD.dtype.itemsize)
     return fast.feed_forward(*arrays, activation, tile, interpret=chosen == "interpret")

@@ -17,7 +17,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxserve.ops import mxfp4
 from jaxserve.ops.grouped_gemm.parts import WORKSPACE_BYTES, in_parts, num_parts
 from jaxserve.ops.grouped_gemm.rows import num_blocks
 from jaxserve.ops.grouped_gemm.rows_fast import group
@@ -133,9 +132,7 @@ def feed_forward(
 def _call(x, matrices, scales, biases, *, rows, num_choices, finish, gather, tile, interpret, name):
     N, K = matrices[0].shape[1], x.shape[1]
     depth = tile.depth
-    if matrices[0].dtype == jnp.uint8:
-        depth = max(depth, mxfp4.GROUP)
-    elif scales[0] is not None:
+    if scales[0] is not None:
         depth = min(depth, K // scales[0].shape[2])  # one iteration sees one scale a column
     tile = tile._replace(columns=min(tile.columns, _power_of_two(N)), depth=min(depth, _power_of_two(K)))
     operands = [a for a in (*matrices, *scales, *biases) if a is not None]
@@ -150,7 +147,6 @@ def _call(x, matrices, scales, biases, *, rows, num_choices, finish, gather, til
         finish=finish,
         gather=gather,
         tile=tile,
-        widen=mxfp4.halves if interpret else mxfp4.halves_by_words,
     )
     return pl.pallas_call(
         kernel,
@@ -174,7 +170,6 @@ def _kernel(
     finish,
     gather,
     tile,
-    widen,
 ):
     """One block of rows, some output columns, of each matrix.
 
@@ -186,26 +181,10 @@ def _kernel(
     scale_refs = refs[num_matrices : 2 * num_matrices] if has_scale else [None] * num_matrices
     bias_refs = refs[-num_matrices:] if has_bias else [None] * num_matrices
     N, K = matrix_refs[0].shape[1], x_ref.shape[1]
-    is_packed = matrix_refs[0].dtype == jnp.uint8
     expert, has_rows, is_row, row, pair = find_rows(*row_refs, tile.rows)
     read, write = (pair // num_choices, row) if gather else (row, pair)
     column = pl.program_id(1) * tile.columns + jnp.arange(tile.columns)
     is_column = column < N
-
-    def multiply_packed(k, sums):
-        byte = k * (tile.depth // 2) + jnp.arange(tile.depth // 2)
-        group = k * (tile.depth // mxfp4.GROUP) + jnp.arange(tile.depth // mxfp4.GROUP)
-        is_byte, is_group = byte < K // 2, group < K // mxfp4.GROUP
-        low = byte // mxfp4.HALF * mxfp4.GROUP + byte % mxfp4.HALF
-        x_halves = [_load(x_ref, (), read, at, is_row, is_byte) for at in (low, low + mxfp4.HALF)]
-        out = []
-        for total, matrix_ref, scale_ref in zip(sums, matrix_refs, scale_refs):
-            packed = _load(matrix_ref, (expert,), column, byte, is_column, is_byte)
-            exponent = _load(scale_ref, (expert,), column, group, is_column, is_group)
-            for x, half in zip(x_halves, widen(packed, exponent)):
-                total += _dot(x, half.astype(x.dtype).T)
-            out.append(total)
-        return tuple(out)
 
     def multiply(k, sums):
         inner = k * tile.depth + jnp.arange(tile.depth)
@@ -224,7 +203,7 @@ def _kernel(
 
     zeros = tuple(jnp.zeros((tile.rows, tile.columns), jnp.float32) for _ in matrix_refs)
     steps = jnp.where(has_rows, pl.cdiv(K, tile.depth), jnp.int32(0))
-    sums = lax.fori_loop(0, steps, multiply_packed if is_packed else multiply, zeros)
+    sums = lax.fori_loop(0, steps, multiply, zeros)
     for i, bias_ref in enumerate(bias_refs):
         if bias_ref is not None:
             bias = plt.load(bias_ref.at[expert, column], mask=is_column, other=jnp.asarray(0, bias_ref.dtype))

@@ -13,11 +13,13 @@ at 256, 393 and 519 (1,268 and 1,263) at 2,048.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxserve.ops.grouped_gemm import hopper_rows
+from jaxserve.ops import mxfp4
+from jaxserve.ops.grouped_gemm import hopper_packed, hopper_rows
 from jaxserve.ops.grouped_gemm.hopper_product import (
     BLOCK,
     FEW,
@@ -31,17 +33,18 @@ from jaxserve.ops.grouped_gemm.hopper_product import (
 from jaxserve.ops.grouped_gemm.parts import WORKSPACE_BYTES, in_parts, num_parts
 from jaxserve.ops.grouped_gemm.rows import Places, num_blocks, place_unsorted
 from jaxserve.ops.grouped_gemm.rows_fast import place
-from jaxserve.ops.hopper import ROWS
 
 MIN_ROWS = 12  # of an expert in 16 bits on average, were they spread evenly
 
 
-def choose_tiles(rows_per_expert: float, weights) -> tuple[Tile, Tile]:
+def choose_tiles(rows_per_expert: float, weights) -> tuple[Any, Any]:
     """Of the product with gate and up, and the one with down.
 
     An expert of few rows is read at the memory's speed, which wants wide rows of its matrices; one of many
     wants each tile used for many products.
     """
+    if mxfp4.is_packed(weights.gate_EFD):
+        return hopper_packed.choose_tiles(rows_per_expert, weights)
     _, F, D = weights.gate_EFD.shape
     is_short = weights.gate_scale is not None
     if rows_per_expert < 64:
@@ -58,6 +61,9 @@ def choose_tiles(rows_per_expert: float, weights) -> tuple[Tile, Tile]:
 
 def fits(hidden_TD, weights, rows_per_expert: float) -> bool:
     """Whether `feed_forward` here can compute this, and experts have rows enough for it to be the faster."""
+    if mxfp4.is_packed(weights.gate_EFD):
+        tiles = hopper_packed.choose_tiles(rows_per_expert, weights)
+        return hidden_TD.dtype == jnp.bfloat16 and all(tile.depth for tile in tiles)
     _, F, D = weights.gate_EFD.shape
     if hidden_TD.dtype not in (jnp.bfloat16, jnp.float16) or weights.gate_bias_EF is not None:
         return False
@@ -79,13 +85,13 @@ def feed_forward(
     weight_TX,
     weights,
     activation,
-    tiles: tuple[Tile, Tile],
+    tiles: tuple[Any, Any],
     *,
     interpret=None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ):
     """See `grouped_gemm.feed_forward`."""
-    (T, X), (E, F, D) = expert_TX.shape, weights.gate_EFD.shape
+    (T, X), E, D, F = expert_TX.shape, weights.gate_EFD.shape[0], hidden_TD.shape[1], _inner_width(weights)
     parts = num_parts(T, X * (2 * D + F) * hidden_TD.dtype.itemsize, workspace_bytes)
     if parts > 1:
         options = dict(interpret=interpret, workspace_bytes=workspace_bytes)
@@ -96,10 +102,25 @@ def feed_forward(
             expert_TX,
             weight_TX,
         )
+    is_interpreted = interpret is not None
+    places = _place(expert_TX, E, tiles[0].block_rows, is_interpreted)
+    row_TX = places.row_M.reshape(T, X)
+    options = dict(places=places, activation=activation, tiles=tiles, interpret=interpret)
+    products = _packed_products if mxfp4.is_packed(weights.gate_EFD) else _products
+    out_MD = products(hidden_TD, expert_TX, row_TX, weights, **options)
+    is_named = expert_TX >= 0
+    out_TXD = out_MD[jnp.where(is_named, row_TX, 0)].astype(jnp.float32)
+    if weights.down_bias_ED is not None:
+        out_TXD += weights.down_bias_ED[jnp.where(is_named, expert_TX, 0)].astype(jnp.float32)
+    out_TXD *= weight_TX.astype(jnp.float32)[..., None]
+    return jnp.sum(jnp.where(is_named[..., None], out_TXD, 0), axis=1)
+
+
+def _products(hidden_TD, expert_TX, row_TX, weights, *, places, activation, tiles, interpret):
+    """Of each row its expert's output, [M, D]."""
+    _, F, D = weights.gate_EFD.shape
     up_tile, down_tile = tiles
     is_interpreted = interpret is not None
-    places = _place(expert_TX, E, ROWS * up_tile.groups, is_interpreted)
-    row_TX = places.row_M.reshape(T, X)
     up, down = (weights.gate_EFD, weights.up_EFD), (weights.down_EDF,)
     up_group = down_group = None
     if weights.gate_scale is None:
@@ -116,19 +137,33 @@ def feed_forward(
     inner = Rows(inner_MF)
     if down_group is not None:
         inner = hopper_rows.quantise(inner_MF, expert_TX, row_TX, group=down_group, interpret=is_interpreted)
-    out_MD = product(inner, down, finish=alone, tile=down_tile, name="hopper_experts_down")
-    is_named = expert_TX >= 0
-    out_TXD = out_MD[jnp.where(is_named, row_TX, 0)].astype(jnp.float32)
-    out_TXD *= weight_TX.astype(jnp.float32)[..., None]
-    return jnp.sum(jnp.where(is_named[..., None], out_TXD, 0), axis=1)
+    return product(inner, down, finish=alone, tile=down_tile, name="hopper_experts_down")
+
+
+def _packed_products(hidden_TD, expert_TX, row_TX, weights, *, places, activation, tiles, interpret):
+    up_tile, down_tile = tiles
+    x, _ = hopper_rows.copy(hidden_TD, expert_TX, row_TX, places.num_rows, interpret=interpret is not None)
+    biases = tuple(b for b in (weights.gate_bias_EF, weights.up_bias_EF) if b is not None)
+    up = hopper_packed.Packed(weights.gate_EFD, weights.gate_scale, biases)
+    down = hopper_packed.Packed(weights.down_EDF, weights.down_scale, ())
+    product = functools.partial(hopper_packed.multiply, places=places, interpret=interpret)
+    inner_MF = product(x, up, finish=activation, num_matrices=2, tile=up_tile, name="packed_experts_up")
+    out_MD = product(inner_MF, down, finish=alone, num_matrices=1, tile=down_tile, name="packed_experts_down")
+    return out_MD[:, : hidden_TD.shape[1]]
 
 
 def _place(expert_TX, num_experts: int, block_rows: int, is_interpreted: bool) -> Places:
     """Sorted by expert, unless one copy brings all tokens, and each pair may have a block of its own."""
     T, pairs = expert_TX.shape[0], expert_TX.size
-    if T <= FEW and num_blocks(pairs, num_experts, block_rows) == pairs:
+    if min(FEW, block_rows) >= T and num_blocks(pairs, num_experts, block_rows) == pairs:
         return place_unsorted(expert_TX, block_rows)
     return place(expert_TX, num_experts, block_rows, interpret=is_interpreted)
+
+
+def _inner_width(weights) -> int:
+    if mxfp4.is_packed(weights.gate_EFD):
+        return weights.gate_EFD.shape[1] * mxfp4.ROWS // 2
+    return weights.gate_EFD.shape[1]
 
 
 def _has_blocks(weights) -> bool:

@@ -40,6 +40,10 @@ class Tile(NamedTuple):
     depth: int
     stages: int
 
+    @property
+    def block_rows(self) -> int:
+        return ROWS * self.groups
+
 
 class Rows(NamedTuple):
     """What is multiplied, [M, K]; float8 numbers have a scale a row, [1, M], or each 128, [K / 128, M]."""

@@ -33,8 +33,24 @@ def feed_forward(hidden_TD, expert_TX, weight_TX, weights, activation):
     return lax.fori_loop(0, blocks.count, add_block, out_TD)
 
 
+def widened(weights, dtype):
+    """Packed weights (`ops.mxfp4`) in `dtype`."""
+    gate, up = mxfp4.apart(mxfp4.widen(weights.gate_EFD, weights.gate_scale))
+    down = mxfp4.widen(weights.down_EDF, weights.down_scale)[:, : gate.shape[2]]
+    return weights._replace(
+        gate_EFD=gate.astype(dtype),
+        up_EFD=up.astype(dtype),
+        down_EDF=down.astype(dtype),
+        gate_scale=None,
+        down_scale=None,
+    )
+
+
 def _expert(hidden_BD, weights, expert, activation):
     """One expert's output in float32, its inner values rounded to the model's dtype as in a dense layer."""
+    if mxfp4.is_packed(weights.gate_EFD):
+        one = [None if array is None else array[expert][None] for array in weights]
+        weights, expert = widened(type(weights)(*one), hidden_BD.dtype), 0
     gate_BF = _product(hidden_BD, weights.gate_EFD, weights.gate_scale, weights.gate_bias_EF, expert)
     up_BF = _product(hidden_BD, weights.up_EFD, weights.up_scale, weights.up_bias_EF, expert)
     inner_BF = activation(gate_BF, up_BF).astype(hidden_BD.dtype)
@@ -43,9 +59,7 @@ def _expert(hidden_BD, weights, expert, activation):
 
 def _product(x, matrices, scales, biases, expert):
     matrix = matrices[expert]
-    if matrix.dtype == jnp.uint8:
-        matrix = mxfp4.widen(matrix, scales[expert]).astype(x.dtype)
-    elif scales is not None:
+    if scales is not None:
         scale = scales[expert]
         for axis in (0, 1):
             scale = jnp.repeat(scale, matrix.shape[axis] // scale.shape[axis], axis)
