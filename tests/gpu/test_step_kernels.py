@@ -25,7 +25,7 @@ LARGE = (
 )
 
 LARGE_PACKED = tuple(
-    experts.Case(T=T, X=4, E=8, D=960, F=960, dtype="bfloat16", is_mxfp4=True, biases=True, activation=gate)
+    experts.Case(T=T, X=4, E=8, D=768, F=768, dtype="bfloat16", is_mxfp4=True, biases=True, activation=gate)
     for T, gate in ((1, experts.clamped), (16, experts.silu), (60, experts.clamped), (600, experts.clamped))
 )
 

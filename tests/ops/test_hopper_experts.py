@@ -14,6 +14,7 @@ from jaxserve.layers.moe import silu_gated
 from jaxserve.ops import backend, grouped_gemm
 from jaxserve.ops.grouped_gemm import ExpertWeights, hopper, rows_fast
 from jaxserve.ops.grouped_gemm.hopper import Tile
+from jaxserve.ops.grouped_gemm.hopper_packed import Tile as Packed
 from tests.ops.cases import H100, in_float8
 from tests.ops.test_grouped_gemm import Case, clamped
 
@@ -111,6 +112,12 @@ def test_numbers_of_four_bits_are_widened_on_the_way(case):
     hidden, _, _, weights = case.arguments()
     assert hopper.fits(hidden, weights, case.T * case.X / case.E)
     check(case, interpret=plgpu.InterpretGPUParams())
+
+
+@pytest.mark.parametrize("tile", [Packed(16, 2, 64, 2), Packed(64, 2, 128, 2)], ids=str)
+def test_a_ring_of_packed_tiles_goes_round(tile):
+    case = Case(T=20, X=1, E=2, D=384, F=384, biases=True, dtype="bfloat16", is_mxfp4=True)
+    check(case, tiles=(tile, tile), interpret=plgpu.InterpretGPUParams())
 
 
 def test_exponents_that_no_copy_can_bring_are_left_to_another_path():

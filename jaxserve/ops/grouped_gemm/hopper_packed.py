@@ -27,7 +27,7 @@ from jaxserve.ops.hopper import swizzled
 
 WARPGROUP = 128
 PIECE = 64  # columns that are widened at a time
-MAX_ROWS = 128  # of a block
+MAX_ROWS = 96  # of a block: more sums than the registers of three warpgroups hold beside what they widen
 SHARED_BYTES = 226 * 1024  # of a program
 
 
@@ -51,7 +51,7 @@ def choose_tiles(rows_per_expert: float, weights) -> tuple[Tile, Tile]:
     """Of the product with gate and up, and the one with down.
 
     A block costs much the same whatever rows it has, as numbers are widened once for it: so it has room for
-    what most experts get, or for a part of it where that is more than 128 rows. Of some forty tiles on an
+    what most experts get, or for a part of it where that is more than 96 rows. Of some forty tiles on an
     H200 (GPT-OSS-20B, 32 experts, 4 a token) the best or nearly, at 1 to 2,048 tokens.
     """
     expected = rows_per_expert + 1.5 * math.sqrt(rows_per_expert)
