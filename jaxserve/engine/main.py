@@ -5,6 +5,7 @@ configuration as JSON. When the launcher dies this process ends too. Of several 
 an engine process; whoever cannot go on tells the others and the launcher why, and ends.
 """
 
+import contextlib
 import gc
 import json
 import logging
@@ -14,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import zmq
 
@@ -38,7 +40,7 @@ def main() -> int:
     start_logging(name, config.log_level)
     endpoint = ZmqEndpoint(sys.argv[1])
     hosts = _hosts(config, lifeline)
-    _hold(lifeline, hosts)
+    _hold(lifeline, hosts, Path(sys.argv[1].removeprefix("ipc://")))
     try:
         _serve(config, endpoint, hosts)
         status = 0
@@ -77,8 +79,8 @@ def _hosts(config: ServerConfig, lifeline: Lifeline) -> Hosts | None:
     return Leader(end, lambda reason: lifeline.say(f"stop {reason}"))
 
 
-def _hold(lifeline: Lifeline, hosts: Hosts | None) -> None:
-    """From now on end with the launcher and, of several hosts, end a frozen launcher."""
+def _hold(lifeline: Lifeline, hosts: Hosts | None, place: Path) -> None:
+    """From now on end with the launcher, whose socket is in `place`; of several hosts, end a frozen one."""
     launcher = os.getppid()
 
     def heard(line: str) -> None:
@@ -91,6 +93,9 @@ def _hold(lifeline: Lifeline, hosts: Hosts | None) -> None:
             if os.getppid() == launcher:
                 os.kill(launcher, signal.SIGKILL)
             reason = f"its launcher was frozen ({what}) and was killed"
+        with contextlib.suppress(OSError):
+            place.unlink()
+            place.parent.rmdir()  # unless there are other engines' sockets
         if hosts is not None:
             hosts.fail(reason)
         os._exit(3)

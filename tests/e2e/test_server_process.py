@@ -4,6 +4,7 @@ import json
 import signal
 import socket
 import threading
+from pathlib import Path
 
 import httpx
 import openai
@@ -398,8 +399,11 @@ def test_requests_while_the_engine_dies_are_answered_503_and_never_500(launch):
 def test_engine_ends_by_itself_when_the_launcher_is_killed(launch):
     server = launch().until_ready()
     engine = server.engine
+    sockets = Path(engine.cmdline()[-1].removeprefix("ipc://")).parent
+    assert sockets.is_dir()
     server.process.kill()
     until(lambda: gone(engine))
+    assert not sockets.exists()
 
 
 def test_engine_ends_by_itself_when_the_launcher_is_killed_while_it_loads(launch):
