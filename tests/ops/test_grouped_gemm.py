@@ -186,6 +186,15 @@ def test_kernel_equals_the_dense_sum(case):
     check(case, "interpret")
 
 
+def test_widening_experts_in_every_step_is_said_once(caplog):
+    case = Case(D=64, F=32, is_mxfp4=True)
+    grouped_gemm._warn_of_widening.cache_clear()
+    for _ in range(2):
+        with backend.use("fast"):
+            jax.eval_shape(functools.partial(grouped_gemm.feed_forward, activation=silu), *case.arguments())
+    assert caplog.text.count("--dequantize-weights widens them when they are loaded") == 1
+
+
 def test_kernel_gives_the_same_for_any_tile():
     for tile in (Tile(16, 16, 16, 4, 2), Tile(32, 64, 32, 4, 2), Tile(64, 32, 64, 4, 2)):
         check(Case(T=30, D=48, F=40, biases=True), "interpret", interpret=True, tile=tile)

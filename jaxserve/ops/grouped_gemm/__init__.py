@@ -5,6 +5,8 @@ checkpoint's [out, in] layout. An expert id of -1 names none and costs nothing: 
 expert that lives on another device.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,6 +15,8 @@ import jax
 from jaxserve.ops import backend, mxfp4
 from jaxserve.ops.grouped_gemm import fast, hopper, reference
 from jaxserve.ops.hopper import is_supported
+
+logger = logging.getLogger(__name__)
 
 Activation = Callable[[jax.Array, jax.Array], jax.Array]
 """(gate, up) -> inner, elementwise, in float32; written in jax.numpy so that a kernel can fuse it."""
@@ -63,7 +67,17 @@ def feed_forward(
     arrays = hidden_TD, expert_TX, weight_TX, weights
     if chosen == "fast" and is_supported() and hopper.fits(hidden_TD, weights, rows_per_expert):
         return hopper.feed_forward(*arrays, activation, hopper.choose_tiles(rows_per_expert, weights))
-    if mxfp4.is_packed(weights.gate_EFD):  # all of them, in every step
+    if mxfp4.is_packed(weights.gate_EFD):
+        _warn_of_widening()
         arrays = *arrays[:3], reference.widened(weights, hidden_TD.dtype)
     tile = fast.choose_tile(rows_per_expert, hidden_TD.dtype.itemsize)
     return fast.feed_forward(*arrays, activation, tile, interpret=chosen == "interpret")
+
+
+@functools.cache
+def _warn_of_widening() -> None:
+    """Once a process."""
+    logger.warning(
+        "no kernel here takes experts in MXFP4: each layer's are widened in every step, which is slow; "
+        "--dequantize-weights widens them when they are loaded"
+    )
