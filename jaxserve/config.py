@@ -87,7 +87,7 @@ class ServerConfig:
     quantization: Literal["fp8", "int8", "mxfp4"] | None = key(
         None,
         "fp8, int8: keep linear weights in 8 bits with a scale a channel; mxfp4: keep a checkpoint's experts "
-        "in its own 4 bits, which bfloat16 does anyway; default: as the checkpoint has them",
+        "in its own 4 bits, as bfloat16 does on Hopper GPUs; default: as the checkpoint has them",
     )
     context_length: int | None = key(None, "longest sequence in tokens; default: the model's own", least=2)
     sampling_defaults: Literal["model", "openai"] = key(

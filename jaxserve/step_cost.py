@@ -115,14 +115,13 @@ class StepCost:
         blueprint = self.blueprint
         widest = max(w.local_params / self.hidden for w in self.weights if w.is_matrix and w.part == "dense")
         inner = 3 * widest * tokens
-        if blueprint.experts:
-            per_expert = max(w.num_params for w in self.weights if w.part == "expert") / (
-                blueprint.experts.num_slots * self.hidden
-            )
+        if experts := blueprint.experts:
+            params = sum(w.num_params for w in self.weights if w.part == "expert")
+            ffn = params / (3 * experts.num_layers * experts.num_slots * self.hidden)
             # Rows go in, between and out; every expert may have a block that is not full.
             rows = tokens * self.layout.dp * self.top_k / self.layout.num_devices
-            rows += 128 * blueprint.experts.num_slots / self.layout.ep
-            inner = max(inner, rows * (2 * self.hidden + per_expert)) + tokens * self.layout.dp * self.hidden
+            rows += 128 * experts.num_slots / self.layout.ep
+            inner = max(inner, rows * (2 * self.hidden + ffn)) + tokens * self.layout.dp * self.hidden
         if states := blueprint.states:  # before, added by and after each block of a prompt, a layer at a time
             blocks = tokens / 128 + 32
             inner += 3 * blocks * self.state_bytes_of_sequence / states.num_layers / self.itemsize

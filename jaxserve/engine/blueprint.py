@@ -22,12 +22,13 @@ from jaxserve.engine.batch import Bucket
 from jaxserve.engine.drafting import Drafter, NextnDrafter, NgramDrafter
 from jaxserve.engine.plan import tokens_of_rows
 from jaxserve.engine.programs import SCORE_ROWS
-from jaxserve.engine.quantization import declare_model, kv_dtype
+from jaxserve.engine.quantization import declare_model, is_mxfp4, kv_dtype, why_widened
 from jaxserve.layers.kv import KVSpec, LatentSpec, PoolLayout, StateSpec, pool_layouts, state_layout
 from jaxserve.layers.moe import ExpertSpec
 from jaxserve.layers.weight import reorder
 from jaxserve.mesh import Layout, Rules
 from jaxserve.models.decoder import Decoder
+from jaxserve.ops import hopper
 from jaxserve.parallel.dispatch import Backend, choose_backend
 from jaxserve.parallel.placement import Placement
 from jaxserve.weights import CheckpointError
@@ -218,7 +219,11 @@ def draw(
     """Raises ConfigError for a model that is not served, and for a layout that does not fit it."""
     layout = meshes.layout_of(config)
     dtype = _dtype(config.dtype, hf_config, on_cpu)
-    model = declare_model(config, hf_config, dtype)
+    # On paper, and on a CPU, whatever there is a kernel for.
+    has_mxfp4_kernel = on_cpu or isinstance(mesh, AbstractMesh) or hopper.is_supported()
+    model = declare_model(config, hf_config, dtype, has_mxfp4_kernel)
+    if is_mxfp4(hf_config) and (why := why_widened(config, hf_config, dtype, has_mxfp4_kernel)):
+        logger.info("experts are widened from MXFP4 when they are loaded: %s", why)
     experts, states = model.experts, model.states
     if states is not None and config.enable_two_batch_overlap:
         raise ConfigError(

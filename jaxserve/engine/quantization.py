@@ -16,7 +16,9 @@ from jaxserve.ops import mxfp4
 logger = logging.getLogger(__name__)
 
 
-def declare_model(config: ServerConfig, hf_config: dict[str, Any], dtype: Any) -> Decoder:
+def declare_model(
+    config: ServerConfig, hf_config: dict[str, Any], dtype: Any, has_mxfp4_kernel: bool = True
+) -> Decoder:
     """The abstract model, its linear weights as `quantization` or the checkpoint has them.
 
     Raises ConfigError for what the checkpoint is already, and for an architecture that is not served.
@@ -35,12 +37,11 @@ def declare_model(config: ServerConfig, hf_config: dict[str, Any], dtype: Any) -
         hf_config = {key: value for key, value in hf_config.items() if key != "quantization_config"}
     if config.dequantize_weights and given:
         hf_config = {**hf_config, "quantization_config": {**given, "dequantize": True}}
-    is_mxfp4 = given.get("quant_method") == "mxfp4"
-    if asked == "mxfp4" and not is_mxfp4:
+    if asked == "mxfp4" and not is_mxfp4(hf_config):
         raise ConfigError(
             "quantization=mxfp4 keeps a checkpoint's own numbers in MXFP4, and this one has none; use fp8"
         )
-    if asked == "mxfp4" or (is_mxfp4 and asked is None and _keeps_mxfp4(config, hf_config, dtype)):
+    if is_mxfp4(hf_config) and not why_widened(config, hf_config, dtype, has_mxfp4_kernel):
         hf_config = {**hf_config, "quantization_config": {**given, "keep": True}}
     model = declare(hf_config, dtype, with_nextn=speculation.uses_nextn(config))
     if stored is not None:
@@ -54,14 +55,25 @@ def declare_model(config: ServerConfig, hf_config: dict[str, Any], dtype: Any) -
     return model
 
 
-def _keeps_mxfp4(config: ServerConfig, hf_config: dict[str, Any], dtype: Any) -> bool:
-    """Unless asked not to, where kernels take it, and no device would have a part of a group."""
+def is_mxfp4(hf_config: dict[str, Any]) -> bool:
+    return (hf_config.get("quantization_config") or {}).get("quant_method") == "mxfp4"
+
+
+def why_widened(
+    config: ServerConfig, hf_config: dict[str, Any], dtype: Any, has_mxfp4_kernel: bool
+) -> str | None:
+    """Why experts of a checkpoint in MXFP4 do not stay so; None where they do."""
+    if config.quantization == "mxfp4":
+        return None
+    if config.quantization or config.dequantize_weights:
+        return "as the configuration asks"
+    if dtype != jnp.bfloat16 or not has_mxfp4_kernel:
+        return "its kernel needs bfloat16, a Hopper GPU and CUDA 13"
     _, _, tp = layout_of(config).shape
     ways = tp if config.ep > 1 else config.tp
-    divides = hf_config.get("intermediate_size", 0) % (mxfp4.GROUP * ways) == 0
-    if not config.dequantize_weights and not divides:
-        logger.info("experts are widened from MXFP4: %d devices would cut a group of 32 numbers", ways)
-    return dtype == jnp.bfloat16 and divides and not config.dequantize_weights
+    if hf_config.get("intermediate_size", 0) % (mxfp4.GROUP * ways):
+        return f"{ways} devices would cut a group of {mxfp4.GROUP} numbers"
+    return None
 
 
 def _is_already(asked: str, kind: str) -> ConfigError:

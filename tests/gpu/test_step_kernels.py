@@ -121,6 +121,11 @@ def test_packed_experts_for_hopper_equal_the_dense_sum(case):
     hopper_experts.check(case)
 
 
+@pytest.mark.parametrize("tile", hopper_experts.PACKED_RINGS, ids=str)
+def test_a_ring_of_packed_tiles_goes_round(tile):
+    hopper_experts.check(hopper_experts.PACKED_RING_CASE, tiles=(tile, tile))
+
+
 @pytest.mark.parametrize("case", (*hopper_experts.FLOAT8_CASES, *LARGE_FLOAT8), ids=str)
 def test_float8_experts_for_hopper_equal_the_dense_sum(case):
     case.check()

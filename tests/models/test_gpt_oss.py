@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxserve.config import ConfigError
+from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.engine.quantization import declare_model
 from jaxserve.models import resolve
 from jaxserve.models.gpt_oss import ClampedGate, _Every, _Widened
 from jaxserve.weights import load, open_checkpoint
@@ -109,7 +110,15 @@ def test_experts_stay_in_four_bits_by_default_unless_devices_would_cut_groups(tm
     with caplog.at_level("INFO"):
         cut = engine(str(packed), dtype="bfloat16", tp=4)
     assert cut.info.weight_bytes > asked
-    assert "experts are widened from MXFP4: 4 devices would cut a group of 32 numbers" in caplog.text
+    assert "widened from MXFP4 when they are loaded: 4 devices would cut a group of 32" in caplog.text
+
+
+def test_experts_are_widened_at_load_where_no_kernel_takes_them(tmp_path):
+    packed, _ = checkpoints(tmp_path, F=64)
+    config, stored = ServerConfig(model_path=str(packed)), json.loads((packed / "config.json").read_text())
+    for has_kernel, dtype in ((True, jnp.bfloat16), (False, jnp.bfloat16), (True, jnp.float16)):
+        model = declare_model(config, stored, dtype, has_kernel)
+        assert (model.blocks[0].feed.experts.up is None) == (has_kernel and dtype == jnp.bfloat16)
 
 
 def test_random_experts_in_four_bits_give_finite_logits(tmp_path, engine):

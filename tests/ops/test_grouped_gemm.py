@@ -74,10 +74,10 @@ class Case:
                 )
         if self.is_mxfp4:
             for name, rows, size in (("gate_EFD", 2 * F, D), ("down_EDF", D, F)):
-                packed = rng.integers(0, 256, (E, rows // mxfp4.ROWS, size // 2, mxfp4.LINE))
+                packed = rng.integers(0, 256, (E, mxfp4.num_tiles(rows), size // 2, mxfp4.LINE))
                 # Of size K^-0.5, as above: all numbers alike, their squares are 2.9**2 on average.
                 one = int(mxfp4.stored_exponent(127)) + round(np.log2(size**-0.5 / 2.9))
-                shape = E, rows // mxfp4.ROWS, size // mxfp4.GROUP, mxfp4.LINE
+                shape = E, mxfp4.num_tiles(rows), size // mxfp4.GROUP, mxfp4.LINE
                 power = rng.integers(one - 1, one + 1, shape)
                 parts = {name: packed, f"{name.split('_')[0]}_scale": power}
                 weights = weights._replace(

@@ -83,9 +83,13 @@ PACKED_CASES = (
     Case(
         T=20, X=2, E=4, D=192, F=96, biases=True, dtype="bfloat16", is_mxfp4=True
     ),  # a tile that two compute
+    Case(T=20, X=2, E=4, D=160, F=64, biases=True, dtype="bfloat16", is_mxfp4=True),  # half of a last tile
+    Case(T=20, X=2, E=4, D=192, F=160, dtype="bfloat16", is_mxfp4=True),  # five groups, which go by two
     Case(T=90, X=1, E=1, D=128, F=192, dtype="bfloat16", is_mxfp4=True),  # widened ahead
     Case(T=70, X=2, E=3, D=64, F=64, biases=True, dtype="bfloat16", is_mxfp4=True, padding=1.1),
 )
+PACKED_RINGS = (Packed(16, 2, 64, 2), Packed(64, 2, 128, 2))
+PACKED_RING_CASE = Case(T=20, X=1, E=2, D=384, F=384, biases=True, dtype="bfloat16", is_mxfp4=True)
 TILES = ((Tile(1, 64, 64, 3), Tile(1, 64, 64, 2)), (Tile(2, 64, 64, 2), Tile(2, 64, 64, 3)))
 
 
@@ -114,10 +118,9 @@ def test_numbers_of_four_bits_are_widened_on_the_way(case):
     check(case, interpret=plgpu.InterpretGPUParams())
 
 
-@pytest.mark.parametrize("tile", [Packed(16, 2, 64, 2), Packed(64, 2, 128, 2)], ids=str)
+@pytest.mark.parametrize("tile", PACKED_RINGS, ids=str)
 def test_a_ring_of_packed_tiles_goes_round(tile):
-    case = Case(T=20, X=1, E=2, D=384, F=384, biases=True, dtype="bfloat16", is_mxfp4=True)
-    check(case, tiles=(tile, tile), interpret=plgpu.InterpretGPUParams())
+    check(PACKED_RING_CASE, tiles=(tile, tile), interpret=plgpu.InterpretGPUParams())
 
 
 def test_exponents_that_no_copy_can_bring_are_left_to_another_path():
@@ -194,13 +197,15 @@ def test_kernels_lower_to_cuda_without_a_gpu(T, kind):
     assert "hopper_experts_up" in lowered and "hopper_experts_down" in lowered
 
 
+@pytest.mark.parametrize("F", [2880, 1440], ids=["alone", "tp 2"])
 @pytest.mark.parametrize("T", [1, 32, 256, 2048])
-def test_packed_kernels_lower_to_cuda_without_a_gpu(T):
+def test_packed_kernels_lower_to_cuda_without_a_gpu(T, F):
     """Of GPT-OSS's sizes: what a warpgroup does in its registers is not interpreted."""
-    case = Case(T=T, X=4, E=32, D=2880, F=2880, dtype="bfloat16", biases=True, is_mxfp4=True)
+    case = Case(T=T, X=4, E=32, D=2880, F=F, dtype="bfloat16", biases=True, is_mxfp4=True)
     arguments = case.shapes()
     tiles = hopper.choose_tiles(T * 4 / 32, arguments[3])
-    assert all(tile.stages >= 2 and tile.depth >= 192 for tile in tiles)
+    assert hopper.fits(arguments[0], arguments[3], T * 4 / 32)
+    assert all(tile.stages == 3 and tile.depth >= 160 for tile in tiles)
     function = functools.partial(hopper.feed_forward, activation=clamped, tiles=tiles)
     with jax.sharding.use_abstract_mesh(H100):
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

@@ -23,7 +23,7 @@ from jaxlib.mlir.dialects import arith, gpu, vector
 
 from jaxserve.ops import mxfp4
 from jaxserve.ops.grouped_gemm.rows import Places
-from jaxserve.ops.hopper import swizzled
+from jaxserve.ops.hopper import store_rows, swizzled
 
 WARPGROUP = 128
 PIECE = 64  # columns that are widened at a time
@@ -55,11 +55,14 @@ def choose_tiles(rows_per_expert: float, weights) -> tuple[Tile, Tile]:
     H200 (GPT-OSS-20B, 32 experts, 4 a token) the best or nearly, at 1 to 2,048 tokens.
     """
     expected = rows_per_expert + 1.5 * math.sqrt(rows_per_expert)
-    block_rows = 8 * max(1, math.ceil(expected / math.ceil(expected / MAX_ROWS) / 8))
+    num_blocks = max(1, math.ceil(expected / MAX_ROWS))
+    block_rows = 8 * max(1, math.ceil(expected / num_blocks / 8))
     most_groups, most = (1, 320) if rows_per_expert <= 2 else (2 if block_rows <= 16 else 3, 192)
 
     def choose(exponents: jax.Array, num_matrices: int) -> Tile:
         groups = min(most_groups, exponents.shape[1])
+        if exponents.shape[2] % 2 and groups % 2:  # no copy of exponents would be a multiple of 128 bytes
+            groups = min(2, exponents.shape[1])
         fits = (n for n in range(1, most // mxfp4.GROUP + 1) if exponents.shape[2] % n == 0 == groups * n % 2)
         depth = max(fits, default=0) * mxfp4.GROUP
         out_bytes = 2 * block_rows * groups * mxfp4.ROWS // num_matrices
@@ -204,7 +207,7 @@ def _kernel(
                 source = ref.at[expert_ref[block], columns]
                 bias = plgpu.load(source, layout=layout.reduce(0), optimized=False).astype(jnp.float32)
                 parts[i] += plgpu.layout_cast(lax.broadcast_in_dim(bias, parts[i].shape, [1]), layout)
-        out_smem[warpgroup] = finish(*parts).astype(out_smem.dtype)
+        store_rows(out_smem.at[warpgroup], finish(*parts).astype(out_smem.dtype))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_ref.at[my_rows, columns])
         plgpu.wait_smem_to_gmem(0)
