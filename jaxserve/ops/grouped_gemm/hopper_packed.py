@@ -27,8 +27,8 @@ from jaxserve.ops.hopper import store_rows, swizzled
 
 WARPGROUP = 128
 PIECE = 64  # columns that are widened at a time
-MAX_ROWS = 96  # of a block: more sums than the registers of three warpgroups hold beside what they widen
-SHARED_BYTES = 226 * 1024  # of a program
+MAX_ROWS = 96  # of a block: three warpgroups' registers hold no more sums beside what they widen
+STAGES = 3  # of the ring; with tiles as below they fit into shared memory
 
 
 class Tile(NamedTuple):
@@ -59,18 +59,15 @@ def choose_tiles(rows_per_expert: float, weights) -> tuple[Tile, Tile]:
     block_rows = 8 * max(1, math.ceil(expected / num_blocks / 8))
     most_groups, most = (1, 320) if rows_per_expert <= 2 else (2 if block_rows <= 16 else 3, 192)
 
-    def choose(exponents: jax.Array, num_matrices: int) -> Tile:
+    def choose(exponents: jax.Array) -> Tile:
         groups = min(most_groups, exponents.shape[1])
         if exponents.shape[2] % 2 and groups % 2:  # no copy of exponents would be a multiple of 128 bytes
             groups = min(2, exponents.shape[1])
         fits = (n for n in range(1, most // mxfp4.GROUP + 1) if exponents.shape[2] % n == 0 == groups * n % 2)
         depth = max(fits, default=0) * mxfp4.GROUP
-        out_bytes = 2 * block_rows * groups * mxfp4.ROWS // num_matrices
-        stage_bytes = 2 * block_rows * depth + groups * mxfp4.ROWS * (depth // 2 + depth // mxfp4.GROUP)
-        stages = min(3, (SHARED_BYTES - out_bytes) // max(1, stage_bytes))
-        return Tile(block_rows, groups, depth, stages)
+        return Tile(block_rows, groups, depth, STAGES)
 
-    return choose(weights.gate_scale, 2), choose(weights.down_scale, 1)
+    return choose(weights.gate_scale), choose(weights.down_scale)
 
 
 class Packed(NamedTuple):
