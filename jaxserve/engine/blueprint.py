@@ -219,7 +219,7 @@ def draw(
     """Raises ConfigError for a model that is not served, and for a layout that does not fit it."""
     layout = meshes.layout_of(config)
     dtype = _dtype(config.dtype, hf_config, on_cpu)
-    # On paper, and on a CPU, whatever there is a kernel for.
+    # Plans, and tests on a CPU, get what a Hopper GPU would.
     has_mxfp4_kernel = on_cpu or isinstance(mesh, AbstractMesh) or hopper.is_supported()
     model = declare_model(config, hf_config, dtype, has_mxfp4_kernel)
     if is_mxfp4(hf_config) and (why := why_widened(config, hf_config, dtype, has_mxfp4_kernel)):

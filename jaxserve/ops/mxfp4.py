@@ -37,6 +37,10 @@ TOO_SMALL = 126  # powers of two, for such a bfloat16
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
+def shifted(bits: Any, left: int) -> Any:
+    return bits << left if left >= 0 else bits >> -left
+
+
 def _placed() -> np.ndarray:
     """uint32 [4, 256]: what a published byte is in a word, as each of its pairs."""
     byte = np.arange(256, dtype=np.uint32)
@@ -45,7 +49,7 @@ def _placed() -> np.ndarray:
         for mask, left in parts:
             for half, code in enumerate((byte & 15, byte >> 4)):
                 bits = ((code & 8) << 12 | (code & 7) << 6) & mask
-                word |= (bits >> left if left >= 0 else bits << -left) << 16 * half
+                word |= shifted(bits, -left) << 16 * half
     return words
 
 
@@ -123,7 +127,7 @@ def widen(packed: jax.Array, exponents: jax.Array) -> jax.Array:
     for parts in PARTS:
         bits = jnp.zeros_like(halves)
         for mask, left in parts:
-            bits |= (halves << left if left >= 0 else halves >> -left) & mask
+            bits |= shifted(halves, left) & mask
         pairs.append((bits & 0x8000) | (bits & 0x01C0) << 3)
     bits = jnp.stack(pairs, axis=-2)  # w, g, t, s, pair, which
     number = lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16).astype(jnp.float32)

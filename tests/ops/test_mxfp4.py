@@ -63,17 +63,13 @@ def as_numbers(word: int, pair: int) -> list[float]:
     """As `hopper_packed` makes them, but for the exponent of the group."""
     bits = 0
     for mask, left in mxfp4.PARTS[pair]:
-        bits |= (word << left if left >= 0 else word >> -left) & (mask | mask << 16)
+        bits |= mxfp4.shifted(word, left) & (mask | mask << 16)
     small = np.array([bits & 0xFFFF, bits >> 16], np.uint16).view(ml_dtypes.bfloat16).astype(np.float64)
     return list(small * 2.0**mxfp4.TOO_SMALL)
 
 
 def test_no_bit_of_a_word_belongs_to_two_numbers():
-    taken = [
-        (mask | mask << 16) >> left if left >= 0 else (mask | mask << 16) << -left
-        for parts in mxfp4.PARTS
-        for mask, left in parts
-    ]
+    taken = [mxfp4.shifted(mask | mask << 16, -left) for parts in mxfp4.PARTS for mask, left in parts]
     assert sum(taken) == 0xFFFFFFFF and all(a & b == 0 for i, a in enumerate(taken) for b in taken[:i])
 
 
