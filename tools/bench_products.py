@@ -15,7 +15,7 @@ from jaxserve.engine.compiler import gemm_options
 from jaxserve.layers.channel_quant import Scheme, quantise
 from jaxserve.layers.moe import silu_gated
 from jaxserve.models.gpt_oss import ClampedGate
-from jaxserve.ops import float8_rows, gated_product, grouped_gemm, mxfp4, quantized_gemm
+from jaxserve.ops import float8_rows, four_bits, gated_product, grouped_gemm, mxfp4, quantized_gemm
 from jaxserve.ops.block_product import BLOCK
 from jaxserve.ops.grouped_gemm import ExpertWeights
 from tools.bench_timing import Card, Row, seconds
@@ -224,9 +224,11 @@ def in_blocks(wide: jax.Array) -> tuple[jax.Array, jax.Array]:
 def in_4_bits(seed: int, shape: tuple[int, int, int]) -> tuple[jax.Array, jax.Array]:
     """Any packed numbers of matrices [E, N, K], and exponents that keep the size of activations."""
     E, N, K = shape
-    tiles, powers = N // mxfp4.ROWS, K // mxfp4.GROUP
-    packed = jax.random.bits(jax.random.key(seed), (E, tiles, powers * mxfp4.LINES, mxfp4.LINE), jnp.uint8)
-    return packed, jnp.full((E, tiles, powers, mxfp4.LINE), mxfp4.stored_exponent(120), jnp.uint8)
+    tiles, powers = N // four_bits.ROWS, K // mxfp4.GROUP
+    packed = jax.random.bits(
+        jax.random.key(seed), (E, tiles, powers * four_bits.LINES, four_bits.LINE), jnp.uint8
+    )
+    return packed, jnp.full((E, tiles, powers, four_bits.LINE), mxfp4.stored_exponent(120), jnp.uint8)
 
 
 def expert_weights(scheme: ExpertScheme, sizes: ExpertSizes) -> ExpertWeights:

@@ -40,7 +40,7 @@ from jaxserve.engine.stats import Stats
 from jaxserve.layers.channel_quant import ChannelScaled
 from jaxserve.layers.kv import PoolLayout
 from jaxserve.layers.linear import Projections
-from jaxserve.layers.quant import BlockScaled
+from jaxserve.layers.placed import Placed
 from jaxserve.messages import Info, Progress
 from jaxserve.parallel.links import LinkPlan
 from jaxserve.text.matcher import Vocabulary
@@ -255,7 +255,7 @@ def _load(blueprint: Blueprint, source: _Source, mesh: Mesh, report: Report) -> 
     for _, node in nnx.iter_graph(model):
         if isinstance(node, ChannelScaled):
             node.is_alone = mesh.size == 1
-        elif isinstance(node, BlockScaled):
+        elif isinstance(node, Placed):
             node.place(blueprint.sharding(node.numbers))
     for _, node in nnx.iter_graph(model):
         if isinstance(node, Projections):

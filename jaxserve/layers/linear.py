@@ -1,17 +1,19 @@
 """Matrix products with weights in the checkpoint's [out, in] layout, whatever they are kept in."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxserve.layers.channel_quant import ChannelScaled
+from jaxserve.layers.group_scaled import GroupScaled
 from jaxserve.layers.operand import Operand, Product, Rows, wide
 from jaxserve.layers.quant import BlockScaled, Weight
 from jaxserve.mesh import GROUP
@@ -38,7 +40,7 @@ def project(
     x = _merged(x)
     if isinstance(weight, ChannelScaled):
         y = weight.product(x, out_dtype)
-    elif isinstance(weight, BlockScaled):
+    elif isinstance(weight, BlockScaled | GroupScaled):
         y = weight.product(wide(x), out_dtype)
     else:
         y = multiply(wide(x), weight[...].reshape(-1, in_size), out_dtype)
@@ -123,35 +125,54 @@ class Projections(nnx.Module):
         splits only some over an attention group, and those with scales for blocks on a mesh or where blocks
         are cut.
         """
-        wide = [w for w in self.weights if isinstance(w, nnx.Param)]
-        scaled = [w for w in self.weights if isinstance(w, ChannelScaled)]
-        blocks = [w for w in self.weights if isinstance(w, BlockScaled)]
+        weights: list[Any] = list(self.weights)
+        kind = type(weights[0])
         biases = [b.get_value() for b in self.biases if b is not None]
-        if len(self.weights) not in map(len, (wide, scaled, blocks)) or len(biases) < len(self.biases):
+        if any(type(w) is not kind for w in weights) or len(biases) < len(self.biases):
             return
-        if blocks and (mesh is not None or not BlockScaled.are_joinable(blocks)):
+        if kind is BlockScaled and (mesh is not None or not BlockScaled.are_joinable(weights)):
             return
-        matrices = [w.get_value() for w in wide] or [w.numbers.get_value() for w in scaled or blocks]
+        matrices = [w.get_value() if isinstance(w, nnx.Param) else w.numbers.get_value() for w in weights]
         is_split = {matrix.sharding.shard_shape(matrix.shape)[0] < matrix.shape[0] for matrix in matrices}
         if len(is_split) > 1:
             return
         if True in is_split:
             assert mesh is not None
             self.ways = mesh.shape["ep"] * mesh.shape["tp"]
-        join = partial(_join, mesh=mesh, spec=PartitionSpec(GROUP if self.ways > 1 else None))
-        joined = nnx.Param(join(matrices, shape=(-1, matrices[0].shape[-1])))
-        if scaled:
-            scale = nnx.Param(join([w.scale.get_value() for w in scaled], shape=(-1,)))
-            self.weights = nnx.List([ChannelScaled(joined, scale, is_alone=mesh is None)])
-        elif blocks:
-            scales = [w.scale.get_value() for w in blocks]
-            scale = nnx.Param(join(scales, shape=(-1, scales[0].shape[1])))
-            self.weights = nnx.List([BlockScaled(joined, scale, blocks[0].quant, is_alone=True)])
-        else:
-            self.weights = nnx.List([joined])
+        spec = PartitionSpec(GROUP if self.ways > 1 else None)
+        join = partial(_join, mesh=mesh, spec=spec)
+        self.weights = nnx.List([_joined(weights, matrices, join, mesh, spec)])
         if biases:
             self.biases = nnx.List([nnx.Param(join(biases, shape=(-1,)))])
         self.fused, self.is_alone = True, mesh is None
+
+
+def _joined(
+    weights: list[Any],
+    matrices: list[jax.Array],
+    join: Callable[..., jax.Array],
+    mesh: Mesh | None,
+    spec: PartitionSpec,
+) -> Weight:
+    """One weight of several that are alike."""
+
+    def of(name: str) -> list[jax.Array]:
+        return [getattr(weight, name).get_value() for weight in weights]
+
+    if isinstance(weights[0], GroupScaled):
+        packed = (join(of(name), shape=(-1, *of(name)[0].shape[1:])) for name in GroupScaled.ARRAYS)
+        size = sum(weight.size for weight in weights)
+        joined = GroupScaled(*map(nnx.Param, packed), shape=(size, weights[0].shape[-1]))
+        if mesh is not None:
+            joined.place(NamedSharding(mesh, spec))
+        return joined
+    matrix = nnx.Param(join(matrices, shape=(-1, matrices[0].shape[-1])))
+    if isinstance(weights[0], ChannelScaled):
+        return ChannelScaled(matrix, nnx.Param(join(of("scale"), shape=(-1,))), is_alone=mesh is None)
+    if isinstance(weights[0], BlockScaled):
+        scale = nnx.Param(join(of("scale"), shape=(-1, of("scale")[0].shape[1])))
+        return BlockScaled(matrix, scale, weights[0].quant, is_alone=True)
+    return matrix
 
 
 @partial(jax.jit, static_argnames=("shape", "mesh", "spec"))

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxserve.layers.channel_quant import ChannelScaled
+from jaxserve.layers.group_scaled import GroupScaled
 from jaxserve.layers.linear import Projections
 from jaxserve.layers.operand import Operand, Rows, wide
 from jaxserve.layers.quant import BlockFP8, BlockScaled, linear_weight
@@ -89,6 +90,8 @@ class Gated(Operand):
                 return None
             arrays = x_TD, numbers_WD, weight.scale[...]
             return block_product.by_hopper(*arrays, _gate(self.activation), self.dtype, num_matrices=2)
+        if isinstance(weight, GroupScaled):
+            return None
         matrix_WD = weight.numbers if isinstance(weight, ChannelScaled) else weight
         mesh, num_ranks = (None, 1) if gate_up.is_alone or step is None else (step.mesh, step.num_ranks)
         (W, D), dtype = matrix_WD[...].shape, matrix_WD[...].dtype

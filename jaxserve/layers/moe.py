@@ -73,18 +73,23 @@ class Experts(nnx.Module):
         self.gate, self.gate_scale = stacked(gate, (E, F, D), up_axes)
         self.up, self.up_scale = stacked(up, (E, F, D), up_axes)
         self.down, self.down_scale = stacked(down, (E, D, F), ("expert", "embed", "expert_ffn"))
+        # `layers.group_packing` declares them.
+        self.gate_zero: nnx.Param | None = nnx.data(None)
+        self.down_zero: nnx.Param | None = nnx.data(None)
 
     def weights(self) -> ExpertWeights:
-        def value(scale: nnx.Param | None) -> jax.Array | None:
-            return None if scale is None else scale[...]
+        def value(param: nnx.Param | None) -> Any:
+            return None if param is None else param[...]
 
         return ExpertWeights(
             self.gate[...],
-            self.up[...],
+            value(self.up),
             self.down[...],
             gate_scale=value(self.gate_scale),
             up_scale=value(self.up_scale),
             down_scale=value(self.down_scale),
+            gate_zero=value(self.gate_zero),
+            down_zero=value(self.down_zero),
         )
 
 

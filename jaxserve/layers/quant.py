@@ -7,23 +7,23 @@ multiply with them); or they are dequantised once, when they are loaded.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxserve.config import ConfigError
 from jaxserve.layers.channel_quant import ChannelScaled
+from jaxserve.layers.group_scaled import GroupScaled
+from jaxserve.layers.placed import Axes, Placed
 from jaxserve.layers.weight import Assemble, Stacked, weight
 from jaxserve.ops import block_product
 from jaxserve.ops.block_product import BLOCK
 from jaxserve.ops.dense_product import multiply
 
-Axes = tuple[str, ...]  # of a mesh
 SCALE_SUFFIX = "_scale_inv"  # of the checkpoint's name: the factor from stored numbers to weights
 
 
@@ -84,7 +84,7 @@ class Dequantize:
         return self.then(full) if self.then else full.reshape(self.shape)
 
 
-class BlockScaled(nnx.Module):
+class BlockScaled(Placed):
     """A linear layer's weight: `numbers` [*out, *in] in float8, `scale` [out blocks, in blocks] in float32.
 
     The scales are whole on every device: they are a 16,384th of the weight's count.
@@ -94,16 +94,8 @@ class BlockScaled(nnx.Module):
     """
 
     def __init__(self, numbers: nnx.Param, scale: nnx.Param, quant: BlockFP8, *, is_alone: bool = False):
+        super().__init__(is_alone=is_alone)
         self.numbers, self.scale, self.quant = numbers, scale, quant
-        self.is_alone = is_alone  # on one device
-        self.mesh: Mesh | None = None
-        self.spec = PartitionSpec()
-
-    def place(self, sharding: NamedSharding) -> None:
-        """The numbers lie on one device, or their first output or input dimension is split over several."""
-        self.is_alone = sharding.mesh.size == 1
-        if not self.is_alone:
-            self.mesh, self.spec = cast(Mesh, sharding.mesh), sharding.spec
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -133,19 +125,12 @@ class BlockScaled(nnx.Module):
         if self.mesh is None or not self.has_kernels:
             return None
         num_out = next(n for n in range(1, len(self.shape)) if math.prod(self.shape[n:]) == in_size)
-        out_axes, in_axes = self._axes(0), self._axes(num_out)
+        out_axes, in_axes = self.axes(0), self.axes(num_out)
         for size, axes in ((math.prod(self.shape[:num_out]), out_axes), (in_size, in_axes)):
             ways = math.prod(self.mesh.shape[axis] for axis in axes)
             if ways > 1 and size % (ways * BLOCK):
                 return None
         return out_axes, in_axes
-
-    def _axes(self, dimension: int) -> Axes:
-        """Of several devices, that split a dimension."""
-        assert self.mesh is not None
-        axes = self.spec[dimension] if dimension < len(self.spec) else None
-        axes = (axes,) if isinstance(axes, str) else axes or ()
-        return tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
 
     def matrix(self, in_size: int, dtype: DTypeLike) -> jax.Array:
         """The weight as [out, in]; XLA may fuse this into the product."""
@@ -153,7 +138,7 @@ class BlockScaled(nnx.Module):
         return block_product.dequantise(numbers_OI, self.scale[...], dtype, block)
 
 
-Weight = nnx.Param | BlockScaled | ChannelScaled
+Weight = nnx.Param | BlockScaled | ChannelScaled | GroupScaled
 
 
 def linear_weight(

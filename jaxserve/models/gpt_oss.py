@@ -23,7 +23,7 @@ from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.weight import Assemble, Sliced, weight
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.hf_config import Dimensions, num_experts, one_of, rope_and_reach, windows
-from jaxserve.ops import mxfp4
+from jaxserve.ops import four_bits, mxfp4
 from jaxserve.ops.grouped_gemm import ExpertWeights
 
 ARCHITECTURES = ("GptOssForCausalLM",)
@@ -137,13 +137,13 @@ class BiasedExperts(nnx.Module):
             part: str, rows: int, inner: int, axes: tuple[str, str, str], take: Assemble
         ) -> tuple[nnx.Param, nnx.Param]:
             """Numbers and exponents, as `ops.mxfp4` has them."""
-            lead, groups = (E, mxfp4.num_tiles(rows)), inner // mxfp4.GROUP
+            lead, groups = (E, four_bits.num_tiles(rows)), inner // mxfp4.GROUP
 
             def lines(source: str, count: int, each: Assemble, **more: Any) -> nnx.Param:
-                shape = *lead, count, mxfp4.LINE
+                shape = *lead, count, four_bits.LINE
                 return weight(shape, (*axes, None), source, dtype=np.uint8, assemble=Sliced(each), **more)
 
-            numbers = lines(f"{name}.{part}_blocks", groups * mxfp4.LINES, _Packed(take))
+            numbers = lines(f"{name}.{part}_blocks", groups * four_bits.LINES, _Packed(take))
             exponents = lines(
                 f"{name}.{part}_scales", groups, _Exponents(take), init=DUMMY_EXPONENT, is_scale=True
             )
@@ -243,4 +243,4 @@ class _Exponents:
 
 def _by_turns(rows: np.ndarray) -> np.ndarray:
     """Of gate and up, which alternate."""
-    return mxfp4.join(rows[0::2], rows[1::2])
+    return four_bits.join(rows[0::2], rows[1::2])

@@ -140,6 +140,8 @@ def _weight_specs(
         gate_scale=up,
         up_scale=up,
         down_scale=whole if scale_a_channel else down,
+        gate_zero=up,
+        down_zero=down,
     )
 
 

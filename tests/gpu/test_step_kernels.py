@@ -14,6 +14,7 @@ from tests.ops import test_float8_rows as float8
 from tests.ops import test_gated_product as gated
 from tests.ops import test_grouped_gemm as experts
 from tests.ops import test_hopper_experts as hopper_experts
+from tests.ops import test_int4 as int4
 from tests.ops import test_kv_write as kv
 from tests.ops import test_latent_write as latent
 from tests.ops import test_mla_attention as mla
@@ -27,6 +28,11 @@ LARGE = (
 LARGE_PACKED = tuple(
     experts.Case(T=T, X=4, E=8, D=768, F=768, dtype="bfloat16", is_mxfp4=True, biases=True, activation=gate)
     for T, gate in ((1, experts.clamped), (16, experts.silu), (60, experts.clamped), (600, experts.clamped))
+)
+
+LARGE_INT4 = (
+    experts.Case(T=60, X=4, E=8, D=768, F=768, dtype="bfloat16", int4_group=128),
+    experts.Case(T=600, X=4, E=8, D=768, F=768, dtype="bfloat16", int4_group=64),
 )
 
 LARGE_FLOAT8 = (
@@ -116,7 +122,7 @@ def test_experts_for_hopper_equal_the_dense_sum(case):
         hopper_experts.check(case, tiles=tiles)
 
 
-@pytest.mark.parametrize("case", (*hopper_experts.PACKED_CASES, *LARGE_PACKED), ids=str)
+@pytest.mark.parametrize("case", (*hopper_experts.PACKED_CASES, *LARGE_PACKED, *LARGE_INT4), ids=str)
 def test_packed_experts_for_hopper_equal_the_dense_sum(case):
     hopper_experts.check(case)
 
@@ -124,6 +130,17 @@ def test_packed_experts_for_hopper_equal_the_dense_sum(case):
 @pytest.mark.parametrize("tile", hopper_experts.PACKED_RINGS, ids=str)
 def test_a_ring_of_packed_tiles_goes_round(tile):
     hopper_experts.check(hopper_experts.PACKED_RING_CASE, tiles=(tile, tile))
+
+
+@pytest.mark.parametrize("T, sizes, cut, dtype", int4.CUTS, ids=str)
+def test_rows_meet_codes(T, sizes, cut, dtype):
+    int4.check(T, sizes, cut, dtype)
+
+
+@pytest.mark.parametrize("T", [1, 33, 64, 100, 256, 600, 1500])
+def test_rows_meet_codes_as_cuts_are_chosen(T):
+    for sizes in ((384, 1024, 128), (4096, 512, 32)):
+        int4.check(T, sizes, int4.int4_product.choose_cut(T, sizes[1], sizes[0] // 64), "float16")
 
 
 @pytest.mark.parametrize("case", (*hopper_experts.FLOAT8_CASES, *LARGE_FLOAT8), ids=str)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.ops import backend, grouped_gemm, mxfp4
+from jaxserve.ops import backend, four_bits, grouped_gemm, int4, mxfp4
 from jaxserve.ops.grouped_gemm import ExpertWeights, rows_fast
 from jaxserve.ops.grouped_gemm.fast import Tile
 from jaxserve.ops.grouped_gemm.rows import group
@@ -37,6 +37,7 @@ class Case:
     biases: bool = False
     block: int | None = None  # of float8 weights
     is_mxfp4: bool = False
+    int4_group: int | None = None  # of integers of four bits
     padding: float = 0.3  # share of ids that are -1
     activation: Any = silu
     seed: int = 0
@@ -44,6 +45,10 @@ class Case:
     def __str__(self) -> str:
         """Without the function's address: a test has the same name in every process."""
         return repr(replace(self, activation=self.activation.__name__))
+
+    @property
+    def is_packed(self) -> bool:
+        return self.is_mxfp4 or self.int4_group is not None
 
     def arguments(self):
         rng = np.random.default_rng(self.seed)
@@ -72,17 +77,24 @@ class Case:
                         f"{name}_scale": jnp.asarray(scale, jnp.float32),
                     }
                 )
-        if self.is_mxfp4:
-            for name, rows, size in (("gate_EFD", 2 * F, D), ("down_EDF", D, F)):
-                packed = rng.integers(0, 256, (E, mxfp4.num_tiles(rows), size // 2, mxfp4.LINE))
-                # Of size K^-0.5, as above: all numbers alike, their squares are 2.9**2 on average.
+        for name, rows, size in (("gate_EFD", 2 * F, D), ("down_EDF", D, F)):
+            if not self.is_packed:
+                break
+            part, tiles = name.split("_")[0], four_bits.num_tiles(rows)
+            packed = rng.integers(0, 256, (E, tiles, size // 2, four_bits.LINE))
+            shape = E, tiles, size // (self.int4_group or mxfp4.GROUP), four_bits.LINE
+            changed = {name: jnp.asarray(packed, jnp.uint8), "up_EFD": None}
+            # Of size K^-0.5, as above: all numbers alike, their squares are 2.9**2 or 4.6**2 on average.
+            if self.is_mxfp4:
                 one = int(mxfp4.stored_exponent(127)) + round(np.log2(size**-0.5 / 2.9))
-                shape = E, mxfp4.num_tiles(rows), size // mxfp4.GROUP, mxfp4.LINE
-                power = rng.integers(one - 1, one + 1, shape)
-                parts = {name: packed, f"{name.split('_')[0]}_scale": power}
-                weights = weights._replace(
-                    **{name: jnp.asarray(part, jnp.uint8) for name, part in parts.items()}, up_EFD=None
+                changed[f"{part}_scale"] = jnp.asarray(rng.integers(one - 1, one + 1, shape), jnp.uint8)
+            else:
+                scale = rng.uniform(0.7, 1.4, shape) * size**-0.5 / 4.6
+                changed[f"{part}_scale"] = jnp.asarray(scale, jnp.bfloat16)
+                changed[f"{part}_zero"] = jnp.asarray(
+                    int4.offset(jnp.bfloat16).value + rng.integers(7, 10, shape), jnp.bfloat16
                 )
+            weights = weights._replace(**changed)
         weight = jnp.asarray(rng.uniform(0.1, 1, expert.shape), jnp.float32)
         return normal(self.T, D), jnp.asarray(expert), weight, weights
 
@@ -106,7 +118,7 @@ class Case:
         return picked
 
     def dense(self, weights, name):
-        if self.is_mxfp4:
+        if self.is_packed:
             weights = grouped_gemm.reference.widened(weights, jnp.bfloat16)
         matrix = getattr(weights, f"{name}_EDF" if name == "down" else f"{name}_EFD")
         matrix = np.asarray(matrix, np.float64)

@@ -87,6 +87,8 @@ PACKED_CASES = (
     Case(T=20, X=2, E=4, D=192, F=160, dtype="bfloat16", is_mxfp4=True),  # five groups, which go by two
     Case(T=90, X=1, E=1, D=128, F=192, dtype="bfloat16", is_mxfp4=True),  # widened ahead
     Case(T=70, X=2, E=3, D=64, F=64, biases=True, dtype="bfloat16", is_mxfp4=True, padding=1.1),
+    Case(T=20, X=2, E=4, D=256, F=128, dtype="bfloat16", int4_group=128),
+    Case(T=90, X=1, E=2, D=128, F=192, dtype="bfloat16", int4_group=32),  # widened ahead
 )
 PACKED_RINGS = (Packed(16, 2, 64, 2), Packed(64, 2, 128, 2))
 PACKED_RING_CASE = Case(T=20, X=1, E=2, D=384, F=384, biases=True, dtype="bfloat16", is_mxfp4=True)

@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxserve.ops import mxfp4
+from jaxserve.ops import four_bits, mxfp4
 
 
 def published(codes: np.ndarray) -> np.ndarray:
@@ -63,21 +63,21 @@ def as_numbers(word: int, pair: int) -> list[float]:
     """As `hopper_packed` makes them, but for the exponent of the group."""
     bits = 0
     for mask, left in mxfp4.PARTS[pair]:
-        bits |= mxfp4.shifted(word, left) & (mask | mask << 16)
+        bits |= four_bits.shifted(word, left) & (mask | mask << 16)
     small = np.array([bits & 0xFFFF, bits >> 16], np.uint16).view(ml_dtypes.bfloat16).astype(np.float64)
     return list(small * 2.0**mxfp4.TOO_SMALL)
 
 
 def test_no_bit_of_a_word_belongs_to_two_numbers():
-    taken = [mxfp4.shifted(mask | mask << 16, -left) for parts in mxfp4.PARTS for mask, left in parts]
+    taken = [four_bits.shifted(mask | mask << 16, -left) for parts in mxfp4.PARTS for mask, left in parts]
     assert sum(taken) == 0xFFFFFFFF and all(a & b == 0 for i, a in enumerate(taken) for b in taken[:i])
 
 
 def test_rows_of_two_matrices_take_turns_of_eight():
     first, second = np.arange(32).reshape(16, 2), 100 + np.arange(32).reshape(16, 2)
-    joined = mxfp4.join(first, second)
+    joined = four_bits.join(first, second)
     np.testing.assert_array_equal(joined[:24, 0], [*range(0, 16, 2), *range(100, 116, 2), *range(16, 32, 2)])
-    for part, want in zip(mxfp4.apart(joined[None]), (first, second)):
+    for part, want in zip(four_bits.apart(joined[None]), (first, second)):
         np.testing.assert_array_equal(part[0], want)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxserve.ops import backend, mxfp4
+from jaxserve.ops import backend, four_bits
 from jaxserve.ops.grouped_gemm import fast, hopper, reference
 from jaxserve.ops.hopper import is_supported
 
@@ -28,9 +28,9 @@ class ExpertWeights(NamedTuple):
     A scale belongs to weights in float8: one float32 for each block of a weight matrix, so
     `gate_scale` is [E, F / block, D / block] and the block sizes follow from the shapes.
 
-    Weights in MXFP4 are uint8, as `ops.mxfp4` packs them: gate and up joined, [E, F / 32, D / 2, 64], up
-    itself None; down [E, D / 64, F / 2, 64]; scales are their exponents, [E, F / 32, D / 32, 64] and
-    [E, D / 64, F / 32, 64].
+    Weights of four bits are uint8, as `ops.four_bits` packs them: gate and up joined, [E, F / 32, D / 2, 64],
+    up itself None; down [E, D / 64, F / 2, 64]. Scales are [E, F / 32, D / group, 64] and [E, D / 64,
+    F / group, 64]: the exponents of MXFP4, uint8; or those of integers, which have zeros beside them.
     """
 
     gate_EFD: jax.Array
@@ -42,6 +42,8 @@ class ExpertWeights(NamedTuple):
     gate_scale: jax.Array | None = None
     up_scale: jax.Array | None = None
     down_scale: jax.Array | None = None
+    gate_zero: jax.Array | None = None
+    down_zero: jax.Array | None = None
 
 
 def feed_forward(
@@ -67,7 +69,7 @@ def feed_forward(
     arrays = hidden_TD, expert_TX, weight_TX, weights
     if chosen == "fast" and is_supported() and hopper.fits(hidden_TD, weights, rows_per_expert):
         return hopper.feed_forward(*arrays, activation, hopper.choose_tiles(rows_per_expert, weights))
-    if mxfp4.is_packed(weights.gate_EFD):
+    if four_bits.is_packed(weights.gate_EFD):
         _warn_of_widening()
         arrays = *arrays[:3], reference.widened(weights, hidden_TD.dtype)
     tile = fast.choose_tile(rows_per_expert, hidden_TD.dtype.itemsize)
@@ -78,6 +80,6 @@ def feed_forward(
 def _warn_of_widening() -> None:
     """Once a process."""
     logger.warning(
-        "no kernel here takes experts in MXFP4: each layer's are widened in every step, which is slow; "
+        "no kernel here takes experts of four bits: each layer's are widened in every step, which is slow; "
         "--dequantize-weights widens them when they are loaded"
     )

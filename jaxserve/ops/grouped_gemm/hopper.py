@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxserve.ops import mxfp4
+from jaxserve.ops import four_bits
 from jaxserve.ops.grouped_gemm import hopper_packed, hopper_rows
 from jaxserve.ops.grouped_gemm.hopper_product import (
     BLOCK,
@@ -43,7 +43,7 @@ def choose_tiles(rows_per_expert: float, weights) -> tuple[Any, Any]:
     An expert of few rows is read at the memory's speed, which wants wide rows of its matrices; one of many
     wants each tile used for many products.
     """
-    if mxfp4.is_packed(weights.gate_EFD):
+    if four_bits.is_packed(weights.gate_EFD):
         return hopper_packed.choose_tiles(rows_per_expert, weights)
     _, F, D = weights.gate_EFD.shape
     is_short = weights.gate_scale is not None
@@ -61,9 +61,10 @@ def choose_tiles(rows_per_expert: float, weights) -> tuple[Any, Any]:
 
 def fits(hidden_TD, weights, rows_per_expert: float) -> bool:
     """Whether `feed_forward` here can compute this, and experts have rows enough for it to be the faster."""
-    if mxfp4.is_packed(weights.gate_EFD):
+    if four_bits.is_packed(weights.gate_EFD):
         tiles = hopper_packed.choose_tiles(rows_per_expert, weights)
-        return hidden_TD.dtype == jnp.bfloat16 and all(tile.depth for tile in tiles)
+        dtype = jnp.bfloat16 if weights.gate_zero is None else weights.gate_scale.dtype
+        return hidden_TD.dtype == dtype and all(tile.depth for tile in tiles)
     _, F, D = weights.gate_EFD.shape
     if hidden_TD.dtype not in (jnp.bfloat16, jnp.float16) or weights.gate_bias_EF is not None:
         return False
@@ -106,7 +107,7 @@ def feed_forward(
     places = _place(expert_TX, E, tiles[0].block_rows, is_interpreted)
     row_TX = places.row_M.reshape(T, X)
     options = dict(places=places, activation=activation, tiles=tiles, interpret=interpret)
-    products = _packed_products if mxfp4.is_packed(weights.gate_EFD) else _products
+    products = _packed_products if four_bits.is_packed(weights.gate_EFD) else _products
     out_MD = products(hidden_TD, expert_TX, row_TX, weights, **options)
     is_named = expert_TX >= 0
     out_TXD = out_MD[jnp.where(is_named, row_TX, 0)].astype(jnp.float32)
@@ -144,12 +145,16 @@ def _packed_products(hidden_TD, expert_TX, row_TX, weights, *, places, activatio
     up_tile, down_tile = tiles
     x, _ = hopper_rows.copy(hidden_TD, expert_TX, row_TX, places.num_rows, interpret=interpret is not None)
     biases = tuple(b for b in (weights.gate_bias_EF, weights.up_bias_EF) if b is not None)
-    up = hopper_packed.Packed(weights.gate_EFD, weights.gate_scale, biases)
-    down = hopper_packed.Packed(weights.down_EDF, weights.down_scale, ())
+    up = hopper_packed.Packed(weights.gate_EFD, _of_rows(weights.gate_scale, weights.gate_zero), biases)
+    down = hopper_packed.Packed(weights.down_EDF, _of_rows(weights.down_scale, weights.down_zero))
     product = functools.partial(hopper_packed.multiply, places=places, interpret=interpret)
     inner_MF = product(x, up, finish=activation, num_matrices=2, tile=up_tile, name="packed_experts_up")
     out_MD = product(inner_MF, down, finish=alone, num_matrices=1, tile=down_tile, name="packed_experts_down")
     return out_MD[:, : hidden_TD.shape[1]]
+
+
+def _of_rows(*arrays: jax.Array | None) -> tuple[jax.Array, ...]:
+    return tuple(array for array in arrays if array is not None)
 
 
 def _place(expert_TX, num_experts: int, block_rows: int, is_interpreted: bool) -> Places:
@@ -161,8 +166,8 @@ def _place(expert_TX, num_experts: int, block_rows: int, is_interpreted: bool) -
 
 
 def _inner_width(weights) -> int:
-    if mxfp4.is_packed(weights.gate_EFD):
-        return weights.gate_EFD.shape[1] * mxfp4.ROWS // 2
+    if four_bits.is_packed(weights.gate_EFD):
+        return weights.gate_EFD.shape[1] * four_bits.ROWS // 2
     return weights.gate_EFD.shape[1]
 
 

@@ -7,7 +7,7 @@ work follows the tokens that are real, not the shape.
 import jax.numpy as jnp
 from jax import lax
 
-from jaxserve.ops import mxfp4
+from jaxserve.ops import four_bits, int4, mxfp4
 from jaxserve.ops.grouped_gemm.rows import group
 
 
@@ -34,21 +34,29 @@ def feed_forward(hidden_TD, expert_TX, weight_TX, weights, activation):
 
 
 def widened(weights, dtype):
-    """Packed weights (`ops.mxfp4`) in `dtype`."""
-    gate, up = mxfp4.apart(mxfp4.widen(weights.gate_EFD, weights.gate_scale))
-    down = mxfp4.widen(weights.down_EDF, weights.down_scale)[:, : gate.shape[2]]
+    """Packed weights (`ops.four_bits`) in `dtype`."""
+    if weights.gate_zero is None:
+        joined = mxfp4.widen(weights.gate_EFD, weights.gate_scale)
+        down = mxfp4.widen(weights.down_EDF, weights.down_scale)
+    else:
+        joined = int4.widen(weights.gate_EFD, weights.gate_scale, weights.gate_zero)
+        down = int4.widen(weights.down_EDF, weights.down_scale, weights.down_zero)
+    gate, up = four_bits.apart(joined)
+    down = down[:, : gate.shape[2]]
     return weights._replace(
         gate_EFD=gate.astype(dtype),
         up_EFD=up.astype(dtype),
         down_EDF=down.astype(dtype),
         gate_scale=None,
         down_scale=None,
+        gate_zero=None,
+        down_zero=None,
     )
 
 
 def _expert(hidden_BD, weights, expert, activation):
     """One expert's output in float32, its inner values rounded to the model's dtype as in a dense layer."""
-    if mxfp4.is_packed(weights.gate_EFD):
+    if four_bits.is_packed(weights.gate_EFD):
         one = [None if array is None else array[expert][None] for array in weights]
         weights, expert = widened(type(weights)(*one), hidden_BD.dtype), 0
     gate_BF = _product(hidden_BD, weights.gate_EFD, weights.gate_scale, weights.gate_bias_EF, expert)
