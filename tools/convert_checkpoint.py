@@ -7,8 +7,10 @@ Streams one item (a layer, or one tensor outside the layers) at a time. An inter
 continues at the first incomplete item when the command is given again; until the manifest is
 written, last, the directory is not taken for a checkpoint. `--verify` reads source and result again
 and compares every tensor by hash. `--dtype auto` keeps every tensor's own dtype, and the model's
-(bfloat16 where the file names none) for quantised ones. `--quantization fp8|int8` writes the linear
-weights as a server with that flag would make them, half the bytes to store and to read.
+(bfloat16 where the file names none) for quantised ones; integers in groups (AWQ, GPTQ,
+compressed-tensors) become codes of a byte with float32 scales, or with act-order are widened.
+`--quantization fp8|int8` writes the linear weights as a server with that flag would make them, half
+the bytes to store and to read.
 
 Peak resident memory, above the 0.2 GiB of a Python with orbax (2 cores, 2026-11-24, largest tensor
 512 MiB as bf16): 1.4 GiB for 2.75 GiB of bf16 safetensors, 2.9 times the largest tensor; 1.9 GiB for
@@ -42,11 +44,13 @@ from rich.progress import (
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.blueprint import draw_on_paper
 from jaxserve.layers.channel_quant import Scheme
+from jaxserve.layers.group_quant import SCALES
 from jaxserve.layers.weight import Stacked
 from jaxserve.weights import Checkpoint, CheckpointError, open_checkpoint
 from jaxserve.weights.checkpoint import DTYPES, read_json
 from jaxserve.weights.declared import declared
 from jaxserve.weights.fill import SCALE_SUFFIXES
+from jaxserve.weights.grouped import GroupedCheckpoint
 from jaxserve.weights.orbax import (
     BEGUN,
     ITEMS,
@@ -104,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's, which tells of what it raises too
     try:
         source = open_checkpoint(args.source, revision=args.revision)
+        if isinstance(source, GroupedCheckpoint):
+            source = source.in_form("wide" if args.quantization or source.is_ordered else "codes")
         if args.quantization:
             source = QuantisedCheckpoint(source, linear_weights(source, args.quantization), args.quantization)
         with _progress(console) as progress:
@@ -243,12 +249,12 @@ def target_dtypes(source: Checkpoint, dtype: str) -> dict[str, np.dtype]:
 
     def target(name: str) -> np.dtype:
         stored = source.tensors[name].dtype
-        if stored.name not in _CONVERTIBLE or name.endswith(SCALE_SUFFIXES) or name in wide:
+        if stored.name not in _CONVERTIBLE or name.endswith((*SCALE_SUFFIXES, SCALES)) or name in wide:
             return stored  # integers and fp8 mean something only as they are
         if dtype != "auto":
             return DTYPES[dtype]
         if is_quantised is not None and is_quantised(name):
-            return DTYPES[source.config["torch_dtype"]]
+            return DTYPES[source.config.get("torch_dtype") or source.config.get("dtype") or "bfloat16"]
         return stored
 
     return {name: target(name) for name in source.tensors}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxserve import speculation
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.layers.channel_quant import ChannelQuant, quantise_model, read_stored
+from jaxserve.layers.group_quant import read_groups
 from jaxserve.mesh import layout_of
 from jaxserve.models import declare
 from jaxserve.models.decoder import Decoder
@@ -23,6 +24,9 @@ def declare_model(
 
     Raises ConfigError for what the checkpoint is already, and for an architecture that is not served.
     """
+    if (groups := read_groups(hf_config)) is not None:
+        logger.info("weights are widened from integers of %d bits when they are loaded", groups.bits)
+        hf_config = {key: value for key, value in hf_config.items() if key != "quantization_config"}
     given, asked = hf_config.get("quantization_config") or {}, config.quantization
     stored = read_stored(hf_config)
     if asked and config.dequantize_weights:

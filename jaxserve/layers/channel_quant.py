@@ -29,6 +29,7 @@ Scheme = Literal["fp8", "int8"]
 DTYPES: dict[Scheme, Any] = {"fp8": jnp.float8_e4m3fn, "int8": jnp.int8}
 LARGEST: dict[Scheme, float] = {"fp8": FLOAT8_MAX, "int8": 127.0}
 PLAIN_FORMATS = ("dense", "float-quantized", "int-quantized", "naive-quantized")  # a number a byte
+PACKED_FORMAT = "pack-quantized"  # several in an integer, see `jaxserve.layers.group_quant`
 STORED_SUFFIX = "_scale"  # of the scales' names in checkpoints that hold the numbers
 
 
@@ -48,8 +49,13 @@ class ChannelQuant:
 
     def covers(self, source: str) -> bool:
         """Whether the weight called `source` is quantised."""
-        module = source.removesuffix(".weight")
-        return not any(_matches(module, pattern) for pattern in self.skip)
+        return not is_skipped(source, self.skip)
+
+
+def is_skipped(source: str, skip: tuple[str, ...]) -> bool:
+    """Whether one of `skip`, names of modules or patterns, means the weight called `source`."""
+    module = source.removesuffix(".weight")
+    return any(_matches(module, pattern) for pattern in skip)
 
 
 def _matches(module: str, pattern: str) -> bool:
@@ -198,7 +204,8 @@ def quantise(wide: jax.Array, scheme: Scheme, num_out: int) -> tuple[jax.Array, 
 def read_stored(config: dict[str, Any]) -> ChannelQuant | None:
     """From `quantization_config` of a checkpoint with a scale a channel or a tensor, else None.
 
-    Raises ConfigError for a kind of compressed-tensors that is not read.
+    What is packed is left to `jaxserve.layers.group_quant`. Raises ConfigError for a kind of
+    compressed-tensors that is not read.
     """
     given = config.get("quantization_config") or {}
     method = given.get("quant_method")
@@ -207,20 +214,17 @@ def read_stored(config: dict[str, Any]) -> ChannelQuant | None:
         return ChannelQuant("fp8", is_stored=True, skip=tuple(skip))
     if method != "compressed-tensors":
         return None
-    for name in ("transform_config", "sparsity_config"):
-        extra = given.get(name) or {}
-        if extra and extra.get("format") != "dense":
-            raise ConfigError(
-                f"config.json: {name} of quantization_config is not read; weights would mean others"
-            )
-    groups = [*(given.get("config_groups") or {}).values()]
-    for holder in (given, *groups):
+    holders = (given, *config_groups(given))
+    if any(holder.get("format") == PACKED_FORMAT for holder in holders):
+        return None
+    refuse_transforms(given)
+    for holder in holders:
         if (kind := holder.get("format") or PLAIN_FORMATS[0]) not in PLAIN_FORMATS:
             raise ConfigError(
                 f"config.json: compressed-tensors in format={kind!r} are not read; use one of "
                 f"{', '.join(PLAIN_FORMATS)}"
             )
-    schemes: set[Scheme | None] = {_scheme(group.get("weights") or {}) for group in groups}
+    schemes: set[Scheme | None] = {_scheme(group.get("weights") or {}) for group in holders[1:]}
     scheme = schemes.pop() if len(schemes) == 1 else None
     if scheme is None:
         raise ConfigError(
@@ -228,6 +232,21 @@ def read_stored(config: dict[str, Any]) -> ChannelQuant | None:
             "int, symmetric, strategy channel or tensor, alike in all config_groups"
         )
     return ChannelQuant(scheme, is_stored=True, skip=tuple(given.get("ignore") or ()))
+
+
+def config_groups(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a `quantization_config` of compressed-tensors."""
+    return [group for group in (given.get("config_groups") or {}).values() if isinstance(group, dict)]
+
+
+def refuse_transforms(given: dict[str, Any]) -> None:
+    """Raises ConfigError where a `quantization_config` of compressed-tensors makes weights mean others."""
+    for name in ("transform_config", "sparsity_config"):
+        extra = given.get(name) or {}
+        if extra and extra.get("format") != "dense":
+            raise ConfigError(
+                f"config.json: {name} of quantization_config is not read; weights would mean others"
+            )
 
 
 def _scheme(weights: dict[str, Any]) -> Scheme | None:

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from jaxserve.config import ConfigError
+from jaxserve.layers.group_quant import METHODS as GROUP_METHODS
 from jaxserve.models.decoder import Decoder
 
 
@@ -49,7 +50,7 @@ def resolve(hf_config: dict[str, Any]) -> type:
         if name in families:
             known = getattr(families[name], "QUANTIZATIONS", ())
             if method is not None and method not in known:
-                also = f" or quantized as {', '.join(known)}" if known else ""
+                also = f" or quantized as {', '.join([*known, GROUP_METHODS])}"
                 raise ConfigError(
                     f"config.json: quantization_config with quant_method={method!r} is not supported for "
                     f"{name}; use a checkpoint in bfloat16, float16 or float32{also}"

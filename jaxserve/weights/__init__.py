@@ -11,6 +11,7 @@ from jaxserve.weights import hub, orbax
 from jaxserve.weights.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from jaxserve.weights.fill import load, load_dummy
 from jaxserve.weights.gguf import GGUFCheckpoint
+from jaxserve.weights.grouped import in_groups
 from jaxserve.weights.safetensors import SafetensorsCheckpoint
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorInfo", "load", "load_dummy", "open_checkpoint"]
@@ -35,13 +36,13 @@ def open_checkpoint(
     `check` (see `hub.download`) too.
 
     Raises: CheckpointError when it is none of these, is damaged or incomplete, or is of another format
-    than `load_format`, a key of FORMATS.
+    than `load_format`, a key of FORMATS; ConfigError for integers in groups of a kind that is not read.
     """
     checkpoint = _open(path, revision, check)
     if load_format != "auto" and not isinstance(checkpoint, FORMATS[load_format]):
         found = next(name for name, kind in FORMATS.items() if isinstance(checkpoint, kind))
         raise CheckpointError(f"load_format={load_format}: {path} holds {found}; leave load_format out")
-    return checkpoint
+    return in_groups(checkpoint)
 
 
 def _open(path: str | Path, revision: str | None, check: Callable[[Path], None] | None) -> Checkpoint:

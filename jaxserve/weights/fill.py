@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from jaxserve.layers.channel_quant import STORED_SUFFIX
+from jaxserve.layers.group_quant import CODES, SUFFIXES
 from jaxserve.layers.weight import Assemble, Sliced, Stacked
 from jaxserve.weights.checkpoint import (
     Checkpoint,
@@ -289,6 +290,8 @@ def _report_unused(checkpoint: Checkpoint, used: set[str], unserved: tuple[str, 
         name
         for name in checkpoint.tensors
         if name not in used
+        and name + CODES not in used  # another form of the same weight
+        and not _is_part(name, checkpoint)
         and not name.startswith(unserved)
         and not name.endswith(_COMPUTED)
         and not (tied and name == "lm_head.weight")
@@ -302,6 +305,11 @@ def _report_unused(checkpoint: Checkpoint, used: set[str], unserved: tuple[str, 
             ", ".join(unused[:5]),
             more,
         )
+
+
+def _is_part(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether it is the codes, scales or zeros of a weight that is there too."""
+    return any(name.endswith(s) and name.removesuffix(s) in checkpoint.tensors for s in SUFFIXES)
 
 
 # ---- random ----

@@ -49,16 +49,20 @@ _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 
 
 # Where tools write how they quantised, when config.json does not say so.
-QUANTISED_BY = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}
+QUANTISED_BY = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a directory, with the name of a quantization that another file tells of."""
+    """config.json of a directory, with what another file tells of its quantization."""
     config = read_json(path / "config.json")
     if not config.get("quantization_config"):
         for name, method in QUANTISED_BY.items():
             if (path / name).is_file():
-                config["quantization_config"] = {"quant_method": method}
+                config["quantization_config"] = {**read_json(path / name), "quant_method": method}
     return config
 
 

@@ -151,7 +151,7 @@ def test_experts_whose_blocks_do_not_divide_over_the_devices_are_refused_with_wh
     [
         ({"weight_block_size": None}, "weight_block_size=None"),
         ({"fmt": "e5m2"}, "fmt='e5m2' is not supported; use fp8 in e4m3"),
-        ({"quant_method": "awq"}, "quant_method='awq' is not supported for Deepseek.*quantized as fp8"),
+        ({"quant_method": "hqq"}, "quant_method='hqq' is not supported for Deepseek.*quantized as fp8, AWQ"),
         ({"weight_block_size": [128, 128]}, "16 x 32 does not divide into blocks.*use --dequantize-weights"),
     ],
 )  # fmt: skip

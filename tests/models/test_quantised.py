@@ -442,7 +442,7 @@ def test_layers_left_out_of_a_stored_checkpoint_stay_wide():
         ({}, compressed("float", num_bits=4), "compressed-tensors is read for weights of 8 bits"),
         ({}, compressed("int", symmetric=False), "compressed-tensors is read for weights of 8 bits"),
         ({}, compressed("int", strategy="group"), "compressed-tensors is read for weights of 8 bits"),
-        ({}, {**compressed("int"), "format": "pack-quantized"}, "format='pack-quantized' are not read"),
+        ({}, {**compressed("int"), "format": "marlin-24"}, "format='marlin-24' are not read"),
         (
             {},
             {**compressed("float"), "transform_config": {"config_groups": {}}},
@@ -453,7 +453,7 @@ def test_layers_left_out_of_a_stored_checkpoint_stay_wide():
             {**compressed("float"), "sparsity_config": {"format": "sparse-24-bitmask"}},
             "sparsity_config .*is",
         ),
-        ({"quantization": "fp8"}, {"quant_method": "awq"}, "quant_method='awq' is not supported"),
+        ({"quantization": "fp8"}, {"quant_method": "hqq"}, "quant_method='hqq' is not supported"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(options, quantization, message):

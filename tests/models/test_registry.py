@@ -49,8 +49,10 @@ def test_config_without_architectures_says_so():
 
 
 def test_quantized_checkpoint_is_refused_by_method():
-    config = {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "gptq"}}
-    with pytest.raises(ConfigError, match="quant_method='gptq' is not supported"):
+    config = {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "bitsandbytes"}}
+    with pytest.raises(
+        ConfigError, match=r"'bitsandbytes' is not supported .*fp8, AWQ, GPTQ or compressed-tensors"
+    ):
         resolve(config)
     with pytest.raises(ConfigError, match="quantization_config has no quant_method"):
         resolve({**config, "quantization_config": {"load_in_8bit": True}})
