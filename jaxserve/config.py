@@ -83,11 +83,13 @@ class ServerConfig:
     load_format: Literal["auto", "safetensors", "gguf", "orbax", "dummy"] = key(
         "auto", "dummy: random weights of the right shapes"
     )
-    dequantize_weights: bool = key(False, "widen weights in float8 blocks or MXFP4 when they are loaded")
-    quantization: Literal["fp8", "int8", "mxfp4"] | None = key(
+    dequantize_weights: bool = key(
+        False, "widen weights in float8 blocks, MXFP4 or integers when they are loaded"
+    )
+    quantization: Literal["fp8", "int8", "int4", "mxfp4"] | None = key(
         None,
-        "fp8, int8: keep linear weights in 8 bits with a scale a channel; mxfp4: keep a checkpoint's experts "
-        "in its own 4 bits, as bfloat16 does on Hopper GPUs; default: as the checkpoint has them",
+        "fp8, int8: keep linear weights in 8 bits with a scale a channel; int4, mxfp4: keep a checkpoint's "
+        "own 4 bits, as is done anyway on Hopper GPUs; default: as the checkpoint has them",
     )
     context_length: int | None = key(None, "longest sequence in tokens; default: the model's own", least=2)
     sampling_defaults: Literal["model", "openai"] = key(

@@ -22,7 +22,7 @@ from jaxserve.engine.batch import Bucket
 from jaxserve.engine.drafting import Drafter, NextnDrafter, NgramDrafter
 from jaxserve.engine.plan import tokens_of_rows
 from jaxserve.engine.programs import SCORE_ROWS
-from jaxserve.engine.quantization import declare_model, is_mxfp4, kv_dtype, why_widened
+from jaxserve.engine.quantization import declare_model, is_mxfp4, keep_groups, kv_dtype, why_widened
 from jaxserve.layers.kv import KVSpec, LatentSpec, PoolLayout, StateSpec, pool_layouts, state_layout
 from jaxserve.layers.moe import ExpertSpec
 from jaxserve.layers.weight import reorder
@@ -220,9 +220,9 @@ def draw(
     layout = meshes.layout_of(config)
     dtype = _dtype(config.dtype, hf_config, on_cpu)
     # Plans, and tests on a CPU, get what a Hopper GPU would.
-    has_mxfp4_kernel = on_cpu or isinstance(mesh, AbstractMesh) or hopper.is_supported()
-    model = declare_model(config, hf_config, dtype, has_mxfp4_kernel)
-    if is_mxfp4(hf_config) and (why := why_widened(config, hf_config, dtype, has_mxfp4_kernel)):
+    has_kernels = on_cpu or isinstance(mesh, AbstractMesh) or hopper.is_supported()
+    model = declare_model(config, hf_config, dtype, has_kernels)
+    if is_mxfp4(hf_config) and (why := why_widened(config, hf_config, dtype, has_kernels)):
         logger.info("experts are widened from MXFP4 when they are loaded: %s", why)
     experts, states = model.experts, model.states
     if states is not None and config.enable_two_batch_overlap:
@@ -240,6 +240,8 @@ def draw(
         num_kv_heads=model.kv.num_kv_heads,
         num_experts=experts.num_slots if experts else None,
     )
+    ways = lambda axis: math.prod(mesh.shape[a] for a in table[axis]) if axis else 1  # noqa: E731
+    keep_groups(config, hf_config, model, dtype, has_kernels and not on_cpu, ways)
     model.vocabulary.split(mesh)
     expert_backend = choose_backend(config.moe_a2a_backend, layout.ep)
     if config.moe_runner_backend is not None:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxserve import speculation
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.layers.channel_quant import ChannelQuant, quantise_model, read_stored
-from jaxserve.layers.group_quant import read_groups
+from jaxserve.layers.group_packing import Ways, keep_packed
+from jaxserve.layers.group_quant import GroupQuant, read_groups
 from jaxserve.mesh import layout_of
 from jaxserve.models import declare
 from jaxserve.models.decoder import Decoder
@@ -24,8 +25,7 @@ def declare_model(
 
     Raises ConfigError for what the checkpoint is already, and for an architecture that is not served.
     """
-    if (groups := read_groups(hf_config)) is not None:
-        logger.info("weights are widened from integers of %d bits when they are loaded", groups.bits)
+    if read_groups(hf_config) is not None:  # read widened; `keep_groups` declares anew what is not
         hf_config = {key: value for key, value in hf_config.items() if key != "quantization_config"}
     given, asked = hf_config.get("quantization_config") or {}, config.quantization
     stored = read_stored(hf_config)
@@ -54,9 +54,44 @@ def declare_model(
         if asked != given.get("quant_method"):
             raise _is_already(asked, f"{given.get('quant_method')} with a scale for each block")
         logger.info("quantization=%s: the checkpoint's weights are float8 in blocks, and stay so", asked)
-    elif asked and asked != "mxfp4":
+    elif asked in ("fp8", "int8"):
         quantise_model(model, ChannelQuant(asked))
     return model
+
+
+def keep_groups(
+    config: ServerConfig, hf_config: dict[str, Any], model: Decoder, dtype: Any, has_kernel: bool, ways: Ways
+) -> None:
+    """Keep integers of four bits with scales for groups as they are, where a kernel takes them.
+
+    Raises ConfigError where that is asked for and cannot be.
+    """
+    groups, asked = read_groups(hf_config), config.quantization == "int4"
+    if groups is None:
+        if asked:
+            raise ConfigError("quantization=int4 keeps a checkpoint's own integers of 4 bits; this has none")
+        return
+    if why := _why_groups_are_widened(config, groups, dtype, has_kernel or asked):
+        if asked:
+            raise ConfigError(f"quantization=int4: {why}; leave it out")
+        logger.info("weights are widened from integers of %d bits when they are loaded: %s", groups.bits, why)
+    elif left := keep_packed(model, groups, ways):
+        logger.info("%d weights are widened when they are loaded: devices would cut tiles or groups", left)
+
+
+def _why_groups_are_widened(
+    config: ServerConfig, groups: GroupQuant, dtype: Any, has_kernel: bool
+) -> str | None:
+    """None where they stay as they are."""
+    if config.dequantize_weights or config.quantization not in (None, "int4"):
+        return "as the configuration asks"
+    if groups.bits != 4:
+        return "only those of 4 bits stay as they are"
+    if groups.is_ordered:
+        return "their inputs are permuted (act-order)"
+    if jnp.dtype(dtype).itemsize != 2 or not has_kernel:
+        return "its kernel needs bfloat16 or float16, a Hopper GPU and CUDA 13"
+    return None
 
 
 def is_mxfp4(hf_config: dict[str, Any]) -> bool:

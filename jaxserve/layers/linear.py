@@ -125,6 +125,8 @@ class Projections(nnx.Module):
         splits only some over an attention group, and those with scales for blocks on a mesh or where blocks
         are cut.
         """
+        if self.fused:
+            return
         weights: list[Any] = list(self.weights)
         kind = type(weights[0])
         biases = [b.get_value() for b in self.biases if b is not None]

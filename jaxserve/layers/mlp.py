@@ -81,6 +81,8 @@ class Gated(Operand):
     def _multiply_by_kernel(self) -> jax.Array | None:
         """None where there is no kernel for this, or none that is faster."""
         gate_up, hidden_TD, step = self.gate_up, self.hidden_TD, self.step
+        if isinstance(joined := gate_up.weights[0], GroupScaled) and joined.is_joined:
+            return joined.gated(wide(hidden_TD), _gate(self.activation))
         if not gate_up.fused or gate_up.biases or (step is None and not gate_up.is_alone):
             return None
         (weight,), scales = gate_up.weights, None

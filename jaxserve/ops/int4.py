@@ -1,6 +1,6 @@
 """Integers of four bits with a scale and a zero point for each group of a row's numbers.
 
-A weight is (code - zero) * scale, code and zero being 0 to 15 (a zero may be 16). On a device codes lie as
+A weight is (code - zero) * scale, code and zero being 0 to 15. On a device codes lie as
 `ops.four_bits` has them; scales are in the model's dtype, of 16 bits, and so are zeros: as the number that is
 subtracted from one whose lowest bits are a code's.
 """

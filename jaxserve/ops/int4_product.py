@@ -25,7 +25,12 @@ from jaxserve.ops.hopper import NUM_SMS, is_supported
 DEPTH = 128  # a multiple of it is what a device must have of the inputs
 MAX_KERNEL_ROWS = 2048  # more are multiplied with the weight, made first
 SHARED_BYTES = 225_000  # of a multiprocessor
+MAX_PARTS = 4
 FEW = 48  # rows with which products are bound by the memory
+
+
+Gate = Callable[[jax.Array, jax.Array], jax.Array]
+"""(gate, up) -> inner, elementwise, in float32: one function for all layers."""
 
 
 class Weight(NamedTuple):
@@ -44,14 +49,18 @@ class Cut(NamedTuple):
     num_parts: int
 
 
-def project(x_TK: jax.Array, weight: Weight, out_dtype: DTypeLike) -> jax.Array:
-    """x times the weight: [T, N]."""
+def project(x_TK: jax.Array, weight: Weight, out_dtype: DTypeLike, gate: Gate | None = None) -> jax.Array:
+    """x times the weight: [T, N]; or with a gate, of two that are joined, gate(first, second): [T, N / 2]."""
     if fits(x_TK, weight):
         T, K = x_TK.shape
-        cut = choose_cut(T, K, weight.numbers.shape[0])
-        return by_hopper(x_TK, weight, cut, out_dtype=out_dtype)
+        cut = choose_cut(T, K, weight.numbers.shape[0], 1 if gate else MAX_PARTS)
+        return by_hopper(x_TK, weight, cut, gate, out_dtype=out_dtype)
     wide_NK = int4.widen(weight.numbers, weight.scales, weight.zeros).astype(x_TK.dtype)
-    return dense_product.multiply(x_TK, wide_NK, out_dtype)
+    if gate is None:
+        return dense_product.multiply(x_TK, wide_NK, out_dtype)
+    return gate(
+        *(dense_product.multiply(x_TK, part[0], out_dtype) for part in four_bits.apart(wide_NK[None]))
+    )
 
 
 def fits(x_TK: jax.Array, weight: Weight) -> bool:
@@ -62,7 +71,11 @@ def fits(x_TK: jax.Array, weight: Weight) -> bool:
 
 @cache
 def over_mesh(
-    mesh: Mesh, out_axes: tuple[str, ...], in_axes: tuple[str, ...], out_dtype: str
+    mesh: Mesh,
+    out_axes: tuple[str, ...],
+    in_axes: tuple[str, ...],
+    out_dtype: str,
+    gate: Gate | None = None,
 ) -> Callable[[jax.Array, Weight], jax.Array]:
     """`project` on each device of what it has, and the sum of those that share the inputs.
 
@@ -71,7 +84,7 @@ def over_mesh(
     """
 
     def on_device(x_tK: jax.Array, weight: Weight) -> jax.Array:
-        part_tn = project(x_tK, weight, out_dtype)
+        part_tn = project(x_tK, weight, out_dtype, gate)
         return lax.psum(part_tn, in_axes) if in_axes else part_tn
 
     split: Any = PartitionSpec(out_axes or None, in_axes or None)
@@ -86,7 +99,7 @@ def over_mesh(
     )
 
 
-def choose_cut(T: int, K: int, num_tiles: int) -> Cut:
+def choose_cut(T: int, K: int, num_tiles: int, max_parts: int = MAX_PARTS) -> Cut:
     """Of some fifty on an H200 (Llama-3.1-8B's four products, 8 to 2,048 rows) the best or nearly.
 
     Few rows want many small programs, of which three or more share a multiprocessor; from FEW on a matrix of
@@ -100,7 +113,7 @@ def choose_cut(T: int, K: int, num_tiles: int) -> Cut:
     programs = blocks * -(-num_tiles // groups)
     wanted = (3 if is_few else 1) * NUM_SMS
     parts = 1
-    while 2 * parts * programs <= wanted and parts < 4 and K % (2 * parts * depth) == 0:
+    while 2 * parts <= max_parts and 2 * parts * programs <= wanted and K % (2 * parts * depth) == 0:
         parts *= 2
     columns = groups * four_bits.ROWS
     of_stage = depth * (2 * block_rows + columns // 2 + columns // 16)
@@ -109,9 +122,15 @@ def choose_cut(T: int, K: int, num_tiles: int) -> Cut:
     return Cut(Tile(block_rows, groups, depth, min(4, stages)), parts)
 
 
-@partial(jax.jit, static_argnames=("cut", "out_dtype", "interpret"))
+@partial(jax.jit, static_argnames=("cut", "gate", "out_dtype", "interpret"))
 def by_hopper(
-    x_TK: jax.Array, weight: Weight, cut: Cut, *, out_dtype: DTypeLike, interpret=None
+    x_TK: jax.Array,
+    weight: Weight,
+    cut: Cut,
+    gate: Gate | None = None,
+    *,
+    out_dtype: DTypeLike,
+    interpret=None,
 ) -> jax.Array:
     """`project`, by the kernel."""
     T, block_rows = x_TK.shape[0], cut.tile.block_rows
@@ -131,8 +150,8 @@ def by_hopper(
         x_TK,
         packed,
         places,
-        alone,
-        1,
+        gate or alone,
+        2 if gate else 1,
         cut.tile,
         num_parts=cut.num_parts,
         name="int4_product",

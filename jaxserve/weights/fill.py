@@ -110,7 +110,7 @@ def _check_sources(checkpoint: Checkpoint, path: str, param: nnx.Param, used: se
                 f"{checkpoint.tensors[source].file}: tensor {source} is quantised ({scale} is beside it), "
                 "but this model reads it as it is; convert the checkpoint with that layer left out"
             )
-    if param.assemble is None or isinstance(param.assemble, Stacked):
+    if param.assemble in (None, Stacked()):
         _check_numbers(param, infos)
     if isinstance(param.assemble, Stacked):
         return _check_slices(path, param, infos)

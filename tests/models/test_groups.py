@@ -97,9 +97,9 @@ def declared(name, **options):
 
 def test_weights_are_widened_with_a_line_in_the_log(caplog):
     with caplog.at_level(logging.INFO):
-        model = declared("llama_awq", dequantize_weights=True)
+        model = loaded(GOLDEN / "llama_awq", dequantize_weights=True)
     assert isinstance(model.blocks[0].feed.down, nnx.Param)
-    assert "weights are widened from integers of 4 bits when they are loaded" in caplog.text
+    assert "widened from integers of 4 bits when they are loaded: as the configuration asks" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["llama_gptq", "llama_packed_zeros"])
