@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxserve.row_blocks import in_row_blocks
+
 ROWS = 64  # of a tile
 COLUMNS = 32
 TURN = 8  # rows of one matrix before as many of the other, where two are joined
@@ -50,13 +52,17 @@ def pack(pairs: np.ndarray, table: np.ndarray) -> np.ndarray:
     Rows beyond N are of code 0.
     """
     pairs = _filled(pairs)
+    return in_row_blocks(lambda rows: _pack(pairs[rows], table), slice(0, len(pairs)))
+
+
+def _pack(pairs: np.ndarray, table: np.ndarray) -> np.ndarray:
     N, groups, _ = pairs.shape
     # row: 16 w + 8 h + g; byte of a group: 8 s + 4 l + t; word w, g, t, s has pairs l, h.
     pairs = pairs.reshape(N // ROWS, 4, 2, 8, groups, 2, 2, 4)
     tiles = np.ascontiguousarray(pairs.transpose(0, 4, 1, 3, 7, 5, 6, 2)).reshape(-1, 4)
-    words = table[0][tiles[:, 0]]
+    words = np.take(table[0], tiles[:, 0])
     for pair in range(1, 4):
-        words |= table[pair][tiles[:, pair]]
+        words |= np.take(table[pair], tiles[:, pair])
     return words.view(np.uint8).reshape(N // ROWS, groups * LINES, LINE)
 
 

@@ -18,6 +18,7 @@ from jaxserve.layers.group_quant import (
     stores_zeros,
     stores_zeros_less_one,
 )
+from jaxserve.row_blocks import in_row_blocks
 from jaxserve.weights.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -101,14 +102,14 @@ class GroupedCheckpoint:
             return self.source.read(name, index)
         outputs, inputs = full_index(info.shape, index)
         if not is_part:
-            return widen(self.weights[name], outputs, inputs)
+            return in_row_blocks(lambda rows: widen(self.weights[name], rows, inputs), outputs)
         weight = self.weights[module]
         if weight.order() is not None:
             raise CheckpointError(
                 f"{info.file}: {module} has groups of any inputs, but config.json says that they are in a row"
             )
         read = {CODES: weight.codes, SCALES: weight.scales, ZEROS: weight.zeros}[dot + suffix]
-        return np.ascontiguousarray(read(outputs, inputs))
+        return in_row_blocks(lambda rows: np.ascontiguousarray(read(rows, inputs)), outputs)
 
 
 def in_groups(source: Checkpoint) -> Checkpoint:
