@@ -80,6 +80,33 @@ def test_rows_meet_codes(T, sizes, cut, dtype):
     check(T, sizes, cut, dtype, interpret=plgpu.InterpretGPUParams())
 
 
+def swish(gate, up):
+    return gate * jax.nn.sigmoid(gate) * up
+
+
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_gate_and_up_are_joined(by_kernel):
+    rng, (F, K) = np.random.default_rng(0), (64, 256)
+    codes = [rng.integers(0, 16, (F, K)).astype(np.uint8) for _ in range(2)]
+    scales = [rng.uniform(0.5, 2, (F, K // 128)).astype(np.float32) for _ in range(2)]
+    zeros = np.full((2 * F, K // 128), 7)
+    packed = int4.pack(four_bits.join(*codes)), int4.pack_scales(four_bits.join(*scales), jnp.float16)
+    weight = Weight(*map(jnp.asarray, (*packed, int4.pack_zeros(zeros, jnp.float16))))
+    x_TK = jnp.asarray(rng.normal(size=(5, K)) / K, jnp.float16)
+    wide = [
+        (c.astype(np.float32) - 7) * np.repeat(s.astype(np.float16), 128, axis=1)
+        for c, s in zip(codes, scales)
+    ]
+    want = swish(*(np.asarray(x_TK, np.float32) @ matrix.T for matrix in wide))
+    if by_kernel:
+        options = dict(out_dtype="float16", interpret=plgpu.InterpretGPUParams())
+        got = int4_product.by_hopper(x_TK, weight, Cut(Tile(8, 2, 128, 2), 1), swish, **options)
+    else:
+        got = int4_product.project(x_TK, weight, "float16", swish)
+    assert got.shape == (5, F)
+    np.testing.assert_allclose(got, want, atol=4e-3 * np.abs(want).max())
+
+
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (1024, 640))
 """[N, K] of Llama-3.1-8B's products, and of a small one."""
 
