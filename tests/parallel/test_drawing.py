@@ -53,7 +53,8 @@ def test_drawn_tokens_are_those_of_one_device(engine, monkeypatch, parts, layout
         monkeypatch.setattr(LinkPlan, "of", of)
     with jaxserve.Engine(
         model_path=str(GOLDEN / FAMILY), dtype="float32", device="cpu", skip_tokenizer_init=True,
-        max_total_tokens=2048, max_running_requests=8, chunked_prefill_size=64, **layout,
+        grammar_backend="none", max_total_tokens=1024, max_running_requests=4, chunked_prefill_size=32,
+        **layout,
     ) as served:  # fmt: skip
         assert drawn(served) == wanted
         group = layout["tp"] // layout.get("dp_size", 1)
