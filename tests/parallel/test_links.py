@@ -187,7 +187,8 @@ def test_engines_with_weights_in_8_bits_give_one_devices_tokens(engine, monkeypa
     monkeypatch.setattr(LinkPlan, "of", classmethod(lambda cls, mesh: plan_of(mesh)))
     with jaxserve.Engine(
         model_path=str(GOLDEN / "llama"), dtype="float32", device="cpu", skip_tokenizer_init=True,
-        max_total_tokens=2048, max_running_requests=8, chunked_prefill_size=64, quantization=scheme, **layout,
+        grammar_backend="none", max_total_tokens=1024, max_running_requests=4, chunked_prefill_size=32,
+        quantization=scheme, **layout,
     ) as served:  # fmt: skip
         assert tokens(served) == wanted
         assert int(served._engine.runner._links.number[0]) > 64, "sums of products too"
@@ -349,7 +350,8 @@ def test_engines_give_the_recorded_tokens(monkeypatch, family, layout):
     params = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
     with jaxserve.Engine(
         model_path=str(GOLDEN / family), dtype="float32", device="cpu", skip_tokenizer_init=True,
-        max_total_tokens=2048, max_running_requests=8, chunked_prefill_size=64, **layout,
+        grammar_backend="none", max_total_tokens=1024, max_running_requests=4, chunked_prefill_size=32,
+        **layout,
     ) as engine:  # fmt: skip
         for _ in range(2):
             prompts = [prompt.tolist() for prompt in golden.prompts]
