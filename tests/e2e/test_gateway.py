@@ -12,7 +12,7 @@ from tests.e2e.gateway import Launch, Load, pair, right_answers, serving
 from tests.e2e.process import PATIENCE_S, Server, body, until
 
 QUESTION = "the world and the things that are in it, told once more from the beginning: "
-LONG = 2500  # tokens; enough that a kill comes in the middle
+LONG = 900  # tokens; enough that a kill comes in the middle
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,7 @@ def test_latent_attention_made_of_kernels_gives_the_logits_of_the_reference(case
         with backend.use(where):
             engine = TinyEngine(model, layout=layout, joined=layout is None)
             nothing = [[] for _ in range(engine.ranks)]
-            first = engine.step(nothing, [[Chunk(0, 0, prompt[:17])] for _ in nothing], R=0, P=32)
+            first = engine.step(nothing, [[Chunk(0, 0, prompt[:17])] for _ in nothing], R=2, P=32)
             decode = [[Chunk(0, 17, prompt[17:18])] for _ in nothing]
             return *first, *engine.step(decode, [[Chunk(3, 0, prompt)] for _ in nothing], R=2, P=32)
 

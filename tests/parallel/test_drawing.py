@@ -45,7 +45,7 @@ def parts(monkeypatch):
         {"tp": 4, "dp_size": 2, "enable_dp_attention": True, "num_continuous_decode_steps": 3},
     ],
 )
-def test_drawn_tokens_are_those_of_one_device(engine, monkeypatch, parts, layout, by_links):
+def test_drawn_tokens_are_those_of_one_device(engine, compile_cache, monkeypatch, parts, layout, by_links):
     wanted = drawn(engine(FAMILY))
     assert len({tuple(tokens) for tokens in wanted}) > 4
     if by_links:
@@ -53,7 +53,8 @@ def test_drawn_tokens_are_those_of_one_device(engine, monkeypatch, parts, layout
         monkeypatch.setattr(LinkPlan, "of", of)
     with jaxserve.Engine(
         model_path=str(GOLDEN / FAMILY), dtype="float32", device="cpu", skip_tokenizer_init=True,
-        max_total_tokens=2048, max_running_requests=8, chunked_prefill_size=64, **layout,
+        grammar_backend="none", compile_cache_dir=compile_cache, max_total_tokens=1024,
+        max_running_requests=4, chunked_prefill_size=32, **layout,
     ) as served:  # fmt: skip
         assert drawn(served) == wanted
         group = layout["tp"] // layout.get("dp_size", 1)

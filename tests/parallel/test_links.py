@@ -176,7 +176,9 @@ def test_sums_of_products_are_those_of_one_device(split_mesh, kind, dtype, far):
 
 
 @pytest.mark.parametrize("scheme, layout", [("fp8", {"tp": 2}), ("int8", {"tp": 4})])
-def test_engines_with_weights_in_8_bits_give_one_devices_tokens(engine, monkeypatch, scheme, layout):
+def test_engines_with_weights_in_8_bits_give_one_devices_tokens(
+    engine, compile_cache, monkeypatch, scheme, layout
+):
     prompts = [prompt.tolist() for prompt in Golden.read("llama").prompts]
 
     def tokens(served):
@@ -187,7 +189,8 @@ def test_engines_with_weights_in_8_bits_give_one_devices_tokens(engine, monkeypa
     monkeypatch.setattr(LinkPlan, "of", classmethod(lambda cls, mesh: plan_of(mesh)))
     with jaxserve.Engine(
         model_path=str(GOLDEN / "llama"), dtype="float32", device="cpu", skip_tokenizer_init=True,
-        max_total_tokens=2048, max_running_requests=8, chunked_prefill_size=64, quantization=scheme, **layout,
+        grammar_backend="none", compile_cache_dir=compile_cache, max_total_tokens=1024,
+        max_running_requests=4, chunked_prefill_size=32, quantization=scheme, **layout,
     ) as served:  # fmt: skip
         assert tokens(served) == wanted
         assert int(served._engine.runner._links.number[0]) > 64, "sums of products too"
@@ -342,14 +345,15 @@ def test_every_pair_of_gpus_is_asked_for(monkeypatch, reach):
         ("minimax_text", {"tp": 2}),
     ],
 )
-def test_engines_give_the_recorded_tokens(monkeypatch, family, layout):
+def test_engines_give_the_recorded_tokens(compile_cache, monkeypatch, family, layout):
     """Numbers go from step to step, and each program's exchanges are one apart."""
     monkeypatch.setattr(LinkPlan, "of", classmethod(lambda cls, mesh: plan_of(mesh)))
     golden = Golden.read(family)
     params = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
     with jaxserve.Engine(
         model_path=str(GOLDEN / family), dtype="float32", device="cpu", skip_tokenizer_init=True,
-        max_total_tokens=2048, max_running_requests=8, chunked_prefill_size=64, **layout,
+        grammar_backend="none", compile_cache_dir=compile_cache, max_total_tokens=1024,
+        max_running_requests=4, chunked_prefill_size=32, **layout,
     ) as engine:  # fmt: skip
         for _ in range(2):
             prompts = [prompt.tolist() for prompt in golden.prompts]

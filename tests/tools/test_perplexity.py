@@ -31,11 +31,12 @@ def test_window_without_room_is_refused():
         windows([1, 2, 3], 2, [0])
 
 
-def test_held_out_text_costs_what_it_did_and_8_bits_cost_a_percent_at_most(tmp_path, capsys):
+def test_held_out_text_costs_what_it_did_and_8_bits_cost_a_percent_at_most(tmp_path, capsys, compile_cache):
     """2.514 bits a byte in float32: of the text's beginning, where there is least before a byte."""
     target = tmp_path / "figures.json"
     arguments = ["--model-path", str(TRAINED), "--text", str(TRAINED / "held_out.txt"), "--max-bytes", "1000"]
-    small = ["--max-running-requests", "4", "--chunked-prefill-size", "256", "--log-level", "warning"]
+    small = ["--max-running-requests", "4", "--chunked-prefill-size", "32", "--max-total-tokens", "1024"]
+    small += ["--grammar-backend", "none", "--compile-cache-dir", compile_cache, "--log-level", "warning"]
     found = []
     for extra in ([], ["--quantization", "fp8", "--kv-cache-dtype", "fp8_e4m3"]):
         assert perplexity.main([*arguments, *small, *extra, "--window", "256", "--json", str(target)]) == 0

@@ -12,33 +12,28 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-import jaxserve
 from tools.tiny_deepseek import NOWHERE, MoE, Shape, TinyDeepseek, sum_rows
 from tools.train_tiny import main, make_tokenizer
 
 TRAINED = Path(__file__).parents[2] / "configs" / "tiny-deepseek"
-SMALL = {"max_running_requests": 4, "chunked_prefill_size": 64, "max_total_tokens": 2048}
 # Bits a byte on the first 2,000 bytes of the held-out text, in pieces of 250: what the checkpoint gave in
 # float32 when it was trained. A wrong expert or position costs tenths; layouts differed by 1e-7.
 HELD_OUT_BITS = 2.2946
 
 
-def prompt_logprobs(model: Path, prompts: list[list[int]], **options) -> list[np.ndarray]:
-    with jaxserve.Engine(
-        model_path=str(model), dtype="float32", skip_tokenizer_init=True, **SMALL, **options
-    ) as engine:
-        replies = engine.generate(
-            input_ids=prompts,
-            sampling_params={"max_new_tokens": 1, "temperature": 0},
-            return_logprob=True,
-            logprob_start_len=0,
-        )
+def prompt_logprobs(served, prompts: list[list[int]]) -> list[np.ndarray]:
+    replies = served.generate(
+        input_ids=prompts,
+        sampling_params={"max_new_tokens": 1, "temperature": 0},
+        return_logprob=True,
+        logprob_start_len=0,
+    )
     return [
         np.array([entry[0] for entry in reply["meta_info"]["input_token_logprobs"][1:]]) for reply in replies
     ]
 
 
-def test_serving_gives_the_logits_of_the_training_code(tmp_path):
+def test_serving_gives_the_logits_of_the_training_code(engine, tmp_path):
     shape = Shape(vocab=320, hidden=32, dense_ffn=48, expert_ffn=16, layers=2, heads=4, q_rank=24, kv_rank=16)
     model = TinyDeepseek(dataclasses.replace(shape), nnx.Rngs(1))
     tensors = {name: np.asarray(x, np.float32) for name, x in model.hf_tensors().items()}
@@ -47,7 +42,7 @@ def test_serving_gives_the_logits_of_the_training_code(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 256, (2, 40))
     logits, _, _ = model(jnp.asarray(tokens), 100.0)  # enough capacity that no token is dropped
     want = np.asarray(logits - jnp.log(jnp.exp(logits).sum(-1, keepdims=True)))
-    for row, got in zip(range(2), prompt_logprobs(tmp_path, tokens.tolist()), strict=True):
+    for row, got in zip(range(2), prompt_logprobs(engine(str(tmp_path)), tokens.tolist()), strict=True):
         expected = np.take_along_axis(want[row, :-1], tokens[row, 1:, None], 1)[:, 0]
         np.testing.assert_allclose(got, expected, atol=1e-4)
 
@@ -57,10 +52,10 @@ def test_serving_gives_the_logits_of_the_training_code(tmp_path):
     [{}, {"tp": 8, "dp_size": 8, "enable_dp_attention": True, "ep": 8}],
     ids=["one device", "dp attention and experts over 8"],
 )
-def test_trained_model_predicts_its_held_out_text_on(layout):
+def test_trained_model_predicts_its_held_out_text_on(engine, layout):
     text = (TRAINED / "held_out.txt").read_bytes()[:2000]
     prompts = [[256, *text[at : at + 250]] for at in range(0, 2000, 250)]
-    bits = -np.concatenate(prompt_logprobs(TRAINED, prompts, **layout)).mean() / math.log(2)
+    bits = -np.concatenate(prompt_logprobs(engine(str(TRAINED), **layout), prompts)).mean() / math.log(2)
     assert bits == pytest.approx(HELD_OUT_BITS, abs=1e-3)
 
 
