@@ -5,7 +5,6 @@ Tests run on eight virtual CPU devices, so that mesh tests run anywhere and in a
 alone runs on the GPU instead. `--slow` adds tests marked `slow`.
 """
 
-import contextlib
 import gc
 import os
 import sys
@@ -110,17 +109,13 @@ MakeEngine = Callable[..., Any]
 def engine(compile_cache: str) -> Iterator[MakeEngine]:
     """`engine(family, **server_args)`: a tiny `jaxserve.Engine`, made once a session.
 
-    Programs that engines have in common are traced once. `apart` says what is patched of all that is traced
-    when this engine is made, which then has programs of its own.
     At the end each is audited: every page and slot has one owner, nothing is in use, and no program
     was compiled after readiness.
     """
     import jaxserve
-    from tests.sharing import SharedPrograms
 
     made: dict[Any, jaxserve.Engine] = {}
     problems: list[str] = []
-    shared = SharedPrograms()
 
     def close(key: Any) -> None:
         try:
@@ -128,16 +123,15 @@ def engine(compile_cache: str) -> Iterator[MakeEngine]:
         except Exception as error:  # a dead engine too; the others are audited all the same
             problems.append(f"{key}: {error!r}")
 
-    def make(family: str = "llama", apart: str = "", **options: Any) -> jaxserve.Engine:
-        key = (family, apart, *sorted(options.items()))
+    def make(family: str = "llama", **options: Any) -> jaxserve.Engine:
+        key = (family, *sorted(options.items()))
         if key not in made:
             # The last one stays: a test may compare it with the one it asks for now.
             while len(made) > 1 and num_memory_maps() > MOST_MAPS:
                 close(next(iter(made)))  # the one that was used least recently
             path = str(GOLDEN / family) if (GOLDEN / family).is_dir() else family
             options = {**SMALL, "compile_cache_dir": compile_cache, **options}
-            with contextlib.nullcontext() if apart else shared.in_use():
-                made[key] = jaxserve.Engine(model_path=path, **options)
+            made[key] = jaxserve.Engine(model_path=path, **options)
         made[key] = made.pop(key)
         return made[key]
 
