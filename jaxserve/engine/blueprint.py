@@ -219,7 +219,7 @@ def draw(
     """Raises ConfigError for a model that is not served, and for a layout that does not fit it."""
     layout = meshes.layout_of(config)
     dtype = _dtype(config.dtype, hf_config, on_cpu)
-    # Plans, and tests on a CPU, get what a Hopper GPU would.
+    # Plans get what a Hopper GPU would, and tests on a CPU experts in MXFP4.
     has_kernels = on_cpu or isinstance(mesh, AbstractMesh) or hopper.is_supported()
     model = declare_model(config, hf_config, dtype, has_kernels)
     if is_mxfp4(hf_config) and (why := why_widened(config, hf_config, dtype, has_kernels)):
@@ -240,7 +240,10 @@ def draw(
         num_kv_heads=model.kv.num_kv_heads,
         num_experts=experts.num_slots if experts else None,
     )
-    ways = lambda axis: math.prod(mesh.shape[a] for a in table[axis]) if axis else 1  # noqa: E731
+
+    def ways(axis: str | None) -> int:
+        return math.prod(mesh.shape[a] for a in table[axis]) if axis else 1
+
     keep_groups(config, hf_config, model, dtype, has_kernels and not on_cpu, ways)
     model.vocabulary.split(mesh)
     expert_backend = choose_backend(config.moe_a2a_backend, layout.ep)

@@ -25,7 +25,10 @@ def declare_model(
 
     Raises ConfigError for what the checkpoint is already, and for an architecture that is not served.
     """
-    if read_groups(hf_config) is not None:  # read widened; `keep_groups` declares anew what is not
+    groups = read_groups(hf_config)
+    if groups is None and config.quantization == "int4":
+        raise ConfigError("quantization=int4 keeps a checkpoint's own integers of 4 bits; this has none")
+    if groups is not None:  # read widened; `keep_groups` declares anew what is not
         hf_config = {key: value for key, value in hf_config.items() if key != "quantization_config"}
     given, asked = hf_config.get("quantization_config") or {}, config.quantization
     stored = read_stored(hf_config)
@@ -68,15 +71,17 @@ def keep_groups(
     """
     groups, asked = read_groups(hf_config), config.quantization == "int4"
     if groups is None:
-        if asked:
-            raise ConfigError("quantization=int4 keeps a checkpoint's own integers of 4 bits; this has none")
         return
     if why := _why_groups_are_widened(config, groups, dtype, has_kernel or asked):
         if asked:
             raise ConfigError(f"quantization=int4: {why}; leave it out")
         logger.info("weights are widened from integers of %d bits when they are loaded: %s", groups.bits, why)
-    elif left := keep_packed(model, groups, ways):
-        logger.info("%d weights are widened when they are loaded: devices would cut tiles or groups", left)
+        return
+    kept, left = keep_packed(model, groups, ways)
+    if asked and not kept:
+        raise ConfigError("quantization=int4: no weight has whole tiles and groups on a device; leave it out")
+    if left:
+        logger.info("%d weights are widened when they are loaded: of no whole tiles or groups", left)
 
 
 def _why_groups_are_widened(

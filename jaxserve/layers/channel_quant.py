@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from jaxserve.config import ConfigError
 from jaxserve.layers.operand import Operand, Rows, wide
+from jaxserve.layers.quant_config import quantization_of
 from jaxserve.layers.weight import Stacked, weight
 from jaxserve.ops import float8_rows
 from jaxserve.ops.float8_rows import FLOAT8_MAX, Float8Rows, Scaled, reference
@@ -207,7 +208,7 @@ def read_stored(config: dict[str, Any]) -> ChannelQuant | None:
     What is packed is left to `jaxserve.layers.group_quant`. Raises ConfigError for a kind of
     compressed-tensors that is not read.
     """
-    given = config.get("quantization_config") or {}
+    given = quantization_of(config)
     method = given.get("quant_method")
     if method == "fp8" and not given.get("weight_block_size"):
         skip = given.get("ignored_layers") or given.get("modules_to_not_convert") or ()

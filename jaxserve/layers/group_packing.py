@@ -26,15 +26,17 @@ Ways = Callable[[str | None], int]
 """Logical axis of a dimension -> over how many devices it is split."""
 
 
-def keep_packed(model: nnx.Module, quant: GroupQuant, ways: Ways) -> int:
+def keep_packed(model: nnx.Module, quant: GroupQuant, ways: Ways) -> tuple[int, int]:
     """Declare the linear weights that `quant` covers as they are stored, if a device's part of them is a
-    whole number of tiles and groups. Returns how many were not so: those are widened at load."""
-    left = 0
+    whole number of tiles and groups. Returns how many stay packed, layers' experts being one, and how many
+    do not: those are widened at load."""
+    kept = left = 0
     for _, node in list(nnx.iter_graph(model)):
-        if isinstance(node, Experts) and _is_covered(node.gate, quant):
-            left += not _keep_experts(node, quant, ways)
+        if isinstance(node, Experts) and any(_is_covered(p, quant) for p in (node.gate, node.up, node.down)):
+            is_kept = _keep_experts(node, quant, ways)
+            kept, left = kept + is_kept, left + (not is_kept)
         elif isinstance(node, GatedMLP):
-            _join_gate_up(node.gate_up, quant, ways)
+            kept += _join_gate_up(node.gate_up, quant, ways)
     for _, node in list(nnx.iter_graph(model)):
         if isinstance(node, nnx.List):
             places, put = list(enumerate(node)), node.__setitem__
@@ -46,14 +48,14 @@ def keep_packed(model: nnx.Module, quant: GroupQuant, ways: Ways) -> int:
             if _is_covered(param, quant):
                 if (packed := _declare(param, quant, ways)) is not None:
                     put(place, packed)  # pyright: ignore[reportArgumentType]
-                left += packed is None
-    return left
+                kept, left = kept + (packed is not None), left + (packed is None)
+    return kept, left
 
 
 def _is_covered(param: Any, quant: GroupQuant) -> bool:
     if not isinstance(param, nnx.Param) or param.get_metadata().get("num_out") is None:
         return False
-    return quant.covers(param.sources[0])
+    return all(quant.covers(source) for source in param.sources)
 
 
 @dataclass(frozen=True)
@@ -105,31 +107,34 @@ def _declare(param: nnx.Param, quant: GroupQuant, ways: Ways) -> GroupScaled | N
     )
 
 
-def _join_gate_up(gate_up: Projections, quant: GroupQuant, ways: Ways) -> None:
+def _join_gate_up(gate_up: Projections, quant: GroupQuant, ways: Ways) -> bool:
     """So that one kernel computes both and what is between them, where that can be."""
     weights: list[Any] = list(gate_up.weights)
     gate, up = weights
     if not _is_covered(gate, quant) or not _is_covered(up, quant) or len(gate_up.biases):
-        return
+        return False
     (F, D), axes = gate.get_raw_value().shape, gate.logical
     group = int4.group_on_device(quant.group_size or D)
     if gate.assemble is not None or not group or D % DEPTH or F % (four_bits.ROWS // 2 * ways(axes[0])):
-        return
+        return False
     packing = _Packing(F, D, group, gate.get_raw_value().dtype, num_joined=2)
     arrays = packing.declare(axes, (*gate.sources, *up.sources))
     joined: Any = GroupScaled(*arrays, shape=(2 * F, D), is_joined=True)
     gate_up.weights = nnx.List([joined])
     gate_up.fused = True
+    return True
 
 
 def _keep_experts(experts: Experts, quant: GroupQuant, ways: Ways) -> bool:
+    if not all(_is_covered(param, quant) for param in (experts.gate, experts.up, experts.down)):
+        return False
     (E, F, D), axes = experts.gate.get_raw_value().shape, experts.gate.logical
     up_group, down_group = (int4.group_on_device(quant.group_size or K) for K in (D, F))
     is_whole = D % four_bits.ROWS == 0 == F % (math.lcm(four_bits.ROWS, down_group or 1) * ways(axes[1]))
     if not up_group or not down_group or not is_whole or D % up_group:
         return False
     pairs = zip(experts.gate.sources, experts.up.sources)
-    dtype = experts.gate.get_raw_value().dtype
+    dtype, order = experts.gate.get_raw_value().dtype, experts.gate.get_metadata().get("order")
     up = _Packing(F, D, up_group, dtype, num_joined=2, lead=(E,))
     down = _Packing(D, F, down_group, dtype, lead=(E,))
     experts.gate, gate_scale, gate_zero = up.declare(axes, tuple(name for pair in pairs for name in pair))
@@ -138,6 +143,8 @@ def _keep_experts(experts: Experts, quant: GroupQuant, ways: Ways) -> bool:
     experts.gate_scale, experts.gate_zero = nnx.data(gate_scale), nnx.data(gate_zero)
     experts.down_scale, experts.down_zero = nnx.data(down_scale), nnx.data(down_zero)
     experts.up = experts.up_scale = nnx.data(None)
+    for param in (experts.gate, gate_scale, gate_zero, experts.down, down_scale, down_zero):
+        param.set_metadata(order=order)
     return True
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxserve.config import ConfigError
 from jaxserve.layers.channel_quant import PACKED_FORMAT, config_groups, is_skipped, refuse_transforms
+from jaxserve.layers.quant_config import quantization_of
 
 METHOD = "groups"  # quant_method of our own, which an opened checkpoint has whatever it was
 METHODS = "AWQ, GPTQ or compressed-tensors in groups"  # as messages name them
@@ -25,16 +26,18 @@ class GroupQuant:
         group_size: inputs in a row that share a scale and a zero; 0: all of them.
         skip: modules that are not quantised: names, or patterns (after `re:`, or of a shell).
         is_ordered: any inputs make up a group, not those in a row (act-order).
+        plain: modules that are not, by their whole names: of the files, there may be thousands.
     """
 
     bits: int
     group_size: int
     skip: tuple[str, ...] = ()
     is_ordered: bool = False
+    plain: frozenset[str] = frozenset()
 
     def covers(self, source: str) -> bool:
         """Whether the weight called `source` is quantised."""
-        return not is_skipped(source, self.skip)
+        return source.removesuffix(".weight") not in self.plain and not is_skipped(source, self.skip)
 
 
 def read_groups(hf_config: dict[str, Any]) -> GroupQuant | None:
@@ -42,7 +45,7 @@ def read_groups(hf_config: dict[str, Any]) -> GroupQuant | None:
 
     Raises ConfigError for a kind that is not read.
     """
-    given = hf_config.get("quantization_config") or {}
+    given = quantization_of(hf_config)
     match given.get("quant_method"):
         case "awq":
             return _read_awq(given)
@@ -52,7 +55,8 @@ def read_groups(hf_config: dict[str, Any]) -> GroupQuant | None:
             return _read_packed(given)
         case "groups":
             is_ordered = bool(given.get("is_ordered"))
-            return GroupQuant(_bits(given, (4, 8)), _group_size(given), _skipped(given), is_ordered)
+            plain = frozenset(_skipped(given))
+            return GroupQuant(_bits(given, (4, 8)), _group_size(given), (), is_ordered, plain)
     return None
 
 
@@ -73,7 +77,8 @@ def stores_zeros_less_one(given: dict[str, Any]) -> bool:
 
 def _read_awq(given: dict[str, Any]) -> GroupQuant:
     """Source: AutoAWQ's names in quant_config.json (w_bit, q_group_size) and in config.json."""
-    given = {"bits": given.get("w_bit"), "group_size": given.get("q_group_size"), **given}
+    own_names = {"bits": given.get("w_bit"), "group_size": given.get("q_group_size")}
+    given = own_names | {key: value for key, value in given.items() if value is not None}
     version = str(given.get("version") or given.get("format") or "gemm").lower()
     if version != "gemm" or given.get("backend") == "llm-awq":
         found = f"version={version!r}" if version != "gemm" else "backend='llm-awq'"
@@ -93,6 +98,7 @@ def _read_gptq(given: dict[str, Any]) -> GroupQuant:
     bits, group_size = _bits(given, (4, 8)), _group_size(given)
     is_ordered, skip = bool(given.get("desc_act")), [] if given.get("lm_head") else ["lm_head"]
     for pattern, change in (given.get("dynamic") or {}).items():
+        change = change or {}
         if pattern.startswith("-:"):
             skip.append(f"re:{pattern[2:]}")
         elif _bits({**given, **change}, (4, 8)) != bits or _group_size({**given, **change}) != group_size:

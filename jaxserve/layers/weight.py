@@ -63,7 +63,7 @@ def weight(
     *sources: str,
     dtype: Any,
     assemble: Assemble | None = None,
-    init: Literal["ones", "zeros", "random"] | int | None = None,
+    init: Literal["ones", "zeros", "random"] | float | None = None,
     stored: tuple[int, ...] | None = None,
     num_out: int | None = None,
     is_scale: bool = False,

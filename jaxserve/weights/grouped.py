@@ -121,7 +121,7 @@ def in_groups(source: Checkpoint) -> Checkpoint:
     if quant is None:
         return source
     grouped = GroupedCheckpoint(source, quant)
-    return grouped if grouped.weights else source
+    return grouped if grouped.weights else grouped.in_form("wide")  # its config says more than its files
 
 
 def widen(weight: PackedWeight | UnpackedWeight, outputs: slice, inputs: slice) -> np.ndarray:

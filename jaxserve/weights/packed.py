@@ -76,6 +76,7 @@ class PackedWeight:
         are_zeros_less: bool,
     ):
         self.source, self.module, self.form, self.bits = source, module, form, bits
+        self.group_size = group_size
         self.has_zeros, self.are_zeros_less = has_zeros, are_zeros_less
         self.stored = [module + name for name in form.names if module + name in source.tensors]
         codes, scales = self._find(form.codes), self._find(form.scales, is_float=True)
@@ -186,7 +187,8 @@ class PackedWeight:
         if not fits:
             raise CheckpointError(
                 f"{info.file}: tensor {info.name} {list(info.shape)} does not fit {beside.name} "
-                f"{list(beside.shape)} in integers of {self.bits} bits"
+                f"{list(beside.shape)} in integers of {self.bits} bits, groups of "
+                f"{self.group_size or 'all inputs'}"
             )
 
     def _check_shape(self) -> None:

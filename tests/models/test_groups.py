@@ -229,7 +229,7 @@ def read(quantization):
         (packed({"actorder": "group"}), GroupQuant(4, 128, ("lm_head",), is_ordered=True)),
         (
             {"quant_method": "groups", "bits": 4, "group_size": 32, "modules_to_not_convert": ["a.b"]},
-            GroupQuant(4, 32, ("a.b",)),
+            GroupQuant(4, 32, plain=frozenset({"a.b"})),
         ),
     ],
 )
@@ -280,7 +280,10 @@ OTHER = {"targets": ["x"], "weights": {"num_bits": 8, "type": "int", "strategy":
             packed(config_groups={**packed()["config_groups"], "group_1": OTHER}),
             "config_groups, or with ones",
         ),
-        (packed(config_groups={"W4A16": ["Linear"]}), "no config_groups"),
+        (
+            packed(config_groups={"W4A16": ["Linear"]}),
+            r"Expected `object`, got `array` - at `\$\.config_groups",
+        ),
     ],
 )
 def test_kinds_that_are_not_read_are_refused_by_key_and_value(quantization, message):
