@@ -33,6 +33,7 @@ LARGE_PACKED = tuple(
 LARGE_INT4 = (
     experts.Case(T=60, X=4, E=8, D=768, F=768, dtype="bfloat16", int4_group=128),
     experts.Case(T=600, X=4, E=8, D=768, F=768, dtype="bfloat16", int4_group=64),
+    experts.Case(T=200, X=4, E=8, D=640, F=576, dtype="bfloat16", int4_group=32),  # pieces of 160 and 192
 )
 
 LARGE_FLOAT8 = (
