@@ -2,7 +2,7 @@
 
 Run once, with an environment that has torch (CPU), transformers, gptqmodel and compressed-tensors:
 
-    python tools/make_group_golden.py [--out tests/golden] [NAME ...]
+    python tools/make_group_golden.py [--out tests/golden/groups] [NAME ...]
 
 Each tiny checkpoint is rounded here, and packed and unpacked by the library that made the format, in
 float32: GPTQModel's linear layer (GPTQ) and functions (AWQ, as AutoAWQ's), compressed-tensors' compressor.
@@ -82,7 +82,7 @@ NAMES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Record goldens of checkpoints in integer groups.")
-    parser.add_argument("--out", type=Path, default=Path("tests/golden"))
+    parser.add_argument("--out", type=Path, default=Path("tests/golden/groups"))
     parser.add_argument("names", nargs="*", default=[], help=f"of {', '.join(NAMES)}; default all")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # one order of summation

@@ -296,7 +296,7 @@ def test_dp_size_alone_is_full_replicas_behind_one_port_taken_in_turn(launch, lo
 def test_sigterm_during_a_stream_lets_it_finish_and_leaves_nobody_behind(launch):
     server = launch().until_ready()
     engine = server.engine
-    fields = body(PROMPT, 800, stream=True, sampling_params={"stream_interval": 100})
+    fields = body(PROMPT, 2000, stream=True, sampling_params={"stream_interval": 100})
     with server.http.stream("POST", "/generate", json=fields) as response:
         lines = response.iter_lines()
         next(lines)
@@ -305,8 +305,8 @@ def test_sigterm_during_a_stream_lets_it_finish_and_leaves_nobody_behind(launch)
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     last = json.loads(rest[-2].removeprefix("data: "))
-    assert len(last["output_ids"]) == 800
-    assert last["meta_info"]["finish_reason"] == {"type": "length", "length": 800}
+    assert len(last["output_ids"]) == 2000
+    assert last["meta_info"]["finish_reason"] == {"type": "length", "length": 2000}
     assert server.wait() == 0, server.output()
     assert gone(engine)
 

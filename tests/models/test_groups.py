@@ -1,6 +1,5 @@
 """Checkpoints of integers in groups: recorded logits and tokens, what config.json may say, conversion."""
 
-import json
 import logging
 
 import jax
@@ -15,7 +14,7 @@ from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.blueprint import draw_on_paper
 from jaxserve.engine.quantization import declare_model
 from jaxserve.layers.channel_quant import ChannelScaled
-from jaxserve.layers.group_quant import GroupQuant, read_groups
+from jaxserve.layers.group_quant import SUFFIXES, GroupQuant, read_groups
 from jaxserve.weights import load, open_checkpoint
 from tests.engine.asking import ask, check_greedy, golden_rows
 from tests.models.tiny import GOLDEN, Chunk, Golden, TinyEngine, read_config
@@ -26,6 +25,7 @@ LLAMA = (
     *("llama_packed", "llama_packed_zeros", "llama_packed_8bit"),
 )
 QWEN3_MOE = ("qwen3_moe_awq", "qwen3_moe_gptq_zeros", "qwen3_moe_packed")
+GROUPS = GOLDEN / "groups"
 TOLERANCE = 1e-4  # see test_families.py
 WHOLE = 64  # tokens of a step that holds all recorded prompts
 
@@ -49,15 +49,15 @@ def leaves(model):
 @pytest.fixture(scope="module", params=[LLAMA, QWEN3_MOE], ids=["llama", "qwen3_moe"])
 def alike(request):
     """Names of models of one structure, and an engine that was compiled for one of them."""
-    return request.param, TinyEngine(loaded(GOLDEN / request.param[0]))
+    return request.param, TinyEngine(loaded(GROUPS / request.param[0]))
 
 
 def test_every_format_gives_the_recorded_logits(alike):
     names, engine = alike
     for name in names:
-        engine.params = nnx.split(loaded(GOLDEN / name))[1]
+        engine.params = nnx.split(loaded(GROUPS / name))[1]
         engine.forget()
-        golden = Golden.read(name)
+        golden = Golden.read(f"groups/{name}")
         chunks = [Chunk(slot, 0, prompt) for slot, prompt in enumerate(golden.prompts)]
         (got,) = engine.step([[]], [chunks], R=0, P=WHOLE)
         want = np.concatenate(golden.logits)
@@ -66,14 +66,14 @@ def test_every_format_gives_the_recorded_logits(alike):
 
 @pytest.mark.parametrize("name, layout", [("llama_gptq_zeros", {}), ("qwen3_moe_awq", {"tp": 2})])
 def test_engine_gives_the_recorded_tokens(engine, name, layout):
-    golden = Golden.read(name)
-    check_greedy(golden, ask(engine(name, context_length=128, **layout), golden_rows(golden)))
+    golden = Golden.read(f"groups/{name}")
+    check_greedy(golden, ask(engine(f"groups/{name}", context_length=128, **layout), golden_rows(golden)))
 
 
 @pytest.mark.parametrize("name", LLAMA)
 def test_devices_of_a_mesh_read_their_parts(name):
     """Split by outputs and by inputs, where a part may begin within a group: 64 inputs over eight."""
-    want = leaves(loaded(GOLDEN / name))
+    want = leaves(loaded(GROUPS / name))
     mesh = Mesh(np.array(jax.devices()), ("tp",))
     for axis in (0, -1):
 
@@ -83,7 +83,7 @@ def test_devices_of_a_mesh_read_their_parts(name):
                 spec[axis] = "tp"
             return NamedSharding(mesh, PartitionSpec(*spec))
 
-        for path, got in leaves(loaded(GOLDEN / name, split)).items():
+        for path, got in leaves(loaded(GROUPS / name, split)).items():
             np.testing.assert_array_equal(got, want[path], err_msg=str(path))
 
 
@@ -92,12 +92,12 @@ def test_devices_of_a_mesh_read_their_parts(name):
 
 def declared(name, **options):
     config = ServerConfig.from_keywords(model_path="m", dtype="float32", **options)
-    return declare_model(config, read_config(name), jnp.float32)
+    return declare_model(config, read_config(f"groups/{name}"), jnp.float32)
 
 
 def test_weights_are_widened_with_a_line_in_the_log(caplog):
     with caplog.at_level(logging.INFO):
-        model = loaded(GOLDEN / "llama_awq", dequantize_weights=True)
+        model = loaded(GROUPS / "llama_awq", dequantize_weights=True)
     assert isinstance(model.blocks[0].feed.down, nnx.Param)
     assert "widened from integers of 4 bits when they are loaded: as the configuration asks" in caplog.text
 
@@ -105,37 +105,32 @@ def test_weights_are_widened_with_a_line_in_the_log(caplog):
 @pytest.mark.parametrize("name", ["llama_gptq", "llama_packed_zeros"])
 def test_widened_weights_can_be_kept_in_8_bits_of_another_kind(name):
     assert isinstance(declared(name, quantization="int8").blocks[0].feed.down, ChannelScaled)
-    down = loaded(GOLDEN / name, quantization="int8").blocks[0].feed.down
-    wide = loaded(GOLDEN / name).blocks[0].feed.down[...]
+    down = loaded(GROUPS / name, quantization="int8").blocks[0].feed.down
+    wide = loaded(GROUPS / name).blocks[0].feed.down[...]
     scale = np.asarray(down.scale[...])[:, None]
     error = np.abs(np.asarray(down.numbers[...], np.float32) * scale - wide)
     assert (error <= scale * (0.5 + 1e-4)).all()  # half a step, and the rounding of a ratio
 
 
 def test_dummy_weights_of_such_a_config_are_drawn(engine):
-    served = engine("llama_packed", load_format="dummy", context_length=128)
+    served = engine("groups/llama_packed", load_format="dummy", context_length=128)
     assert len(served.generate(input_ids=[3, 4], sampling_params={"max_new_tokens": 3})["output_ids"]) == 3
 
 
 def test_check_reads_such_a_config():
-    config = ServerConfig.from_keywords(model_path=str(GOLDEN / "llama_packed"), dtype="bfloat16")
+    config = ServerConfig.from_keywords(model_path=str(GROUPS / "llama_packed"), dtype="bfloat16")
     assert check(config).cost.num_params == 2 * 64 * 64 + 24_576 + 3 * 64  # vocabulary, matrices, norms
 
 
 def test_no_tensor_is_told_to_be_unused(caplog):
-    loaded(GOLDEN / "qwen3_moe_gptq_zeros")
+    loaded(GROUPS / "qwen3_moe_gptq_zeros")
     assert "not used" not in caplog.text
 
 
-def test_weight_that_no_model_uses_is_told_once(tmp_path, caplog):
-    source = GOLDEN / "llama_awq"
-    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
-    config = {**read_config("llama_awq"), "num_hidden_layers": 1, "attention_bias": False}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    checkpoint = open_checkpoint(tmp_path)
+def test_weight_that_no_model_uses_is_told_once(caplog):
+    checkpoint = open_checkpoint(GROUPS / "llama_awq")
     info = checkpoint.tensors["model.layers.0.mlp.up_proj.weight"]
-    for name in ("extra.weight", "extra.weight.codes", "extra.weight.scales", "extra.weight.zeros"):
-        checkpoint.tensors[name] = info
+    checkpoint.tensors |= {f"extra.weight{part}": info for part in ("", *SUFFIXES)}
     model = draw_on_paper(ServerConfig.from_keywords(model_path="m"), checkpoint.config, on_cpu=True).model
     load(model, checkpoint, one_device, lambda *_: None)
     assert "1 tensors are not used by this model: extra.weight" in caplog.text
@@ -145,7 +140,7 @@ def test_weight_that_no_model_uses_is_told_once(tmp_path, caplog):
 
 
 def converted(name, path, *more):
-    command = ["--from", str(GOLDEN / name), "--to", str(path), "--verify", *more]
+    command = ["--from", str(GROUPS / name), "--to", str(path), "--verify", *more]
     assert convert_checkpoint.main(command) == 0
     return open_checkpoint(path)
 
@@ -153,7 +148,7 @@ def converted(name, path, *more):
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_converted_checkpoint_keeps_codes_scales_and_zeros(dtype, tmp_path):
     source, result = (
-        open_checkpoint(GOLDEN / "llama_gptq_zeros"),
+        open_checkpoint(GROUPS / "llama_gptq_zeros"),
         converted("llama_gptq_zeros", tmp_path, "--dtype", dtype),
     )
     assert result.config["quantization_config"] == source.config["quantization_config"]
@@ -167,7 +162,7 @@ def test_converted_checkpoint_keeps_codes_scales_and_zeros(dtype, tmp_path):
 
 def test_converted_checkpoint_with_act_order_is_wide(tmp_path):
     source, result = (
-        open_checkpoint(GOLDEN / "llama_gptq_v2_ordered"),
+        open_checkpoint(GROUPS / "llama_gptq_v2_ordered"),
         converted("llama_gptq_v2_ordered", tmp_path),
     )
     assert "quantization_config" not in result.config
@@ -178,7 +173,7 @@ def test_converted_checkpoint_with_act_order_is_wide(tmp_path):
 
 def test_converted_checkpoint_may_be_in_8_bits_of_another_kind(tmp_path):
     converted("llama_awq", tmp_path, "--quantization", "int8")
-    made, read = leaves(loaded(GOLDEN / "llama_awq", quantization="int8")), leaves(loaded(tmp_path))
+    made, read = leaves(loaded(GROUPS / "llama_awq", quantization="int8")), leaves(loaded(tmp_path))
     assert list(read) == list(made)
     for path, array in read.items():
         # A scale's last bit may differ from numpy's, and codes make many ratios that end in a half.
